@@ -1,0 +1,82 @@
+"""banking77, 2,000 rows, one epoch: twinlora against PEFT (LoRA) and PEFT + bitsandbytes (QLoRA).
+
+    python benchmarks/banking77.py --data DIR --model DIR --output benchmarks/results/banking77.json
+
+Every way runs in a process of its own, from the same initial adapter, over the same rows in the same order
+(the `tuned` peers regroup rows by length). DIR holds train.jsonl and test.jsonl in the `messages` form.
+Ways that the output already holds are kept; `--ways` chooses which to run, `--max-steps` measures speed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PEERS = {
+    "peft-lora": {"quantized": False, "tuned": False},
+    "peft-qlora": {"quantized": True, "tuned": False},
+    "peft-lora-tuned": {"quantized": False, "tuned": True},
+    "peft-qlora-tuned": {"quantized": True, "tuned": True},
+}
+
+
+def rows_of(path: Path, count: int) -> list[dict]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
+
+
+def run_one(way: str, args: argparse.Namespace) -> dict:
+    train_rows = rows_of(args.data / "train.jsonl", args.rows)
+    test_rows = rows_of(args.data / "test.jsonl", args.test_rows) if args.max_steps is None else []
+    import peers
+
+    return peers.train_and_test(
+        args.model,
+        args.initial,
+        train_rows,
+        test_rows,
+        peers.Recipe(),
+        max_steps=args.max_steps,
+        progress=lambda text: print(f"[{way}] {text}", file=sys.stderr, flush=True),
+        **PEERS[way],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--ways", default=",".join(PEERS))
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--test-rows", type=int, default=1500)
+    parser.add_argument("--max-steps", type=int)
+    parser.add_argument("--initial", help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        args.output.write_text(json.dumps(run_one(args.one, args)))
+        return
+    import peers
+
+    results = json.loads(args.output.read_text()) if args.output.exists() else {"ways": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        initial = f"{scratch}/initial"
+        peers.write_initial_adapter(args.model, initial, peers.Recipe())
+        for way in args.ways.split(","):
+            part = Path(scratch, f"{way}.json")
+            command = [sys.executable, __file__, *sys.argv[1:], "--one", way]
+            command += ["--initial", initial, "--output", str(part)]
+            start = time.perf_counter()
+            subprocess.run(command, check=True)
+            results["ways"][way] = json.loads(part.read_text()) | {"wall_seconds": time.perf_counter() - start}
+            args.output.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
