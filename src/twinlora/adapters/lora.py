@@ -1,0 +1,187 @@
+"""LoRA (arXiv 2106.09685): y = base(x) + (alpha / r) · B A x, with A [r, in] and B [out, r] trained and the base frozen.
+
+QLoRA is this class over a QuantLinear. A and B are float32 masters; products run in x's type.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from twinlora.errors import AdapterError
+from twinlora.model.linear import DenseLinear, FrozenLinear
+
+__all__ = ["ALL_LINEAR", "LoraConfig", "LoraLinear", "attach", "disabled", "lora_layers", "resolve_targets", "trainable_parameters"]
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Rank, scale and place of an adapter."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target: tuple[str, ...] = (ALL_LINEAR,)
+
+    @property
+    def scale(self) -> float:
+        """What B·A is multiplied by."""
+        return self.alpha / self.rank
+
+
+class _Lora(torch.autograd.Function):
+    """x [..., in], z (x after dropout, or x itself), A [r, in], B [out, r] -> base(x) + scale · z Aᵀ Bᵀ [..., out].
+
+    One rounding of A and B to x's type per call; the base is multiplied again, not stored, for the input gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor | None, a: Tensor, b: Tensor, scale: float, base: FrozenLinear) -> Tensor:
+        ctx.same = z is None
+        z = x if z is None else z
+        a16, b16 = a.to(x.dtype), b.to(x.dtype)
+        h = z.reshape(-1, z.shape[-1]) @ a16.T
+        y = base.multiply(x)
+        y.view(-1, y.shape[-1]).addmm_(h, b16.T, alpha=scale)
+        ctx.save_for_backward(z, h, a16, b16)
+        ctx.base, ctx.scale, ctx.x_shape = base, scale, x.shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, h, a16, b16 = ctx.saved_tensors
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        dh = (dy @ b16).mul_(ctx.scale)
+        da = (dh.T @ z.reshape(-1, z.shape[-1])).float()
+        db = (dy.T @ h).float().mul_(ctx.scale)
+        dx = dz = None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.base.multiply_transposed(dy)
+            if ctx.same:
+                dx.addmm_(dh, a16)
+            dx = dx.view(ctx.x_shape)
+        if not ctx.same and ctx.needs_input_grad[1]:
+            dz = (dh @ a16).view(ctx.x_shape)
+        return dx, dz, da, db, None, None
+
+
+class LoraLinear(nn.Module):
+    """A frozen base layer and its trained low-rank update."""
+
+    def __init__(self, base: FrozenLinear, config: LoraConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.base = base
+        self.scale, self.dropout, self.enabled = config.scale, config.dropout, True
+        device = next(base.parameters()).device
+        # Kaiming-uniform with a = √5, peft's and the paper's code: bound 1 / √in. Drawn on the CPU: same on every device.
+        bound = 1 / math.sqrt(base.in_features)
+        a = torch.empty(config.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(a.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
+
+    @property
+    def rank(self) -> int:
+        """r, the rows of A."""
+        return self.lora_A.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        if not self.enabled:
+            out: Tensor = self.base(x)
+            return out
+        z = F.dropout(x, self.dropout) if self.training and self.dropout else None
+        result: Tensor = _Lora.apply(x, z, self.lora_A, self.lora_B, self.scale, self.base)
+        return result
+
+    def update(self) -> Tensor:
+        """scale · B A, float32 [out, in]."""
+        return self.scale * (self.lora_B @ self.lora_A)
+
+    def extra_repr(self) -> str:
+        """Rank and scale, as printed by `print(model)`."""
+        return f"rank={self.rank}, scale={self.scale:g}"
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers by name, the output head excluded."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    kinds = (nn.Linear, FrozenLinear)
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m is not head}
+
+
+def resolve_targets(model: nn.Module, target: tuple[str, ...]) -> list[str]:
+    """Names of the layers that `target` means: `all-linear`, last name parts (`q_proj`) or whole names.
+
+    Raises AdapterError for an entry that matches nothing, with the nearest names.
+    """
+    linears = _linears(model)
+    chosen: set[str] = set()
+    for entry in target:
+        if entry == ALL_LINEAR:
+            chosen.update(linears)
+            continue
+        found = [name for name in linears if name == entry or name.endswith("." + entry)]
+        if not found:
+            kinds = sorted({name.rpartition(".")[2] for name in linears})
+            near = difflib.get_close_matches(entry, kinds, n=3) or kinds
+            raise AdapterError(f"target {entry!r} matches no linear layer; did you mean {', '.join(near)}? (or all-linear)")
+        chosen.update(found)
+    return [name for name in linears if name in chosen]
+
+
+def attach(
+    model: nn.Module, config: LoraConfig, *, seed: int = 0, per_layer: dict[str, LoraConfig] | None = None
+) -> list[str]:
+    """Freeze `model`, put a LoraLinear over every target and return their names.
+
+    `per_layer` overrides `config` for the layers it names.
+
+    The initial A depends on `seed`, the layers' order and shapes alone, so that every base precision starts equal.
+    Raises AdapterError if a target matches nothing or the model already has adapters.
+    """
+    if lora_layers(model):
+        raise AdapterError("the model already has adapters: load it afresh")
+    names = resolve_targets(model, config.target)
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(name)
+        base = DenseLinear(module) if isinstance(module, nn.Linear) else module
+        assert isinstance(base, FrozenLinear)
+        own = (per_layer or {}).get(name, config)
+        setattr(model.get_submodule(parent), child, LoraLinear(base, own, generator))
+    return names
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """Every LoraLinear by the name of the layer it stands for."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name, in a fixed order; tied ones once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+class disabled:  # noqa: N801
+    """`with disabled(model):` the adapters are off and the base answers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = list(lora_layers(model).values())
+
+    def __enter__(self) -> None:
+        for layer in self._layers:
+            layer.enabled = False
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self._layers:
+            layer.enabled = True

@@ -1,0 +1,77 @@
+"""An adapter's passport: what it was trained on and with, checked wherever the adapter is loaded.
+
+Written as `twinlora.json` beside the PEFT files, which other tools ignore.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+import twinlora
+from twinlora.errors import AdapterError
+
+__all__ = ["FILE", "Passport", "check", "read", "versions"]
+
+FILE = "twinlora.json"
+
+
+class Passport(BaseModel):
+    """Where an adapter comes from."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    schema_version: int = 1
+    base_model: str
+    base_fingerprint: str
+    base_precision: dict[str, int]
+    tokenizer_sha256: str
+    chat_template_sha256: str | None
+    system: str | None = None
+    data_sha256: dict[str, str] = {}
+    method: str
+    seed: int
+    steps: int
+    versions: dict[str, str]
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {"twinlora": twinlora.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def read(directory: Path) -> Passport | None:
+    """The passport in `directory`, or None if the adapter has none. Raises AdapterError for a damaged one."""
+    path = directory / FILE
+    if not path.is_file():
+        return None
+    try:
+        return Passport(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, ValidationError) as error:
+        raise AdapterError(f"{path}: damaged passport ({error}); delete it to load the adapter without one") from None
+
+
+def check(directory: Path, *, fingerprint: str, base: str, precision: dict[str, int]) -> list[str]:
+    """Lines to print about loading the adapter onto this base. Raises AdapterError if it was trained on another one."""
+    passport = read(directory)
+    if passport is None:
+        return [f"adapter {directory}: no passport (not written by twinlora); its base model cannot be checked"]
+    if passport.base_fingerprint != fingerprint:
+        raise AdapterError(
+            f"adapter {directory} was trained on another base model\n"
+            f"  trained on: {passport.base_model} (weights {passport.base_fingerprint[:16]})\n"
+            f"  loading on: {base} (weights {fingerprint[:16]})\n"
+            f"give --model {passport.base_model}, or delete {directory / FILE} if you know better"
+        )
+    if passport.base_precision != precision:
+        return [f"adapter {directory}: trained on {_named(passport.base_precision)}, running on {_named(precision)}"]
+    return []
+
+
+def _named(precision: dict[str, Any]) -> str:
+    return ", ".join(f"{count} layers {name}" for name, count in precision.items())

@@ -1,0 +1,29 @@
+"""`twinlora train`."""
+
+from __future__ import annotations
+
+from twinlora.cli.console import ConsoleReporter, out, print_json
+from twinlora.config import TrainOptions
+
+
+def run(options: TrainOptions) -> None:
+    """Fine-tune, then print the run's record."""
+    from twinlora.train.loop import train
+
+    reporter = ConsoleReporter()
+    try:
+        record = train(options, reporter).record
+    finally:
+        reporter.close()
+    if options.json_output:
+        print_json(record)
+        return
+    where = record.get("adapter") or record.get("model")
+    loss = "" if record["eval_loss"] is None else f", held-out loss {record['eval_loss']:.4f}"
+    out.print(
+        f"{record['steps']} steps, loss {record['loss']:.4f}{loss}, {record['tokens_per_second'] or 0:,.0f} tokens/s, "
+        f"peak {record['peak_rss_bytes'] / 1e9:.2f} GB"
+    )
+    out.print(f"saved: {where}")
+    if options.method != "full":
+        out.print(f"next:  twinlora chat --model {options.model} --adapter mine={where}")

@@ -1,0 +1,236 @@
+"""Every option, once. Flags, recipe files and run records derive from these models; unknown keys are errors."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from twinlora.errors import ConfigError
+
+__all__ = [
+    "AdapterOptions",
+    "ChatOptions",
+    "CompareOptions",
+    "DataOptions",
+    "DemoOptions",
+    "DoctorOptions",
+    "EvalOptions",
+    "ModelOptions",
+    "Options",
+    "OptimizerOptions",
+    "TrainOptions",
+    "parse_size",
+    "read_recipe",
+    "validated",
+]
+
+Method = Literal["lora", "qlora", "full"]
+Positive = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """`24GiB`, `500MB`, `4096` -> bytes. Raises ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
+    if not match:
+        raise ConfigError(f"size {text!r}: expected a number with a unit, for example 24GiB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+class Options(BaseModel):
+    """What every verb shares."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+    json_output: bool = Field(False, description="Print one JSON document on stdout; prose and progress go to stderr.")
+
+
+class ModelOptions(BaseModel):
+    """Which base model, and where it runs."""
+
+    model: str = Field(description="Base model: a local directory, a GGUF file, or a hub id such as owner/name.")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes the first GPU if there is one.")
+    dtype: Literal["bfloat16", "float32", "float16"] = Field(
+        "bfloat16", description="Type of computation and of weights that are not quantised."
+    )
+    block_size: int = Field(64, description="NF4: weights that share one scale.")
+    double_quant: bool = Field(True, description="NF4: quantise the scales too (4.127 instead of 4.5 bits per weight).")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Only for code you read.")
+
+
+class AdapterOptions(BaseModel):
+    """The low-rank matrices."""
+
+    rank: Positive = Field(16, description="Rank r of the update B·A.")
+    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="The update is scaled by alpha / rank.")
+    dropout: Probability = Field(0.0, description="Dropout on the adapter's input while training.")
+    target: list[str] = Field(
+        ["all-linear"], description="Layers that get an adapter: all-linear (the head excluded), or names such as q_proj."
+    )
+
+
+class DataOptions(BaseModel):
+    """Training rows and how they become batches."""
+
+    data: Path = Field(description="Training rows: JSONL with `messages`, or with `prompt` and `completion`.")
+    eval: Path | None = Field(None, description="Held-out rows for the loss during and after training.")
+    max_length: Positive = Field(2048, description="Longest row in tokens; a longer one is an error.")
+    batch_size: Positive = Field(16, description="Rows per optimiser step.")
+    micro_batch_tokens: Positive = Field(
+        2048, description="Tokens that go through the model at once; a batch is split into as many parts as it needs."
+    )
+    packing: Literal["auto", "off"] = Field(
+        "auto", description="auto: rows are concatenated without padding where the model is proved to allow it; off: padded."
+    )
+    shuffle: bool = Field(True, description="New random order each epoch (from the seed); off keeps the file's order.")
+
+
+class OptimizerOptions(BaseModel):
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Field(gt=0)] = Field(2e-4, description="Peak learning rate.")
+    scheduler: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(10, description="Steps of linear warm-up.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
+    beta1: Probability = Field(0.9, description="AdamW first-moment decay.")
+    beta2: Probability = Field(0.999, description="AdamW second-moment decay.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
+    epochs: Positive = Field(1, description="Passes over the data.")
+    max_steps: Positive | None = Field(None, description="Stop after this many optimiser steps.")
+
+
+class TrainOptions(Options, ModelOptions, AdapterOptions, DataOptions, OptimizerOptions):
+    """Fine-tune a model: `twinlora train`."""
+
+    method: Method = Field(description="lora: 16-bit base; qlora: NF4 base; full: all weights, float32 masters.")
+    output: Path = Field(description="The run's directory.")
+    init_adapter: Path | None = Field(None, description="Start from this PEFT adapter instead of a fresh one.")
+    resume: bool = Field(False, description="Continue from the newest checkpoint that verifies.")
+    overwrite: bool = Field(False, description="Remove an earlier run in the output directory.")
+    eval_every: Positive | None = Field(None, description="Steps between evaluations (always once at the end).")
+    checkpoint_every: Positive | None = Field(None, description="Steps between checkpoints (always once at the end).")
+    keep_checkpoints: Positive = Field(2, description="Newest checkpoints that are kept.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about a third slower.")
+    fused: bool = Field(True, description="Replace blocks by our own where a numeric probe admits them.")
+    seed: int = Field(0, description="Seed of the initial adapter, the order of rows and the dropout.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other: leave one out")
+        if self.method == "full" and self.init_adapter:
+            raise ValueError("init_adapter has no use with method full: leave it out or choose lora or qlora")
+        return self
+
+
+class EvalOptions(Options, ModelOptions):
+    """Measure a model, with or without an adapter: `twinlora eval`."""
+
+    data: Path = Field(description="Rows to measure on.")
+    adapter: Path | None = Field(None, description="PEFT adapter directory, or a run's directory.")
+    precision: Literal["16bit", "nf4", "auto"] = Field("auto", description="Base precision; auto: as the adapter's passport says.")
+    metric: list[Literal["loss", "exact-match"]] = Field(["loss", "exact-match"], description="What to measure.")
+    rows: Positive | None = Field(None, description="Only the first rows.")
+    max_new_tokens: Positive = Field(128, description="Longest answer when generating.")
+    batch_size: Positive = Field(32, description="Answers generated at once.")
+    max_length: Positive = Field(2048, description="Longest row in tokens.")
+    output: Path | None = Field(None, description="Write the predictions here as JSONL.")
+
+
+class CompareOptions(Options, ModelOptions, AdapterOptions, DataOptions, OptimizerOptions):
+    """Train by several methods, each in its own process, and say which to choose: `twinlora compare`."""
+
+    eval: Path = Field(description="Test rows. They are never used to choose anything.")
+    validation: Path | None = Field(None, description="Rows that choose the learning rate; default: split off the training rows.")
+    methods: list[Method] = Field(["lora", "qlora"], description="Methods to compare.")
+    output: Path = Field(description="Directory of the comparison.")
+    lr_grid: list[float] = Field([2e-4, 5e-4, 1e-3, 2e-3], description="Learning rates that each method may choose from.")
+    search_rows: Positive | None = Field(None, description="Training rows of each search run; default: a quarter of the rows.")
+    validation_rows: Positive = Field(200, description="Rows of the validation split.")
+    test_rows: Positive | None = Field(None, description="Only the first test rows.")
+    max_new_tokens: Positive = Field(128, description="Longest answer when generating.")
+    eval_batch_size: Positive = Field(32, description="Answers generated at once.")
+    seed: int = Field(0, description="Seed of the initial adapter, the order of rows and the splits.")
+    title: str | None = Field(None, description="Heading of the report.")
+    overwrite: bool = Field(False, description="Remove an earlier comparison in the output directory.")
+
+    @field_validator("lr_grid")
+    @classmethod
+    def _sorted(cls, grid: list[float]) -> list[float]:
+        if len(set(grid)) != len(grid) or min(grid, default=0) <= 0:
+            raise ValueError("expected different rates above 0")
+        return sorted(grid)
+
+    @field_validator("methods")
+    @classmethod
+    def _distinct(cls, methods: list[Method]) -> list[Method]:
+        if not methods or len(set(methods)) != len(methods):
+            raise ValueError("expected each method once, at least one")
+        return methods
+
+
+class ChatOptions(Options, ModelOptions):
+    """Talk to a model and switch adapters: `twinlora chat`."""
+
+    adapter: list[str] = Field([], description="NAME=DIR, any number of them; the first is active.")
+    precision: Literal["16bit", "nf4"] = Field("16bit", description="Base precision.")
+    system: str | None = Field(None, description="System message; default: the adapter's own, from its passport.")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0: greedy.")
+    max_new_tokens: Positive = Field(256, description="Longest answer.")
+    seed: int = Field(0, description="Seed of the sampling.")
+
+
+class DoctorOptions(Options):
+    """Show this machine, the backend that runs, and what is missing: `twinlora doctor`."""
+
+
+class DemoOptions(Options):
+    """The whole story on the embedded model and data: `twinlora demo`."""
+
+    output: Path = Field(Path("runs/demo"), description="Directory of the demo.")
+    model: str | None = Field(None, description="Another base model (directory, GGUF file or hub id).")
+    hub: bool = Field(False, description="Take SmolLM2-135M-Instruct from the hub instead of the embedded copy.")
+    train_rows: Positive = Field(400, description="Training rows of the comparison.")
+    test_rows: Positive = Field(100, description="Held-out rows.")
+    seed: int = Field(0, description="Seed of everything.")
+    overwrite: bool = Field(True, description="Remove an earlier demo in the output directory.")
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def validated(cls: type[T], values: dict[str, Any], *, where: str = "options") -> T:
+    """`cls(**values)`; every problem in one ConfigError that names the option, what it got and what was expected."""
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"]) or "options"
+            got = "" if problem["type"] in ("missing", "value_error") or not problem["loc"] else f" (got {problem['input']!r})"
+            lines.append(f"  {name}: {problem['msg'].removeprefix('Value error, ')}{got}")
+        known = f"\n  known options: {', '.join(cls.model_fields)}" if "Extra inputs" in str(error) else ""
+        raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines) + known) from None
+
+
+def read_recipe(path: Path, cls: type[BaseModel]) -> dict[str, Any]:
+    """A YAML recipe as a mapping with field names of `cls`; dashes and underscores are the same. Raises ConfigError."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"recipe {path}: not readable as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path}: expected `option: value` lines, found {type(values).__name__}")
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    unknown = sorted(set(values) - set(cls.model_fields))
+    if unknown:
+        raise ConfigError(f"recipe {path}: unknown option(s) {', '.join(unknown)}; known: {', '.join(cls.model_fields)}")
+    return values

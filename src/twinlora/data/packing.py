@@ -1,0 +1,119 @@
+"""Examples to batches. A `Batch` is one optimiser step: micro-batches that go through the model one after another.
+
+Everything the step must know about sizes is a host integer (lengths, rows that carry loss), so that the step never
+reads a tensor's value. A packed micro-batch is one row of tokens with a `Layout`; a padded one is a rectangle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twinlora.data.template import Example
+from twinlora.model.attention import Layout
+
+__all__ = ["Batch", "MicroBatch", "epoch_order", "make_batch", "make_micro_batch", "steps_per_epoch"]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Input and targets of one pass. `loss_rows` index the flattened [batch · length] positions that predict `labels`."""
+
+    input_ids: Tensor  # int64 [1, T] packed, [B, L] padded
+    position_ids: Tensor  # like input_ids
+    attention_mask: Tensor | None  # int64 [B, L] padded, None packed
+    layout: Layout | None  # packed only
+    loss_rows: Tensor  # int64 [R]
+    labels: Tensor  # int64 [R]
+    trained_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimiser step."""
+
+    micro_batches: list[MicroBatch]
+    where: list[str]
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that carry loss, over all micro-batches: the weight of the step."""
+        return sum(micro.trained_tokens for micro in self.micro_batches)
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, fill not counted."""
+        return sum(micro.tokens for micro in self.micro_batches)
+
+
+def epoch_order(count: int, epoch: int, seed: int, *, shuffle: bool) -> list[int]:
+    """The order of `count` examples in an epoch; depends on nothing else, so that a resumed run repeats it."""
+    if not shuffle:
+        return list(range(count))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Optimiser steps of one epoch; the last batch may be short."""
+    return -(-count // batch_size)
+
+
+def make_batch(
+    examples: Sequence[Example], micro_batch_tokens: int, *, packed: bool, pad_id: int, device: torch.device | str = "cpu"
+) -> Batch:
+    """Split `examples` into micro-batches of at most `micro_batch_tokens` (one longer example makes its own)."""
+    parts = list(_split(examples, micro_batch_tokens, packed=packed))
+    micro = [make_micro_batch(part, packed=packed, pad_id=pad_id, device=device) for part in parts]
+    return Batch(micro, [example.where for example in examples])
+
+
+def _split(examples: Sequence[Example], limit: int, *, packed: bool) -> Iterator[list[Example]]:
+    part: list[Example] = []
+    for example in examples:
+        lengths = [len(e.ids) for e in (*part, example)]
+        if part and (sum(lengths) if packed else max(lengths) * len(lengths)) > limit:
+            yield part
+            part = []
+        part.append(example)
+    if part:
+        yield part
+
+
+def make_micro_batch(
+    examples: Sequence[Example], *, packed: bool, pad_id: int = 0, device: torch.device | str = "cpu"
+) -> MicroBatch:
+    """Tensors of one pass over `examples`, concatenated or padded on the right."""
+    lengths = [len(example.ids) for example in examples]
+    longest = max(lengths)
+    starts = [sum(lengths[:i]) if packed else i * longest for i in range(len(examples))]
+    loss_rows, labels = [], []
+    for start, example in zip(starts, examples, strict=True):
+        # Position t predicts token t + 1 of the same example; the first token is never predicted.
+        for t in range(1, len(example.ids)):
+            if example.trained[t]:
+                loss_rows.append(start + t - 1)
+                labels.append(example.ids[t])
+    if packed:
+        layout = Layout(lengths, device)
+        ids = torch.tensor([[token for example in examples for token in example.ids]])
+        mask, positions = None, layout.positions()
+    else:
+        layout = None
+        ids = torch.tensor([example.ids + [pad_id] * (longest - len(example.ids)) for example in examples])
+        mask = torch.tensor([[1] * n + [0] * (longest - n) for n in lengths], device=device)
+        positions = torch.arange(longest).expand(len(examples), -1)
+    return MicroBatch(
+        input_ids=ids.to(device),
+        position_ids=positions.to(device),
+        attention_mask=mask,
+        layout=layout,
+        loss_rows=torch.tensor(loss_rows, dtype=torch.long, device=device),
+        labels=torch.tensor(labels, dtype=torch.long, device=device),
+        trained_tokens=len(labels),
+        tokens=sum(lengths),
+    )

@@ -1,0 +1,81 @@
+"""Measurements on held-out rows: the loss of the trained tokens, and exact match of generated answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from twinlora.data.formats import Row
+from twinlora.data.packing import make_batch
+from twinlora.data.template import Example, encode_prompt
+from twinlora.model.forward import loss_sum
+from twinlora.model.generate import end_tokens, generate
+from twinlora.reporter import Reporter
+
+__all__ = ["Prediction", "exact_match", "mean_loss"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model said to a row, and whether it is what it should have said."""
+
+    prompt: str
+    expected: str
+    output: str
+
+    @property
+    def hit(self) -> bool:
+        """Equal but for white space at the ends."""
+        return self.output.strip() == self.expected.strip()
+
+
+@torch.no_grad()
+def mean_loss(
+    model: PreTrainedModel, examples: Sequence[Example], *, micro_batch_tokens: int, packed: bool, pad_id: int, plain_head: bool
+) -> float:
+    """Mean of -log p over all tokens that carry loss, in nats."""
+    training = model.training
+    model.eval()
+    by_length = sorted(examples, key=lambda example: len(example.ids))
+    device = model.get_input_embeddings().weight.device
+    batch = make_batch(by_length, micro_batch_tokens, packed=packed, pad_id=pad_id, device=device)
+    total = sum(loss_sum(model, micro, plain_head=plain_head).item() for micro in batch.micro_batches)
+    model.train(training)
+    return total / batch.trained_tokens
+
+
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    reporter: Reporter | None = None,
+    stage: str = "answering",
+) -> list[Prediction]:
+    """Greedy answers to every row, in the order of `rows`. Long prompts run first, so that memory peaks at once."""
+    training = model.training
+    model.eval()
+    prompts = [encode_prompt(tokenizer, row) for row in rows]
+    stop = end_tokens(model, tokenizer)
+    order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
+    outputs = [""] * len(rows)
+    for begin in range(0, len(order), batch_size):
+        chosen = order[begin : begin + batch_size]
+        answers = generate(
+            model,
+            [prompts[i] for i in chosen],
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            pad_id=tokenizer.pad_token_id or 0,
+        )
+        for i, answer in zip(chosen, answers, strict=True):
+            outputs[i] = tokenizer.decode(answer, skip_special_tokens=True)
+        if reporter is not None:
+            reporter.progress(stage, begin + len(chosen), len(rows))
+    model.train(training)
+    return [Prediction(row.question, row.answer, output) for row, output in zip(rows, outputs, strict=True)]

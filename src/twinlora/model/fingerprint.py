@@ -1,0 +1,75 @@
+"""Who a base model is: one hash over its tensors' names, types, shapes and bytes.
+
+It does not depend on how the checkpoint is cut into files. Hashes of files that have not changed (size and time) are
+kept in the user's cache directory, so that a second look costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+
+from twinlora import atomic
+from twinlora.errors import ModelError
+from twinlora.model.load import Source
+
+__all__ = ["cache_directory", "fingerprint"]
+
+
+def cache_directory() -> Path:
+    """`$XDG_CACHE_HOME/twinlora` or `~/.cache/twinlora`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twinlora"
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256, in hex, over every tensor of `source`. Raises ModelError for a damaged file."""
+    cache_file = cache_directory() / "fingerprints.json"
+    try:
+        cache = json.loads(cache_file.read_text())
+    except (OSError, ValueError):
+        cache = {}
+    lines: list[str] = []
+    changed = False
+    for path in source.weight_files():
+        stat = path.resolve().stat()
+        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        if key not in cache:
+            cache[key] = list(_gguf(path) if source.is_gguf else _safetensors(path))
+            changed = True
+        lines += cache[key]
+    if changed:
+        atomic.write_json(cache_file, cache)
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _safetensors(path: Path) -> Iterator[str]:
+    """`name dtype shape sha256` of each tensor."""
+    with path.open("rb") as file:
+        try:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size))
+        except (struct.error, ValueError, MemoryError, OverflowError) as error:
+            raise ModelError(f"{path}: not a safetensors file ({error}); fetch it again") from None
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                begin, end = (8 + size + offset for offset in entry["data_offsets"])
+                if end > len(data):
+                    raise ModelError(f"{path}: tensor {name} ends behind the file; the download is incomplete")
+                with memoryview(data) as view:
+                    digest = hashlib.sha256(view[begin:end]).hexdigest()
+                yield f"{name} {entry['dtype']} {entry['shape']} {digest}"
+
+
+def _gguf(path: Path) -> Iterator[str]:
+    from gguf import GGUFReader
+
+    for tensor in GGUFReader(path).tensors:
+        digest = hashlib.sha256(tensor.data).hexdigest()
+        yield f"{tensor.name} {tensor.tensor_type.name} {tensor.shape.tolist()} {digest}"

@@ -1,0 +1,95 @@
+"""One pass over a micro-batch to the sum of its token losses, and the proof that packing does not leak."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from twinlora.model.attention import NAME, Layout
+from twinlora.numerics.loss import linear_cross_entropy
+
+__all__ = ["has_plain_head", "hidden_states", "loss_sum", "packing_refusal"]
+
+# transformers passes a four-dimensional mask on untouched; ours is empty, since the layout says who sees whom.
+_NO_MASK_SHAPE = (1, 1, 1, 0)
+
+
+def _arguments(micro: Any) -> dict[str, Any]:
+    arguments = {"input_ids": micro.input_ids, "position_ids": micro.position_ids, "use_cache": False}
+    if micro.layout is None:
+        return arguments | {"attention_mask": micro.attention_mask}
+    return arguments | {"attention_mask": torch.empty(_NO_MASK_SHAPE, device=micro.input_ids.device), "layout": micro.layout}
+
+
+def hidden_states(model: PreTrainedModel, micro: Any) -> Tensor:
+    """Last hidden states of all positions of a `data.packing.MicroBatch`, flattened: [batch · length, D]."""
+    hidden: Tensor = model.base_model(**_arguments(micro))[0]
+    return hidden.flatten(0, 1)
+
+
+def loss_sum(model: PreTrainedModel, micro: Any, *, plain_head: bool) -> Tensor:
+    """Sum of -log p(label) over the rows that carry loss, float32 []. `plain_head` as `has_plain_head` found it."""
+    if plain_head:
+        rows = hidden_states(model, micro).index_select(0, micro.loss_rows)
+        head: Any = model.get_output_embeddings()
+        return linear_cross_entropy(rows, head.weight, micro.labels)
+    if micro.layout is None:
+        rows = model(**_arguments(micro)).logits.flatten(0, 1).index_select(0, micro.loss_rows)
+    else:
+        rows = model(**_arguments(micro), logits_to_keep=micro.loss_rows).logits[0]
+    return F.cross_entropy(rows.float(), micro.labels, reduction="sum")
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether logits are just `hidden @ W.T`: no bias, no soft-capping, no scaling. Found by trying two tokens."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None or model.base_model is model:
+        return False
+    ids = torch.tensor([[1, 2]], device=head.weight.device)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, use_cache=False)[0]
+        expected = F.linear(hidden, head.weight)
+        logits = model(input_ids=ids, use_cache=False).logits
+    return torch.equal(logits, expected)
+
+
+def packing_refusal(model: PreTrainedModel, vocabulary: int) -> str | None:
+    """None if the model may train on packed rows; else why not.
+
+    Two sequences side by side: the second's hidden states must not change by a bit when the first one's words do, and
+    must be those it has alone, within the rounding noise of the model's type.
+    """
+    if model.config._attn_implementation != NAME:
+        return f"its attention runs as {model.config._attn_implementation!r}"
+    if getattr(model.config, "attention_dropout", 0.0):
+        return "it uses attention dropout"
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(0)
+    first, other, second = (torch.randint(0, vocabulary, (n,), generator=generator) for n in (7, 7, 11))
+    try:
+        with torch.no_grad():
+            one, two = (_packed_hidden(model, [head, second], device)[7:] for head in (first, other))
+            alone = model.base_model(input_ids=second[None].to(device), use_cache=False)[0][0]
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        return f"it does not run packed ({type(error).__name__}: {error})"
+    if not torch.equal(one, two):
+        return "a sequence sees its neighbour"
+    noise = torch.finfo(alone.dtype).eps ** 0.5
+    error = ((one - alone).float().norm() / alone.float().norm()).item()
+    return None if error < noise else f"packed and alone differ by {error:.2g} (expected below {noise:.2g})"
+
+
+def _packed_hidden(model: PreTrainedModel, sequences: list[Tensor], device: torch.device) -> Tensor:
+    layout = Layout([len(s) for s in sequences], device)
+    out: Tensor = model.base_model(
+        input_ids=torch.cat(sequences)[None].to(device),
+        position_ids=layout.positions(),
+        attention_mask=torch.empty(_NO_MASK_SHAPE, device=device),
+        layout=layout,
+        use_cache=False,
+    )[0][0]
+    return out

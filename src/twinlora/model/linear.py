@@ -1,0 +1,163 @@
+"""Frozen linear layers that know how to multiply: what a LoRA layer asks of its base, whatever the storage.
+
+`multiply` and `multiply_transposed` build no autograd graph (LoRA's own backward calls them); `forward` is the ordinary
+differentiable layer. DenseLinear shares the parameters of the nn.Linear it was made from.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from twinlora.numerics import ops
+from twinlora.numerics.nf4 import NF4Format
+
+__all__ = ["DenseLinear", "FrozenLinear", "QuantLinear"]
+
+
+class FrozenLinear(nn.Module):
+    """y = x @ W.T + bias with a frozen W [out_features, in_features]."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = bias
+
+    @abstractmethod
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [..., in] @ W.T + bias -> [..., out]."""
+
+    @abstractmethod
+    def multiply_transposed(self, dy: Tensor) -> Tensor:
+        """dy [..., out] @ W -> [..., in]."""
+
+    @abstractmethod
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """W [out, in] in `dtype`."""
+
+    @property
+    @abstractmethod
+    def precision(self) -> str:
+        """How W is stored, for passports and tables: `bfloat16`, `nf4-64-dq256`, …"""
+
+    @property
+    @abstractmethod
+    def stored_bytes(self) -> int:
+        """Bytes W takes, scales included."""
+
+    def extra_repr(self) -> str:
+        """Shape and precision, as printed by `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, precision={self.precision}"
+
+
+class DenseLinear(FrozenLinear):
+    """A 16- or 32-bit weight, shared with the nn.Linear it replaces."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias)
+        self.weight = linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stock linear layer."""
+        return F.linear(x, self.weight, self.bias)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """See FrozenLinear."""
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+    def multiply_transposed(self, dy: Tensor) -> Tensor:
+        """See FrozenLinear."""
+        return dy @ self.weight.to(dy.dtype)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """See FrozenLinear."""
+        return self.weight.detach().to(dtype)
+
+    @property
+    def precision(self) -> str:
+        """See FrozenLinear."""
+        return str(self.weight.dtype).removeprefix("torch.")
+
+    @property
+    def stored_bytes(self) -> int:
+        """See FrozenLinear."""
+        return self.weight.nbytes
+
+
+class QuantLinear(FrozenLinear):
+    """An NF4 weight. Its tensors are frozen Parameters, so that they move with the model; no cast ever touches them.
+
+    Where blocks do not straddle rows, codes are [N, K/2] and scales [N, K/block] (rows can be sharded), else flat.
+    """
+
+    def __init__(self, quantized: ops.NF4Tensor, bias: nn.Parameter | None) -> None:
+        rows, columns = quantized.shape
+        super().__init__(columns, rows, bias)
+        self.format: NF4Format = quantized.format
+        by_row = columns % self.format.block_size == 0
+        self.packed = _frozen(quantized.packed.view(rows, -1) if by_row else quantized.packed)
+        self.scales = _frozen(quantized.scales.view(rows, -1) if by_row else quantized.scales)
+        self.nested_scales = _frozen(quantized.nested_scales)
+        self.nested_offset = _frozen(quantized.nested_offset)
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: nn.Parameter | None, fmt: NF4Format, name: str) -> QuantLinear:
+        """Quantise `weight` [N, K]; `name` is what an error calls it."""
+        return cls(ops.quantize(weight, fmt, name=name), bias)
+
+    @property
+    def quantized(self) -> ops.NF4Tensor:
+        """The weight as the ops take it (a view, nothing is copied)."""
+        shape = (self.out_features, self.in_features)
+        return ops.NF4Tensor(self.packed, self.scales, self.nested_scales, self.nested_offset, shape, self.format)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Differentiable in x."""
+        y = ops.linear(x, self.quantized)
+        return y if self.bias is None else y + self.bias
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """See FrozenLinear."""
+        y = ops.linear(x, self.quantized)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def multiply_transposed(self, dy: Tensor) -> Tensor:
+        """See FrozenLinear."""
+        return ops.linear_transposed(dy, self.quantized)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """See FrozenLinear."""
+        return self.quantized.dequantize(dtype)
+
+    @property
+    def precision(self) -> str:
+        """See FrozenLinear."""
+        return self.format.name
+
+    @property
+    def stored_bytes(self) -> int:
+        """See FrozenLinear."""
+        return self.quantized.nbytes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Follow device moves; undo casts, since `model.to(bfloat16)` would ruin the float32 scales."""
+        kept = {name: p.dtype for name, p in self._parameters.items() if p is not None and name != "bias"}
+        before = {name: self._parameters[name].data for name in kept}  # type: ignore[union-attr]
+        super()._apply(fn, recurse)
+        for name, dtype in kept.items():
+            parameter = self._parameters[name]
+            assert parameter is not None
+            if parameter.dtype != dtype:
+                parameter.data = before[name].to(parameter.device)
+        return self
+
+
+def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,258 @@
+"""From a directory, a GGUF file or a hub id to a model and its tokenizer, quantised on the way in.
+
+transformers owns names, renamings and architectures; we stand in its loading loop as a quantiser, which it runs tensor
+by tensor: a weight is read, quantised and dropped before the next one is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from twinlora.errors import ModelError
+from twinlora.model import attention
+from twinlora.model.linear import QuantLinear
+from twinlora.numerics.nf4 import NF4Format
+
+__all__ = ["Source", "load_model", "load_tokenizer", "pick_device", "precision_by_layer", "resolve", "weight_bytes"]
+
+_METHOD = "twinlora_nf4"
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this machine: a checkpoint directory, or one GGUF file."""
+
+    path: Path
+    given: str
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether `path` is a GGUF file."""
+        return self.path.is_file()
+
+    @property
+    def load_arguments(self) -> dict[str, Any]:
+        """What `from_pretrained` takes to load it."""
+        if not self.is_gguf:
+            return {"pretrained_model_name_or_path": str(self.path)}
+        return {"pretrained_model_name_or_path": str(self.path.parent), "gguf_file": self.path.name}
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights, sorted."""
+        return [self.path] if self.is_gguf else sorted(self.path.glob("*.safetensors"))
+
+
+def resolve(model: str) -> Source:
+    """Find `model`: a directory, a .gguf file, or a hub id, which is fetched. Raises ModelError."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model {model}: no config.json in this directory; expected a Hugging Face checkpoint")
+        if not list(path.glob("*.safetensors")):
+            raise ModelError(f"model {model}: no *.safetensors in this directory; pickled checkpoints are never read")
+        return Source(path.resolve(), model)
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ModelError(f"model {model}: not a GGUF file; expected a checkpoint directory, a GGUF file or a hub id")
+        return Source(path.resolve(), model)
+    if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith(".gguf"):
+        raise ModelError(f"model {model}: no such directory or file; expected one, or a hub id such as owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Source(Path(snapshot_download(model, allow_patterns=_HUB_FILES)), model)
+    except Exception as error:
+        raise ModelError(
+            f"model {model}: not a local path, and the hub did not give it ({type(error).__name__}: {error}); "
+            "check the name, the network, HF_TOKEN, or give a local directory"
+        ) from error
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one. Raises ModelError for a device this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {name}: this torch sees no GPU; use --device cpu, or install a CUDA build of torch")
+    return device
+
+
+@register_quantization_config(_METHOD)
+class _Config(QuantizationConfigMixin):  # type: ignore[misc]
+    def __init__(self, fmt: NF4Format | None = None, **_: Any) -> None:
+        self.quant_method = _METHOD
+        self.fmt = fmt or NF4Format()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": _METHOD, "format": self.fmt.name}
+
+
+class _Quantize(ConversionOps):  # type: ignore[misc]
+    """One checkpoint tensor in, one nn.Linear of the model replaced by a QuantLinear."""
+
+    def __init__(self, fmt: NF4Format) -> None:
+        self.fmt = fmt
+
+    def convert(self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str], **_: Any) -> dict[str, Tensor]:
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            _quantize_layer(model, name.removesuffix(".weight"), weight, self.fmt)
+            missing_keys.discard(name)
+        return {}
+
+
+@register_quantizer(_METHOD)
+class _Quantizer(HfQuantizer):  # type: ignore[misc]
+    """Tells transformers which tensors to hand over; leaves nothing behind on the loaded model."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        self._names = {f"{name}.weight" for name in quantizable(model)}
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+        return param_name in self._names
+
+    def get_quantize_ops(self) -> _Quantize:
+        return _Quantize(self.quantization_config.fmt)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        self.remove_quantization_config(model)
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def quantizable(model: nn.Module) -> list[str]:
+    """Names of the linear layers that NF4 is for: all but the output head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return [name for name, m in model.named_modules() if type(m) is nn.Linear and m is not head]
+
+
+def _quantize_layer(model: nn.Module, name: str, weight: Tensor, fmt: NF4Format) -> None:
+    parent, _, child = name.rpartition(".")
+    module = model.get_submodule(name)
+    if tuple(weight.shape) != tuple(module.weight.shape):
+        raise ModelError(f"{name}.weight: checkpoint has {tuple(weight.shape)}, the model expects {tuple(module.weight.shape)}")
+    replacement = QuantLinear.from_dense(weight, module.bias, fmt, f"{name}.weight")  # type: ignore[arg-type]
+    for parameter in (replacement, *replacement.parameters()):
+        parameter._is_hf_initialized = True  # type: ignore[union-attr]
+    setattr(model.get_submodule(parent), child, replacement)
+
+
+def load_model(
+    source: Source,
+    *,
+    quantize: NF4Format | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The causal language model of `source`, frozen, in eval mode, with our attention where the architecture takes it.
+
+    With `quantize`, linear layers become QuantLinear while the checkpoint streams by; embeddings, norms and head keep
+    `dtype`. A GGUF file is dequantised to `dtype` first. Raises ModelError, with the tensors that are wrong.
+    """
+    attention.register()
+    arguments: dict[str, Any] = source.load_arguments | {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if source.is_gguf:
+        arguments |= _gguf_arguments()
+    elif quantize is not None:
+        arguments["quantization_config"] = _Config(quantize)
+    try:
+        model, info = _quiet(AutoModelForCausalLM.from_pretrained, **arguments, output_loading_info=True)
+    except ModelError:
+        raise
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"model {source.given}: could not be loaded: {error}") from error
+    _refuse_incomplete(source, info)
+    if source.is_gguf and quantize is not None:
+        for name in quantizable(model):
+            _quantize_layer(model, name, model.get_submodule(name).weight.detach(), quantize)
+    if model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None:
+        model.set_attn_implementation(attention.NAME)
+    model.to(device)
+    return model.requires_grad_(False).eval()  # type: ignore[no-any-return]
+
+
+def _gguf_arguments() -> dict[str, Any]:
+    """transformers from 5.2x wants to be told to dequantise; earlier versions always do."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config else {}
+
+
+def _quiet(function: Any, **arguments: Any) -> Any:
+    """Run without transformers' own progress bars and warnings; what they would say, we raise."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        return function(**arguments)
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _refuse_incomplete(source: Source, info: dict[str, Any]) -> None:
+    problems = [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
+    problems += [f"wrong shape: {entry}" for entry in map(str, info.get("mismatched_keys", ()))]
+    errors = info.get("conversion_errors") or info.get("error_msgs") or ()
+    problems += list(errors.values()) if isinstance(errors, dict) else [str(e) for e in errors]
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        raise ModelError(f"model {source.given}: {len(problems)} tensor(s) could not be loaded\n  {shown}")
+
+
+def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of `source`, with a pad token (the end-of-text token where the model names none)."""
+    try:
+        tokenizer = _quiet(AutoTokenizer.from_pretrained, **source.load_arguments, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"model {source.given}: its tokenizer could not be loaded: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def precision_by_layer(model: nn.Module) -> dict[str, int]:
+    """How many linear layers are stored how: `{"nf4-64-dq256": 210, "bfloat16": 1}`."""
+    counts: dict[str, int] = {}
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            counts[module.precision] = counts.get(module.precision, 0) + 1
+        elif isinstance(module, nn.Linear):
+            name = str(module.weight.dtype).removeprefix("torch.")
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all frozen and trained weights, tied ones once, adapters not counted."""
+    return sum(p.nbytes for name, p in model.named_parameters() if ".lora_" not in name)

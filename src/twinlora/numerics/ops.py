@@ -1,0 +1,148 @@
+"""Every op, declared once: schema, meaning, shapes (the fake) and gradient; `NF4Tensor`, what they work on.
+
+`torch.ops.twinlora.*` dispatches on the tensors' device: a backend registers itself for its device's key, and the
+reference serves every device without one. Shapes: `weight` [N, K] in general any shape of n elements.
+
+    nf4_quantize(weight, block_size)                   -> packed u8 [(n+1)//2], scales f32 [ceil(n/block_size)]
+    scales_quantize(scales, block_size)                -> codes u8 [m], nested_scales f32 [ceil(m/block_size)], offset f32 []
+    nf4_dequantize(packed, scales, …, shape, …, dtype) -> [*shape]
+    nf4_linear(x, packed, …)                           -> x [..., K] @ W.T -> [..., N]; differentiable in x
+    nf4_linear_transposed(dy, packed, …)               -> dy [..., N] @ W  -> [..., K]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twinlora.errors import ModelError
+from twinlora.numerics import reference
+from twinlora.numerics.nf4 import NF4Format
+
+__all__ = ["NF4Tensor", "backend", "linear", "linear_transposed", "quantize"]
+
+_QUANT = (
+    "Tensor packed, Tensor scales, Tensor? nested_scales, Tensor? nested_offset, "
+    "int[] shape, int block_size, int nested_block_size"
+)
+_SCHEMAS = {
+    "nf4_quantize": "(Tensor weight, int block_size) -> (Tensor, Tensor)",
+    "scales_quantize": "(Tensor scales, int block_size) -> (Tensor, Tensor, Tensor)",
+    "nf4_dequantize": f"({_QUANT}, ScalarType dtype) -> Tensor",
+    "nf4_linear": f"(Tensor x, {_QUANT}) -> Tensor",
+    "nf4_linear_transposed": f"(Tensor dy, {_QUANT}) -> Tensor",
+}
+
+_library = torch.library.Library("twinlora", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("twinlora::nf4_quantize")
+def _(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    count = weight.numel()
+    packed = weight.new_empty((count + 1) // 2, dtype=torch.uint8)
+    return packed, weight.new_empty(-(-count // block_size), dtype=torch.float32)
+
+
+@torch.library.register_fake("twinlora::scales_quantize")
+def _(scales: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    count = scales.numel()
+    codes = scales.new_empty(count, dtype=torch.uint8)
+    return codes, scales.new_empty(-(-count // block_size)), scales.new_empty(())
+
+
+@torch.library.register_fake("twinlora::nf4_dequantize")
+def _(packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], b: int, nb: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("twinlora::nf4_linear")
+def _(x: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], b: int, nb: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+@torch.library.register_fake("twinlora::nf4_linear_transposed")
+def _(dy: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], b: int, nb: int) -> Tensor:
+    return dy.new_empty(*dy.shape[:-1], shape[1])
+
+
+def _save_quant(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, scales, nested_scales, nested_offset, *ctx.layout = inputs
+    ctx.save_for_backward(packed, scales, nested_scales, nested_offset)
+
+
+def _input_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx = torch.ops.twinlora.nf4_linear_transposed(dy, *ctx.saved_tensors, *ctx.layout)
+    return dx, *(None,) * 7
+
+
+torch.library.register_autograd("twinlora::nf4_linear", _input_gradient, setup_context=_save_quant)
+
+
+@dataclass(frozen=True)
+class NF4Tensor:
+    """A weight of `shape` in NF4: packed codes, block scales (float32, or uint8 codes with nested scale and offset)."""
+
+    packed: Tensor
+    scales: Tensor
+    nested_scales: Tensor | None
+    nested_offset: Tensor | None
+    shape: tuple[int, ...]
+    format: NF4Format = field(default_factory=NF4Format)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The op arguments from `packed` to `nested_block_size`."""
+        tensors = (self.packed, self.scales, self.nested_scales, self.nested_offset)
+        return *tensors, list(self.shape), self.format.block_size, self.format.nested_block_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        tensors = (self.packed, self.scales, self.nested_scales, self.nested_offset)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """The weight [*shape] in `dtype`."""
+        out: Tensor = torch.ops.twinlora.nf4_dequantize(*self.arguments, dtype)
+        return out
+
+
+def quantize(weight: Tensor, fmt: NF4Format | None = None, *, name: str = "weight") -> NF4Tensor:
+    """Quantise `weight` (float32, bfloat16 or float16, any shape). Raises ModelError if a value is not finite."""
+    fmt = fmt or NF4Format()
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ModelError(f"{name}: cannot quantise {weight.dtype}; expected float32, bfloat16 or float16")
+    packed, scales = torch.ops.twinlora.nf4_quantize(weight, fmt.block_size)
+    # A NaN or Inf anywhere in a block shows in its maximum.
+    if weight.device.type != "meta" and not bool(torch.isfinite(scales).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ModelError(f"{name}: {bad} of {weight.numel()} values are NaN or Inf; the checkpoint is damaged, fetch it again")
+    if not fmt.nested_block_size:
+        return NF4Tensor(packed, scales, None, None, tuple(weight.shape), fmt)
+    codes, nested_scales, offset = torch.ops.twinlora.scales_quantize(scales, fmt.nested_block_size)
+    return NF4Tensor(packed, codes, nested_scales, offset, tuple(weight.shape), fmt)
+
+
+def linear(x: Tensor, weight: NF4Tensor) -> Tensor:
+    """x [..., K] @ weight [N, K].T -> [..., N]; differentiable in x."""
+    out: Tensor = torch.ops.twinlora.nf4_linear(x, *weight.arguments)
+    return out
+
+
+def linear_transposed(dy: Tensor, weight: NF4Tensor) -> Tensor:
+    """dy [..., N] @ weight [N, K] -> [..., K]."""
+    out: Tensor = torch.ops.twinlora.nf4_linear_transposed(dy, *weight.arguments)
+    return out
+
+
+def backend(device: torch.device | str = "cpu") -> str:
+    """Name of the backend that serves `device`, as printed and recorded with every result."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(torch.device(device).type, "CompositeExplicitAutograd")
+    own = torch._C._dispatch_has_kernel_for_dispatch_key("twinlora::nf4_dequantize", key)
+    return f"{'native' if own else 'reference'}-{torch.device(device).type}"

@@ -1,0 +1,86 @@
+"""The optimiser and its schedule.
+
+AdamW is torch's. A parameter that is not float32 (full fine-tuning of a 16-bit model) gets a float32 master copy here,
+which is what AdamW steps; a 16-bit weight alone would lose updates below half a unit in its last place.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twinlora.config import OptimizerOptions
+
+__all__ = ["MasterAdamW", "learning_rate"]
+
+
+def learning_rate(step: int, steps: int, options: OptimizerOptions) -> float:
+    """Rate of optimiser step `step` (from 0) out of `steps`: linear warm-up, then the decay to 0 at `steps`."""
+    warmup = min(options.warmup_steps, steps)
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    if options.scheduler == "constant":
+        return options.lr
+    done = (step - warmup) / max(1, steps - warmup)
+    return options.lr * (0.5 * (1 + math.cos(math.pi * done)) if options.scheduler == "cosine" else 1 - done)
+
+
+class MasterAdamW:
+    """torch's AdamW over float32 masters of `parameters` (a float32 parameter is its own master)."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], options: OptimizerOptions) -> None:
+        self.parameters = parameters
+        self.masters = {
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in parameters.items()
+        }
+        self._adamw = torch.optim.AdamW(
+            self.masters.values(),
+            lr=options.lr,
+            betas=(options.beta1, options.beta2),
+            weight_decay=options.weight_decay,
+            foreach=True,
+        )
+
+    def step(self, lr: float, max_grad_norm: float) -> Tensor:
+        """Clip, step at rate `lr`, clear the gradients; returns the gradient norm before clipping, float32 []."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is not parameter and parameter.grad is not None:
+                master.grad, parameter.grad = parameter.grad.float(), None
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), max_grad_norm, foreach=True)
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self.masters[name] is not parameter:
+                    parameter.copy_(self.masters[name])
+        return norm
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, by name: masters, both moments, the step count."""
+        out: dict[str, Tensor] = {}
+        for name, master in self.masters.items():
+            out[f"master.{name}"] = master.detach()
+            for key, value in self._adamw.state.get(master, {}).items():
+                out[f"{key}.{name}"] = value
+        return out
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state_tensors`; the parameters get their values too. KeyError if one is missing."""
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(tensors[f"master.{name}"])
+                if self.parameters[name] is not master:
+                    self.parameters[name].copy_(master)
+                state: dict[str, Any] = {}
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    if f"{key}.{name}" in tensors:
+                        value = tensors[f"{key}.{name}"].clone()
+                        state[key] = value if key == "step" else value.to(master.device)
+                if state:
+                    self._adamw.state[master] = state

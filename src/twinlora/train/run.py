@@ -1,0 +1,98 @@
+"""A run is a directory: adapter/, checkpoints/, metrics.jsonl, run.json. One process at a time writes to it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from twinlora import atomic
+from twinlora.errors import ConfigError
+
+__all__ = ["RunDirectory"]
+
+_OWN = ("adapter", "model", "checkpoints", "metrics.jsonl", "run.json", "report.html")
+
+
+class RunDirectory:
+    """`with RunDirectory(path, resume=…, overwrite=…) as run:` holds the lock of the run at `path`.
+
+    Raises ConfigError if another process holds it, or if it has an earlier run and neither flag is given.
+    """
+
+    def __init__(self, path: Path, *, resume: bool, overwrite: bool) -> None:
+        self.path, self._resume, self._overwrite = path, resume, overwrite
+        self._lock: int | None = None
+
+    def __enter__(self) -> Self:
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output {self.path}: is a file; expected a directory to write the run to")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+        except OSError as error:
+            raise ConfigError(f"output {self.path}: cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ConfigError(f"output {self.path}: another process is writing this run; wait for it, or choose another --output") from None
+        try:
+            self._claim()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _claim(self) -> None:
+        present = [name for name in _OWN if (self.path / name).exists()]
+        if present and self._overwrite:
+            for name in present:
+                target = self.path / name
+                shutil.rmtree(target) if target.is_dir() else target.unlink()
+        elif present and not self._resume:
+            raise ConfigError(
+                f"output {self.path}: holds an earlier run ({', '.join(present)}); "
+                "give --resume to continue it, --overwrite to replace it, or another --output"
+            )
+
+    @property
+    def adapter(self) -> Path:
+        """Where the trained adapter goes."""
+        return self.path / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: steps and evaluations."""
+        return self.path / "metrics.jsonl"
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The whole lines of metrics.jsonl; a killed process may have left a torn last one."""
+        records = []
+        if self.metrics.exists():
+            for line in self.metrics.read_text(encoding="utf-8").split("\n"):
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue
+        return records
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop what was logged after `step`."""
+        kept = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
+        if self.metrics.exists():
+            atomic.write_text(self.metrics, "".join(kept))
