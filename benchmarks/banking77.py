@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ PEERS = {
     "peft-lora-tuned": {"quantized": False, "tuned": True},
     "peft-qlora-tuned": {"quantized": True, "tuned": True},
 }
+OURS = {"twinlora-lora": "lora", "twinlora-qlora": "qlora"}
 
 
 def rows_of(path: Path, count: int) -> list[dict]:
@@ -30,9 +32,53 @@ def rows_of(path: Path, count: int) -> list[dict]:
         return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
 
 
+def run_ours(method: str, args: argparse.Namespace, train_rows: list[dict], test_rows: list[dict]) -> dict:
+    """The same through twinlora's own training loop and evaluation."""
+    import peers
+
+    from twinlora.cli.console import ConsoleReporter
+    from twinlora.config import TrainOptions
+    from twinlora.data.formats import read_rows
+    from twinlora.evaluate.metrics import exact_match
+    from twinlora.train.loop import train
+
+    recipe = peers.Recipe()
+    with tempfile.TemporaryDirectory() as scratch:
+        data, test = Path(scratch, "train.jsonl"), Path(scratch, "test.jsonl")
+        # The schedule of a short run is that of the whole one.
+        data.write_text("".join(json.dumps(row) + "\n" for row in train_rows[: (args.max_steps or 10**9) * recipe.batch_size]))
+        test.write_text("".join(json.dumps(row) + "\n" for row in test_rows))
+        options = TrainOptions(
+            model=args.model, data=data, method=method, output=Path(scratch, "run"), init_adapter=Path(args.initial),
+            rank=recipe.rank, alpha=recipe.alpha, lr=recipe.lr, warmup_steps=recipe.warmup_steps,
+            batch_size=recipe.batch_size, max_grad_norm=recipe.clip, shuffle=False,
+        )  # fmt: skip
+        done = train(options, ConsoleReporter(method))
+        steps = [json.loads(line) for line in (options.output / "metrics.jsonl").read_text().splitlines()]
+        totals = [0, *(step["tokens"] for step in steps)]
+        result = {
+            "losses": [step["loss"] for step in steps],
+            "step_seconds": [step["seconds"] for step in steps],
+            "tokens": [after - before for before, after in zip(totals, totals[1:], strict=False)],
+            "peak_rss_train_bytes": done.record["peak_rss_bytes"],
+            "backend": done.record["backend"],
+        }
+        if test_rows:
+            start = time.perf_counter()
+            predictions = exact_match(
+                done.model, done.tokenizer, read_rows(test), batch_size=recipe.eval_batch,
+                max_new_tokens=recipe.max_new_tokens, reporter=ConsoleReporter(method),
+            )  # fmt: skip
+            result["hits"] = [prediction.hit for prediction in predictions]
+            result["eval_seconds"] = time.perf_counter() - start
+    return result
+
+
 def run_one(way: str, args: argparse.Namespace) -> dict:
     train_rows = rows_of(args.data / "train.jsonl", args.rows)
     test_rows = rows_of(args.data / "test.jsonl", args.test_rows) if args.max_steps is None else []
+    if way in OURS:
+        return run_ours(OURS[way], args, train_rows, test_rows)
     import peers
 
     return peers.train_and_test(
@@ -52,7 +98,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--ways", default=",".join(PEERS))
+    parser.add_argument("--ways", default=",".join([*PEERS, *OURS]))
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--test-rows", type=int, default=1500)
     parser.add_argument("--max-steps", type=int)
@@ -73,7 +119,7 @@ def main() -> None:
             command = [sys.executable, __file__, *sys.argv[1:], "--one", way]
             command += ["--initial", initial, "--output", str(part)]
             start = time.perf_counter()
-            subprocess.run(command, check=True)
+            subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "src")})
             results["ways"][way] = json.loads(part.read_text()) | {"wall_seconds": time.perf_counter() - start}
             args.output.write_text(json.dumps(results))
 

@@ -22,7 +22,7 @@ from twinlora.adapters import passport as passports
 from twinlora.adapters.lora import LoraConfig, LoraLinear, attach, lora_layers
 from twinlora.errors import AdapterError
 
-__all__ = ["CONFIG", "WEIGHTS", "AdapterFile", "load_adapter", "read_adapter", "save_adapter", "set_weights"]
+__all__ = ["CONFIG", "WEIGHTS", "AdapterFile", "load_adapter", "read_adapter", "require_fit", "save_adapter", "set_weights"]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -156,20 +156,26 @@ def _layer_config(options: dict[str, Any], name: str, rank: int) -> LoraConfig:
     return LoraConfig(rank=rank, alpha=alpha, dropout=options.get("lora_dropout") or 0.0, target=(name,))
 
 
-def load_adapter(model: nn.Module, adapter: AdapterFile) -> None:
-    """Attach `adapter` to a model without adapters. Raises AdapterError that lists every tensor that does not fit."""
+def require_fit(model: nn.Module, adapter: AdapterFile) -> None:
+    """Raise AdapterError that lists every layer of `adapter` that `model` lacks or has in another shape."""
     modules = dict(model.named_modules())
     problems = []
     for name, (a, b) in adapter.tensors.items():
         module = modules.get(name)
-        shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-        if module is None or None in shape:
+        linear = getattr(module, "base", module)
+        shape = (getattr(linear, "out_features", None), getattr(linear, "in_features", None))
+        if None in shape:
             problems.append(f"{name}: the model has no such linear layer")
         elif shape != (b.shape[0], a.shape[1]):
             problems.append(f"{name}: adapter is for [{b.shape[0]}, {a.shape[1]}], the model has {list(shape)}")
     if problems:
         shown = "\n  ".join(problems[:20])
         raise AdapterError(f"adapter {adapter.directory}: {len(problems)} layer(s) do not fit this model\n  {shown}")
+
+
+def load_adapter(model: nn.Module, adapter: AdapterFile) -> None:
+    """Attach `adapter` to a model without adapters, ready to train on. Raises AdapterError if it does not fit."""
+    require_fit(model, adapter)
     attach(model, LoraConfig(target=tuple(adapter.tensors)), per_layer=adapter.configs)
     set_weights(model, adapter)
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from twinlora.errors import AdapterError
 from twinlora.model.linear import DenseLinear, FrozenLinear
 
-__all__ = ["ALL_LINEAR", "LoraConfig", "LoraLinear", "attach", "disabled", "lora_layers", "resolve_targets", "trainable_parameters"]
+__all__ = ["ALL_LINEAR", "LoraConfig", "LoraLinear", "attach", "lora_layers", "resolve_targets", "trainable_parameters", "wrap"]
 
 ALL_LINEAR = "all-linear"
 
@@ -153,13 +153,19 @@ def attach(
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
-        parent, _, child = name.rpartition(".")
-        module = model.get_submodule(name)
-        base = DenseLinear(module) if isinstance(module, nn.Linear) else module
-        assert isinstance(base, FrozenLinear)
-        own = (per_layer or {}).get(name, config)
-        setattr(model.get_submodule(parent), child, LoraLinear(base, own, generator))
+        wrap(model, name, (per_layer or {}).get(name, config), generator)
     return names
+
+
+def wrap(model: nn.Module, name: str, config: LoraConfig, generator: torch.Generator | None = None) -> LoraLinear:
+    """Put a fresh LoraLinear over the linear layer `name`."""
+    parent, _, child = name.rpartition(".")
+    module = model.get_submodule(name)
+    base = DenseLinear(module) if isinstance(module, nn.Linear) else module
+    assert isinstance(base, FrozenLinear)
+    layer = LoraLinear(base, config, generator)
+    setattr(model.get_submodule(parent), child, layer)
+    return layer
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
@@ -170,18 +176,3 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name, in a fixed order; tied ones once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-class disabled:  # noqa: N801
-    """`with disabled(model):` the adapters are off and the base answers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._layers = list(lora_layers(model).values())
-
-    def __enter__(self) -> None:
-        for layer in self._layers:
-            layer.enabled = False
-
-    def __exit__(self, *_: object) -> None:
-        for layer in self._layers:
-            layer.enabled = True

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import ConversionOps
@@ -100,6 +101,10 @@ class _Config(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, fmt: NF4Format | None = None, **_: Any) -> None:
         self.quant_method = _METHOD
         self.fmt = fmt or NF4Format()
+        self.problems: list[str] = []  # transformers keeps only a summary of what its loop raises
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Config:
+        return self  # one list of problems, however often transformers copies the configuration
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": _METHOD, "format": self.fmt.name}
@@ -108,14 +113,17 @@ class _Config(QuantizationConfigMixin):  # type: ignore[misc]
 class _Quantize(ConversionOps):  # type: ignore[misc]
     """One checkpoint tensor in, one nn.Linear of the model replaced by a QuantLinear."""
 
-    def __init__(self, fmt: NF4Format) -> None:
-        self.fmt = fmt
+    def __init__(self, config: _Config) -> None:
+        self.config = config
 
     def convert(self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str], **_: Any) -> dict[str, Tensor]:
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            _quantize_layer(model, name.removesuffix(".weight"), weight, self.fmt)
             missing_keys.discard(name)
+            try:
+                _quantize_layer(model, name.removesuffix(".weight"), weight, self.config.fmt)
+            except ModelError as error:
+                self.config.problems.append(str(error))
         return {}
 
 
@@ -130,7 +138,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
         return param_name in self._names
 
     def get_quantize_ops(self) -> _Quantize:
-        return _Quantize(self.quantization_config.fmt)
+        return _Quantize(self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         self.remove_quantization_config(model)
@@ -176,17 +184,17 @@ def load_model(
     """
     attention.register()
     arguments: dict[str, Any] = source.load_arguments | {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    arguments |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # we refuse them ourselves, by name
+    config = _Config(quantize)
     if source.is_gguf:
         arguments |= _gguf_arguments()
     elif quantize is not None:
-        arguments["quantization_config"] = _Config(quantize)
+        arguments["quantization_config"] = config
     try:
-        model, info = _quiet(AutoModelForCausalLM.from_pretrained, **arguments, output_loading_info=True)
-    except ModelError:
-        raise
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+        model, info = _quiet(AutoModelForCausalLM.from_pretrained, **arguments)
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model {source.given}: could not be loaded: {error}") from error
-    _refuse_incomplete(source, info)
+    _refuse_incomplete(source, info, config.problems)
     if source.is_gguf and quantize is not None:
         for name in quantizable(model):
             _quantize_layer(model, name, model.get_submodule(name).weight.detach(), quantize)
@@ -220,11 +228,11 @@ def _quiet(function: Any, **arguments: Any) -> Any:
             hf_logging.enable_progress_bar()
 
 
-def _refuse_incomplete(source: Source, info: dict[str, Any]) -> None:
-    problems = [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
-    problems += [f"wrong shape: {entry}" for entry in map(str, info.get("mismatched_keys", ()))]
-    errors = info.get("conversion_errors") or info.get("error_msgs") or ()
-    problems += list(errors.values()) if isinstance(errors, dict) else [str(e) for e in errors]
+def _refuse_incomplete(source: Source, info: dict[str, Any], problems: list[str]) -> None:
+    problems = problems + [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
+    for name, found, expected in sorted(info.get("mismatched_keys", ())):
+        problems.append(f"{name}: checkpoint has {tuple(found)}, the model expects {tuple(expected)}")
+    problems += map(str, info.get("error_msgs") or ())
     if problems:
         shown = "\n  ".join(problems[:20])
         raise ModelError(f"model {source.given}: {len(problems)} tensor(s) could not be loaded\n  {shown}")

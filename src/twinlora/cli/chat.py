@@ -1,0 +1,136 @@
+"""`twinlora chat`: a conversation on the terminal, adapters switched by a word."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twinlora.cli.console import ConsoleReporter, err, out
+from twinlora.config import ChatOptions
+from twinlora.errors import AdapterError, ConfigError
+
+if TYPE_CHECKING:
+    from twinlora.evaluate.opening import Opened
+
+_HELP = "/adapter NAME  answer with it · /base  the bare model · /adapters  list · /clear  forget · /quit"
+
+
+def parse_adapters(entries: list[str]) -> dict[str, Path]:
+    """`NAME=DIR` entries as a mapping. Raises ConfigError."""
+    out: dict[str, Path] = {}
+    for entry in entries:
+        name, separator, path = entry.partition("=")
+        if not separator or not name or not path:
+            raise ConfigError(f"adapter {entry!r}: expected NAME=DIR, for example mine=runs/a/adapter")
+        if name in out:
+            raise ConfigError(f"adapter {name!r} is given twice: choose different names")
+        out[name] = Path(path)
+    return out
+
+
+class Conversation:
+    """The messages so far and the adapter that answers."""
+
+    def __init__(self, opened: Opened, options: ChatOptions) -> None:
+        import torch
+
+        self.opened, self.options = opened, options
+        self.generator = torch.Generator(device=opened.model.device).manual_seed(options.seed)
+        self.turns: list[dict[str, Any]] = []
+
+    @property
+    def system(self) -> str | None:
+        """The system message: the option's, else what the active adapter was trained with."""
+        if self.options.system is not None:
+            return self.options.system
+        passport = self.opened.passports.get(self.opened.bank.active or "")
+        return passport.system if passport else None
+
+    def command(self, line: str) -> bool:
+        """Obey a line that starts with a slash; False ends the conversation."""
+        word, _, rest = line.partition(" ")
+        bank = self.opened.bank
+        if word in ("/quit", "/exit", "/q"):
+            return False
+        if word == "/base":
+            bank.use(None)
+            self.turns.clear()
+            out.print("the base model answers", style="dim")
+        elif word == "/adapter":
+            try:
+                bank.use(rest.strip() or None)
+                self.turns.clear()
+                out.print(f"{bank.active or 'the base model'} answers", style="dim")
+            except AdapterError as error:
+                err.print(str(error), style="red", markup=False)
+        elif word == "/adapters":
+            out.print(", ".join(bank.names) or "none loaded", style="dim")
+        elif word == "/clear":
+            self.turns.clear()
+        else:
+            out.print(_HELP, style="dim")
+        return True
+
+    def answer(self, text: str) -> str:
+        """Say `text`; stream the answer to stdout and remember both."""
+        from twinlora.model.generate import end_tokens, generate
+
+        model, tokenizer = self.opened.model, self.opened.tokenizer
+        self.turns.append({"role": "user", "content": text})
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        if not tokenizer.chat_template:
+            prompt = tokenizer(text)["input_ids"]
+        else:
+            rendered = tokenizer.apply_chat_template(head + self.turns, add_generation_prompt=True, tokenize=False)
+            prompt = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        tokens: list[int] = []
+        shown = ""
+
+        def stream(token: int) -> None:
+            nonlocal shown
+            tokens.append(token)
+            decoded = tokenizer.decode(tokens, skip_special_tokens=True)
+            if not decoded.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of a character is still to come
+                sys.stdout.write(decoded[len(shown) :])
+                sys.stdout.flush()
+                shown = decoded
+
+        generate(
+            model,
+            [list(prompt)],
+            max_new_tokens=self.options.max_new_tokens,
+            stop=end_tokens(model, tokenizer),
+            temperature=self.options.temperature,
+            generator=self.generator,
+            on_token=stream,
+        )
+        final = tokenizer.decode(tokens, skip_special_tokens=True)
+        sys.stdout.write(final[len(shown) :] + "\n")
+        self.turns.append({"role": "assistant", "content": final})
+        return str(final)
+
+
+def run(options: ChatOptions) -> None:
+    """Read lines from the terminal (or a pipe) until it ends or /quit."""
+    adapters = parse_adapters(options.adapter)
+    from twinlora.evaluate.opening import open_model
+
+    opened = open_model(options, adapters, precision=options.precision, reporter=ConsoleReporter())
+    conversation = Conversation(opened, options)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        err.print(f"{opened.bank.active or 'the base model'} answers. {_HELP}", style="dim")
+    while True:
+        try:
+            line = input("› " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if line.startswith("/"):
+            if not conversation.command(line):
+                break
+        elif line:
+            try:
+                conversation.answer(line)
+            except KeyboardInterrupt:
+                err.print(" (stopped)", style="dim")

@@ -1,0 +1,69 @@
+"""A base model with adapters, ready to answer: what eval and chat share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from twinlora.adapters import files, passport
+from twinlora.adapters.bank import AdapterBank
+from twinlora.config import ModelOptions
+from twinlora.model import swap
+from twinlora.model.fingerprint import fingerprint
+from twinlora.model.load import load_model, load_tokenizer, pick_device, precision_by_layer, resolve
+from twinlora.numerics.nf4 import NF4Format
+from twinlora.reporter import Reporter
+
+__all__ = ["Opened", "open_model"]
+
+
+@dataclass
+class Opened:
+    """The model, its tokenizer, its bank of adapters, and their passports by name."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    bank: AdapterBank
+    passports: dict[str, passport.Passport | None]
+
+
+def open_model(
+    options: ModelOptions,
+    adapters: dict[str, Path],
+    *,
+    precision: Literal["16bit", "nf4", "auto"],
+    reporter: Reporter,
+) -> Opened:
+    """Load the base and every adapter, check their passports, activate the first.
+
+    `precision` auto follows the first adapter's passport; NF4 is used if it was trained on NF4. Raises ModelError,
+    AdapterError.
+    """
+    source = resolve(options.model)
+    read = {name: files.read_adapter(path) for name, path in adapters.items()}
+    passports = {name: passport.read(adapter.directory) for name, adapter in read.items()}
+    if precision == "auto":
+        first = next(iter(passports.values()), None)
+        precision = "nf4" if first and any(key.startswith("nf4") for key in first.base_precision) else "16bit"
+    fmt = NF4Format(options.block_size, 256 if options.double_quant else 0) if precision == "nf4" else None
+    identity = fingerprint(source) if read else ""
+    model = load_model(
+        source,
+        quantize=fmt,
+        dtype=getattr(torch, options.dtype),
+        device=pick_device(options.device),
+        trust_remote_code=options.trust_remote_code,
+    )
+    stored = precision_by_layer(model)
+    bank = AdapterBank(model)
+    for name, adapter in read.items():
+        for line in passport.check(adapter.directory, fingerprint=identity, base=options.model, precision=stored):
+            reporter.note(line)
+        bank.add(name, adapter)
+    swap.replace_blocks(model, reporter.note)
+    bank.use(next(iter(read), None))
+    return Opened(model, load_tokenizer(source, trust_remote_code=options.trust_remote_code), bank, passports)

@@ -1,0 +1,188 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from tests.conftest import tiny_config
+from twinlora.errors import ModelError
+from twinlora.model.fingerprint import fingerprint
+from twinlora.model.linear import QuantLinear
+from twinlora.model.load import load_model, load_tokenizer, pick_device, precision_by_layer, resolve
+from twinlora.numerics import ops
+from twinlora.numerics.nf4 import NF4Format
+
+
+def test_quantised_layers_are_those_of_the_dense_model(tiny):
+    source = resolve(str(tiny))
+    dense, quantized = load_model(source), load_model(source, quantize=NF4Format())
+    assert precision_by_layer(quantized) == {"nf4-64-dq256": 14, "bfloat16": 1}
+    assert quantized.lm_head.weight is quantized.model.embed_tokens.weight
+    for name, module in quantized.named_modules():
+        if isinstance(module, QuantLinear):
+            expected = ops.quantize(dense.get_submodule(name).weight).dequantize()
+            assert torch.equal(module.dense_weight(torch.bfloat16), expected)
+    assert not hasattr(quantized, "hf_quantizer")
+    assert not quantized.is_quantized
+
+
+def test_dense_logits_are_those_of_transformers(tiny):
+    ids = torch.randint(0, 256, (2, 9))
+    stock = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(load_model(resolve(str(tiny)))(ids).logits, stock(ids).logits)
+
+
+def test_casting_the_model_leaves_scales_alone(tiny):
+    model = load_model(resolve(str(tiny)), quantize=NF4Format())
+    layer = model.model.layers[0].mlp.up_proj
+    before = [p.clone() for p in (layer.packed, layer.scales, layer.nested_scales, layer.nested_offset)]
+    model.to(torch.float16)
+    after = (layer.packed, layer.scales, layer.nested_scales, layer.nested_offset)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(after, before, strict=True))
+    assert model.model.norm.weight.dtype == torch.float16
+
+
+def test_biases_survive_quantisation(tmp_path, tokenizer):
+    model = LlamaForCausalLM(tiny_config(attention_bias=True)).to(torch.bfloat16)
+    for p in model.parameters():
+        p.data.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = load_model(resolve(str(tmp_path)), quantize=NF4Format())
+    assert torch.equal(loaded.model.layers[1].self_attn.q_proj.bias, model.model.layers[1].self_attn.q_proj.bias)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda d: str(d / "nothing"), "no such directory or file"),
+        (lambda d: str(d), "no config.json"),
+        (lambda d: (d / "x.bin").write_bytes(b"abcd") and str(d / "x.bin"), "not a GGUF file"),
+    ],
+)
+def test_wrong_sources(tmp_path, make, message):
+    with pytest.raises(ModelError, match=message):
+        resolve(make(tmp_path))
+
+
+def _copy(tiny, target):
+    target.mkdir()
+    for file in tiny.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("quantize", [None, NF4Format()])
+def test_missing_and_misshapen_tensors_are_named(tiny, tmp_path, quantize):
+    directory = _copy(tiny, tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(3, 64, dtype=torch.bfloat16)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError) as caught:
+        load_model(resolve(str(directory)), quantize=quantize)
+    assert "up_proj" in str(caught.value)
+    assert "q_proj" in str(caught.value)
+
+
+def test_nan_weight_is_named(tiny, tmp_path):
+    directory = _copy(tiny, tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.0.mlp.gate_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.gate_proj\.weight: 1 of"):
+        load_model(resolve(str(directory)), quantize=NF4Format())
+
+
+def test_fingerprint_does_not_depend_on_sharding_and_sees_a_bit(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    whole = fingerprint(resolve(str(tiny)))
+    assert fingerprint(resolve(str(tiny))) == whole  # from the cache
+    model = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert fingerprint(resolve(str(tmp_path / "shards"))) == whole
+    changed = _copy(tiny, tmp_path / "changed")
+    blob = bytearray((changed / "model.safetensors").read_bytes())
+    blob[-1] ^= 1
+    (changed / "model.safetensors").write_bytes(blob)
+    assert fingerprint(resolve(str(changed))) != whole
+
+
+def test_truncated_checkpoint(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directory = _copy(tiny, tmp_path / "m")
+    blob = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(blob[:-100])
+    with pytest.raises(ModelError, match="ends behind the file"):
+        fingerprint(resolve(str(directory)))
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_model(resolve(str(directory)))
+
+
+def test_unknown_device():
+    with pytest.raises(ModelError, match="expected auto, cpu"):
+        pick_device("gpu0")
+
+
+def test_tokenizer_gets_a_pad_token(tiny, tmp_path):
+    directory = _copy(tiny, tmp_path / "m")
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config.pop("pad_token")
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(resolve(str(directory))).pad_token == "<|im_end|>"
+
+
+MEASURE = """
+import sys, json
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, "src")
+from pathlib import Path
+from twinlora import machine
+from twinlora.model.load import load_model, resolve
+from twinlora.numerics.nf4 import NF4Format
+import threading, time, re
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+source = resolve(sys.argv[1])
+load_model(resolve(sys.argv[2]), quantize=NF4Format())  # imports, pools and tables are not the model's
+before, peak, done = anonymous(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+thread = threading.Thread(target=watch); thread.start()
+model = load_model(source, quantize=NF4Format())
+done = True; thread.join()
+print(json.dumps({"peak": peak - before, "final": sum(p.nbytes for p in model.parameters())}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_streaming_keeps_the_peak_near_the_final_size(tmp_path, tiny):
+    """Anonymous memory stays below the final size plus three times the largest tensor (here a smaller checkpoint)."""
+    config = tiny_config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, vocab_size=8000)
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in LlamaForCausalLM(config).named_parameters()}
+    tensors = {n: torch.randn(s).to(torch.bfloat16) if len(s) > 1 else torch.ones(s).bfloat16() for n, s in shapes.items()}
+    names = list(tensors)
+    index = {}
+    for part in range(4):
+        file = f"model-{part + 1:05d}-of-00004.safetensors"
+        chosen = {n: tensors[n] for n in names[part::4]}
+        save_file(chosen, tmp_path / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(chosen, file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    largest = max(t.nbytes for t in tensors.values())
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path), str(tiny)], capture_output=True, text=True, check=True)
+    measured = json.loads(done.stdout)
+    assert measured["peak"] < measured["final"] + 3 * largest

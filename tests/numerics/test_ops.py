@@ -1,0 +1,57 @@
+import pytest
+import torch
+from torch.library import opcheck
+
+from twinlora.numerics import ops
+from twinlora.numerics.loss import linear_cross_entropy
+from twinlora.numerics.nf4 import NF4Format
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (5, 33)])
+@pytest.mark.parametrize("nested", [0, 32])
+def test_opcheck(shape, nested):
+    weight = torch.randn(shape)
+    quantized = ops.quantize(weight, NF4Format(32, nested))
+    library = torch.ops.twinlora
+    opcheck(library.nf4_quantize.default, (weight, 32))
+    opcheck(library.scales_quantize.default, (torch.rand(70), 32))
+    opcheck(library.nf4_dequantize.default, (*quantized.arguments, torch.float32))
+    x = torch.randn(3, shape[1], requires_grad=True)
+    opcheck(library.nf4_linear.default, (x, *quantized.arguments))
+    opcheck(library.nf4_linear_transposed.default, (torch.randn(3, shape[0]), *quantized.arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_and_its_gradient_are_those_of_the_dequantised_weight(dtype):
+    quantized = ops.quantize(torch.randn(48, 96))
+    x = torch.randn(2, 7, 96, dtype=dtype, requires_grad=True)
+    dy = torch.randn(2, 7, 48, dtype=dtype)
+    (dx,) = torch.autograd.grad(ops.linear(x, quantized), x, dy)
+    weight = quantized.dequantize(dtype)
+    y = torch.nn.functional.linear(x, weight)
+    assert torch.equal(ops.linear(x, quantized), y)
+    assert torch.equal(dx, torch.autograd.grad(y, x, dy)[0])
+
+
+def test_backend_is_named():
+    assert ops.backend("cpu").endswith("-cpu")
+
+
+@pytest.mark.parametrize("rows", [1, 37, 300])
+@pytest.mark.parametrize("train_head", [False, True])
+def test_linear_cross_entropy(rows, train_head, monkeypatch):
+    monkeypatch.setattr("twinlora.numerics.loss._CHUNK_ELEMENTS", 4096)  # many chunks
+    hidden = torch.randn(rows, 16, requires_grad=True)
+    weight = torch.randn(99, 16, requires_grad=train_head)
+    labels = torch.randint(0, 99, (rows,))
+    inputs = (hidden, weight) if train_head else (hidden,)
+    found = linear_cross_entropy(hidden, weight, labels)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found * 3, inputs), torch.autograd.grad(expected * 3, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_linear_cross_entropy_survives_large_logits():
+    hidden = torch.full((2, 4), 100.0)
+    assert torch.isfinite(linear_cross_entropy(hidden, torch.eye(4) * 100, torch.tensor([0, 3])))
