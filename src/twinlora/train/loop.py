@@ -150,6 +150,7 @@ class _Trainer:
     ) -> None:
         self.options, self.inputs, self.run, self.reporter, self.device = options, inputs, run, reporter, device
         machine.reset_peaks(device)
+        torch.manual_seed(options.seed)  # dropout draws from the global generators
         self.notes: list[str] = []
         self.model = self._load()
         self.precision = precision_by_layer(self.model)
