@@ -75,4 +75,8 @@ class Interrupted(TwinloraError):
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
+        self.signum = signum
         self.exit_status = 128 + signum
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:  # workers send it to their parent
+        return Interrupted, (str(self), self.signum)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twinlora import atomic
 from twinlora.errors import DataError
 
-__all__ = ["Row", "file_digest", "read_rows"]
+__all__ = ["Row", "file_digest", "read_rows", "write_rows"]
 
 _ROLES = ("system", "user", "assistant", "tool")
 _SHOWN = 10  # bad rows listed in an error
@@ -28,6 +30,10 @@ class Row:
     messages: tuple[dict[str, Any], ...] = ()
     prompt: str = ""
     completion: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as it stands in a file."""
+        return {"messages": list(self.messages)} if self.messages else {"prompt": self.prompt, "completion": self.completion}
 
     @property
     def answer(self) -> str:
@@ -104,6 +110,12 @@ def _messages(messages: Any) -> tuple[dict[str, Any], ...]:
     if not messages[-1]["content"].strip():
         raise DataError("the last answer is empty: nothing to train on")
     return tuple(messages)
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> Path:
+    """Write rows as JSONL; returns `path`."""
+    atomic.write_text(path, "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))
+    return path
 
 
 def file_digest(path: Path) -> str:

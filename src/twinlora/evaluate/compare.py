@@ -1,0 +1,213 @@
+"""`compare(options)`: several methods on the same data, tuned alike, measured alike, and a verdict from the figures.
+
+Each method's search and each final run has a process of its own, so that no run inherits another's memory. All share
+the seed, hence the initial adapter and the order of rows. The learning rate of each is chosen on validation rows, which
+neither training nor the test rows contain.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import random
+import shutil
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+from twinlora import machine
+from twinlora.config import CompareOptions
+from twinlora.data.formats import Row, read_rows, write_rows
+from twinlora.errors import BackendError, ConfigError, DataError
+from twinlora.evaluate import html, worker
+from twinlora.evaluate.metrics import Prediction
+from twinlora.evaluate.report import BASE, Difference, MethodResult, Report, Sample, SearchPoint, save
+from twinlora.evaluate.stats import paired_interval
+from twinlora.evaluate.verdict import judge
+from twinlora.model.fingerprint import fingerprint
+from twinlora.model.load import load_tokenizer, pick_device, resolve
+from twinlora.reporter import Reporter
+
+__all__ = ["compare"]
+
+_OWN = ("data", "search", "runs", "report.json", "report.html")
+_SAMPLES = 6
+_SEARCH_SHARE = 4  # a search run sees a quarter of the rows unless told otherwise
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The files of a comparison, and how many rows they have."""
+
+    train: Path
+    search: Path
+    validation: Path
+    test: Path
+    counts: dict[str, int]
+
+
+def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report:
+    """Run the comparison and write report.json and report.html. Raises InputError before anything is written."""
+    reporter = reporter or Reporter()
+    source = resolve(options.model)
+    load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    device = pick_device(options.device)
+    train, validation, test = _split(options, reporter)
+    _claim(options)
+    splits = _write(options, train, validation, test)
+    results: list[MethodResult] = []
+    predictions: dict[str, list[Prediction]] = {}
+    base, predictions[BASE] = _in_process(BASE, worker.measure_base, options, splits.test)
+    results.append(base.result)
+    reporter.note(f"base: {base.result.exact_match.value:.1%} exact match, test loss {base.result.test_loss:.3f}")
+    for method in options.methods:
+        points = _in_process(f"{method} search", worker.search, options, method, splits.search, splits.validation)
+        lr, at_edge = _best(points)
+        if lr is None:
+            reporter.note(f"{method}: every learning rate diverged")
+            continue
+        note = f"{method}: best learning rate {lr:g} of {', '.join(f'{p.lr:g}' for p in points)}"
+        reporter.note(note + (", at the edge of the grid" if at_edge else ""))
+        done, predictions[method] = _in_process(method, worker.train_and_measure, options, method, lr, splits)
+        result = done.model_copy(update={"search": points, "at_edge": at_edge, "search_seconds": sum(p.seconds for p in points)})
+        results.append(result)
+        reporter.note(f"{method}: {result.exact_match.value:.1%} exact match, test loss {result.test_loss:.3f}")
+    report = Report(
+        title=options.title or f"{', '.join(options.methods)} on {options.data.name}",
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        git_hash=_git_hash(),
+        machine=machine.describe(device),
+        model=options.model,
+        model_parameters=base.parameters,
+        base_fingerprint=fingerprint(source),
+        data={"train": str(options.data), "test": str(options.eval), "rows": splits.counts},
+        options=options.model_dump(mode="json"),
+        ways=results,
+        differences=_differences(results),
+        verdict=judge(results, _differences(results)),
+        samples=_samples(predictions),
+        next_commands=_next_commands(options, results),
+    )
+    save(report, options.output / "report.json")
+    html.write(report, options.output / "report.html")
+    return report
+
+
+def _split(options: CompareOptions, reporter: Reporter) -> tuple[list[Row], list[Row], list[Row]]:
+    """Training, validation and test rows; validation is disjoint from both others by what is asked."""
+    rows, test = read_rows(options.data), read_rows(options.eval, options.test_rows)
+    asked = {_prompt(row) for row in test}
+    shared = sum(_prompt(row) in asked for row in rows)
+    if shared:
+        reporter.note(f"data: {shared} of {len(rows)} training rows ask what a test row asks; test figures flatter")
+    if options.validation:
+        validation = read_rows(options.validation)
+        overlap = sum(_prompt(row) in asked for row in validation)
+        if overlap:
+            raise DataError(f"data {options.validation}: {overlap} validation row(s) are test rows; choose disjoint files")
+        return rows, validation, test
+    order = list(range(len(rows)))
+    random.Random(options.seed).shuffle(order)
+    candidates = [i for i in order if _prompt(rows[i]) not in asked]
+    chosen = set(candidates[: options.validation_rows])
+    if len(rows) - len(chosen) < options.batch_size or not chosen:
+        raise DataError(
+            f"data {options.data}: {len(rows)} rows are too few to take {options.validation_rows} validation rows from; "
+            "give --validation FILE or fewer --validation-rows"
+        )
+    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)], test
+
+
+def _prompt(row: Row) -> str:
+    return repr(row.messages[:-1]) if row.messages else row.prompt
+
+
+def _claim(options: CompareOptions) -> None:
+    present = [name for name in _OWN if (options.output / name).exists()]
+    if present and not options.overwrite:
+        raise ConfigError(
+            f"output {options.output}: holds an earlier comparison ({', '.join(present)}); "
+            "give --overwrite to replace it, or another --output"
+        )
+    for name in present:
+        target = options.output / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+
+def _write(options: CompareOptions, train: list[Row], validation: list[Row], test: list[Row]) -> Splits:
+    count = options.search_rows or max(options.batch_size, len(train) // _SEARCH_SHARE)
+    searched = random.Random(options.seed).sample(train, min(count, len(train)))
+    parts = {"train": train, "search": searched, "validation": validation, "test": test}
+    paths = {name: write_rows(options.output / "data" / f"{name}.jsonl", rows) for name, rows in parts.items()}
+    return Splits(**paths, counts={name: len(rows) for name, rows in parts.items()})
+
+
+def _in_process(what: str, function: Callable[..., T], *arguments: Any) -> T:
+    """Call `function` in a fresh process. Its errors are raised here."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise BackendError(
+                f"{what}: its process died without a word; the system may have ended it for lack of memory. "
+                "Try a smaller --micro-batch-tokens"
+            ) from None
+
+
+def _best(points: list[SearchPoint]) -> tuple[float | None, bool]:
+    """The rate with the least validation loss, and whether it lies at an edge of a grid of two or more."""
+    alive = [(p.validation_loss, p.lr) for p in points if p.validation_loss is not None]
+    if not alive:
+        return None, False
+    lr = min(alive)[1]
+    rates = [p.lr for p in points]
+    return lr, len(rates) > 1 and lr in (min(rates), max(rates))
+
+
+def _differences(results: list[MethodResult]) -> list[Difference]:
+    """Every tuned way against the base, and each pair of tuned ways in the order of the methods."""
+    base, *tuned = results
+    out = []
+    for a, b in [*((way, base) for way in tuned), *itertools.combinations(tuned, 2)]:
+        value, low, high = paired_interval(a.row_hits, b.row_hits)
+        out.append(Difference(a=a.method, b=b.method, value=value, low=low, high=high, rows=len(a.row_hits)))
+    return out
+
+
+def _samples(predictions: dict[str, list[Prediction]]) -> list[Sample]:
+    """A few test rows; those on which the ways disagree come first."""
+    columns = list(predictions)
+    rows = list(zip(*predictions.values(), strict=True))
+    rows.sort(key=lambda row: len({p.hit for p in row[1:]}) < 2)
+    return [
+        Sample(prompt=row[0].prompt, expected=row[0].expected, outputs={c: p.output for c, p in zip(columns, row, strict=True)})
+        for row in rows[:_SAMPLES]
+    ]
+
+
+def _next_commands(options: CompareOptions, results: list[MethodResult]) -> list[str]:
+    out = []
+    for way in results[1:]:
+        if way.method == "full":
+            out.append(f"twinlora chat --model {options.output}/runs/full/model")
+        else:
+            precision = " --precision nf4" if way.method == "qlora" else ""
+            adapter = f"{way.method}={options.output}/runs/{way.method}/adapter"
+            out.append(f"twinlora chat --model {options.model}{precision} --adapter {adapter}")
+    return out
+
+
+def _git_hash() -> str | None:
+    """The commit of the working directory's repository, if it is one."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

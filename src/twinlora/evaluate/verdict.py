@@ -1,0 +1,140 @@
+"""Figures in, verdict out. Every number in a sentence comes from the measurements."""
+
+from __future__ import annotations
+
+from twinlora.evaluate.report import BASE, Difference, MethodResult, Verdict
+
+__all__ = ["judge"]
+
+_NAMES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning", BASE: "the untuned base"}
+_MATTERS = 0.05  # a smaller relative difference in memory or speed decides nothing
+
+
+def name_of(method: str) -> str:
+    """How a method is written in prose."""
+    return _NAMES.get(method, method)
+
+
+def judge(ways: list[MethodResult], differences: list[Difference]) -> Verdict:
+    """Choose among the tuned ways, or say why not.
+
+    Withheld if a best learning rate lies at the edge of its grid, or every rate diverged: then the comparison would be
+    between badly tuned methods. Quality decides if the paired interval excludes 0, else memory, then speed.
+    """
+    tuned = [way for way in ways if way.method != BASE]
+    reasons = [_describe(way) for way in tuned]
+    withheld = _reasons_to_withhold(tuned)
+    if withheld:
+        sentence = "No verdict: " + "; ".join(withheld) + ". Widen the grid of learning rates and compare again."
+        return Verdict(choose=None, sentence=sentence, reasons=reasons, withheld=withheld)
+    useless = _none_beats_base(tuned, differences)
+    if useless:
+        return Verdict(choose=None, sentence=useless, reasons=reasons)
+    if len(tuned) == 1:
+        return Verdict(choose=tuned[0].method, sentence=f"Only {_describe(tuned[0])} was run.", reasons=reasons)
+    best = max(tuned, key=lambda way: way.exact_match.value)
+    rivals = [way for way in tuned if way is not best and _between(best, way, differences).undecided]
+    if not rivals:
+        second = max((way for way in tuned if way is not best), key=lambda way: way.exact_match.value)
+        return Verdict(choose=best.method, sentence=_clear_winner(best, second, differences), reasons=reasons)
+    return _by_resources([best, *rivals], tuned, differences, reasons)
+
+
+def _describe(way: MethodResult) -> str:
+    score = way.exact_match
+    speed = f", {way.tokens_per_second:,.0f} tokens/s" if way.tokens_per_second else ""
+    return (
+        f"{name_of(way.method)}: {score.value:.1%} exact match ({score.low:.1%} to {score.high:.1%} on {score.rows} rows)"
+        f"{speed}, base weights {way.base_weight_bytes / 1e6:,.0f} MB, peak {_peak(way) / 1e9:.2f} GB"
+    )
+
+
+def _peak(way: MethodResult) -> int:
+    """The memory that runs out first: the device's if there is one."""
+    return way.peak_device_bytes or way.train_peak_rss_bytes or way.peak_rss_bytes
+
+
+def _reasons_to_withhold(tuned: list[MethodResult]) -> list[str]:
+    out = []
+    for way in tuned:
+        name = name_of(way.method)
+        if way.search and all(point.validation_loss is None for point in way.search):
+            out.append(f"every learning rate diverged for {name}")
+        elif way.at_edge and way.learning_rate is not None:
+            rates = [point.lr for point in way.search]
+            out.append(
+                f"the best learning rate of {name}, {way.learning_rate:g}, lies at the edge of its grid "
+                f"({min(rates):g} to {max(rates):g})"
+            )
+    return out
+
+
+def _between(a: MethodResult, b: MethodResult, differences: list[Difference]) -> Difference:
+    """Paired difference a - b, turned round where it was recorded as b - a."""
+    for d in differences:
+        if (d.a, d.b) == (a.method, b.method):
+            return d
+        if (d.b, d.a) == (a.method, b.method):
+            return Difference(a=d.b, b=d.a, value=-d.value, low=-d.high, high=-d.low, rows=d.rows)
+    raise ValueError(f"no paired difference of {a.method} and {b.method}")
+
+
+def _none_beats_base(tuned: list[MethodResult], differences: list[Difference]) -> str | None:
+    to_base = [d for d in differences if d.b == BASE]
+    if not to_base or any(d.low > 0 for d in to_base):
+        return None
+    best = max(to_base, key=lambda d: d.value)
+    return (
+        f"Neither method helped: the best, {name_of(best.a)}, differs from the untuned base by {_points(best)}. "
+        "More rows or more epochs are needed before a choice means anything."
+    )
+
+
+def _points(d: Difference) -> str:
+    return f"{100 * d.value:+.1f} points (95 % interval {100 * d.low:+.1f} to {100 * d.high:+.1f}, {d.rows} rows)"
+
+
+def _clear_winner(best: MethodResult, second: MethodResult, differences: list[Difference]) -> str:
+    sentence = f"Choose {name_of(best.method)}: it is better than {name_of(second.method)} by "
+    sentence += _points(_between(best, second, differences))
+    if _peak(second) < (1 - _MATTERS) * _peak(best):
+        sentence += (
+            f"; if memory is short, {name_of(second.method)} needs {_peak(second) / 1e9:.2f} GB "
+            f"instead of {_peak(best) / 1e9:.2f} GB at its peak"
+        )
+    return sentence + "."
+
+
+def _by_resources(
+    equal: list[MethodResult], tuned: list[MethodResult], differences: list[Difference], reasons: list[str]
+) -> Verdict:
+    """Quality cannot tell `equal` apart: the smaller peak wins, if it is smaller at all, else the faster one."""
+    smallest, largest = min(equal, key=_peak), max(equal, key=_peak)
+    fastest = max(equal, key=lambda way: way.tokens_per_second or 0.0)
+    slowest = min(equal, key=lambda way: way.tokens_per_second or 0.0)
+    memory_decides = _peak(smallest) < (1 - _MATTERS) * _peak(largest)
+    choice = smallest if memory_decides else fastest
+    other = next(way for way in (largest, slowest, *equal) if way is not choice)
+    d = _between(choice, other, differences)
+    sentence = (
+        f"Choose {name_of(choice.method)}: in quality it cannot be told from {name_of(other.method)}, {_points(d)}; "
+        + _resources(choice, other)
+    )
+    weights = min(equal, key=lambda way: way.base_weight_bytes)
+    if weights is not choice and weights.base_weight_bytes < (1 - _MATTERS) * choice.base_weight_bytes:
+        sentence += (
+            f" {name_of(weights.method)} stores the base in {weights.base_weight_bytes / 1e6:,.0f} MB instead of "
+            f"{choice.base_weight_bytes / 1e6:,.0f} MB: take it when the weights, not the activations, fill the memory."
+        )
+    return Verdict(choose=choice.method, sentence=sentence, reasons=reasons)
+
+
+def _resources(a: MethodResult, b: MethodResult) -> str:
+    """`it peaks at … instead of … and trains … faster/slower.`"""
+    speed_a, speed_b = a.tokens_per_second or 0.0, b.tokens_per_second or 0.0
+    text = f"it peaks at {_peak(a) / 1e9:.2f} GB against {_peak(b) / 1e9:.2f} GB"
+    if speed_a and speed_b:
+        ratio = speed_a / speed_b - 1
+        word = "faster" if ratio >= 0 else "slower"
+        text += f" and trains {abs(ratio):.0%} {word} ({speed_a:,.0f} against {speed_b:,.0f} tokens/s)"
+    return text + "."
