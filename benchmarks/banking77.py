@@ -36,10 +36,10 @@ def run_ours(method: str, args: argparse.Namespace, train_rows: list[dict], test
     """The same through twinlora's own training loop and evaluation."""
     import peers
 
-    from twinlora.cli.console import ConsoleReporter
     from twinlora.config import TrainOptions
     from twinlora.data.formats import read_rows
     from twinlora.evaluate.metrics import exact_match
+    from twinlora.reporter import ConsoleReporter
     from twinlora.train.loop import train
 
     recipe = peers.Recipe()

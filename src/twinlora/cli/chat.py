@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinlora.cli.console import ConsoleReporter, err, out
+from twinlora.cli.console import err, out
 from twinlora.config import ChatOptions
 from twinlora.errors import AdapterError, ConfigError
+from twinlora.reporter import ConsoleReporter
 
 if TYPE_CHECKING:
     from twinlora.evaluate.opening import Opened

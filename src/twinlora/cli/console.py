@@ -1,70 +1,19 @@
-"""How verbs speak: results on stdout, notes and progress on stderr, one message for an error."""
+"""Where verbs print: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from twinlora.reporter import Reporter
-
-__all__ = ["ConsoleReporter", "err", "out", "print_json"]
+__all__ = ["err", "out", "print_json"]
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
-_QUIET_SECONDS = 10.0  # between progress lines where stderr is not a terminal
 
 
 def print_json(document: Any) -> None:
     """The one JSON document that `--json` promises."""
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-class ConsoleReporter(Reporter):
-    """Progress bars on a terminal; elsewhere a line now and then. `prefix` tells several workers apart."""
-
-    def __init__(self, prefix: str = "") -> None:
-        self._prefix = f"{prefix} · " if prefix else ""
-        self._bars: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
-        self._printed: dict[str, float] = {}
-
-    def note(self, text: str) -> None:
-        """Show a line."""
-        console = self._bars.console if self._bars else err
-        console.print(self._prefix + text, markup=False)
-
-    def progress(self, stage: str, done: int, total: int, text: str = "") -> None:
-        """Move the bar of `stage`, or print a line if the last one is old or this is the end."""
-        if err.is_terminal:
-            self._bar(stage, done, total, text)
-        elif done >= total or time.monotonic() - self._printed.get(stage, -_QUIET_SECONDS) >= _QUIET_SECONDS:
-            self._printed[stage] = time.monotonic()
-            err.print(f"{self._prefix}{stage} {done}/{total} {text}".rstrip(), markup=False)
-
-    def _bar(self, stage: str, done: int, total: int, text: str) -> None:
-        if self._bars is None:
-            columns = (
-                TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-                TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
-            )  # fmt: skip
-            self._bars = Progress(*columns, console=err, transient=False)
-            self._bars.start()
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(self._prefix + stage, total=total, text=text)
-        self._bars.update(self._tasks[stage], completed=done, total=total, text=text)
-        if done >= total:
-            del self._tasks[stage]
-            if not self._tasks:
-                self._bars.stop()
-                self._bars = None
-
-    def close(self) -> None:
-        """Stop the bars, also when work ends early."""
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from twinlora.cli.console import ConsoleReporter, out, print_json
+from twinlora.cli.console import out, print_json
 from twinlora.config import TrainOptions
+from twinlora.reporter import ConsoleReporter
 
 
 def run(options: TrainOptions) -> None:

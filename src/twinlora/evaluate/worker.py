@@ -24,6 +24,7 @@ from twinlora.model import swap
 from twinlora.model.forward import has_plain_head, packing_refusal
 from twinlora.model.load import load_model, load_tokenizer, pick_device, precision_by_layer, resolve, weight_bytes
 from twinlora.numerics import ops
+from twinlora.reporter import ConsoleReporter
 from twinlora.train.loop import TrainResult, train
 
 if TYPE_CHECKING:
@@ -41,12 +42,6 @@ class BaseMeasured:
 
     result: MethodResult
     parameters: int
-
-
-def _reporter(prefix: str) -> Any:
-    from twinlora.cli.console import ConsoleReporter
-
-    return ConsoleReporter(prefix)
 
 
 def measure_base(options: CompareOptions, test: Path) -> tuple[BaseMeasured, list[Prediction]]:
@@ -83,7 +78,7 @@ def _measure(options: CompareOptions, done: TrainResult, test: Path, name: str) 
         rows,
         batch_size=options.eval_batch_size,
         max_new_tokens=options.max_new_tokens,
-        reporter=_reporter(name),
+        reporter=ConsoleReporter(name),
     )
     hits = [p.hit for p in predictions]
     low, high = wilson_interval(sum(hits), len(hits))
@@ -117,7 +112,7 @@ def search(options: CompareOptions, method: str, data: Path, validation: Path) -
         start = time.perf_counter()
         name = f"{method} · learning rate {lr:g} ({number} of {len(options.lr_grid)})"
         try:
-            record = train(_train_options(options, method, lr, data, validation, directory), _reporter(name)).record
+            record = train(_train_options(options, method, lr, data, validation, directory), ConsoleReporter(name)).record
             loss = record["eval_loss"]
         except TrainingDiverged:
             loss = None
@@ -132,7 +127,7 @@ def train_and_measure(
 ) -> tuple[MethodResult, list[Prediction]]:
     """The final run of `method`, measured on the test rows."""
     directory = options.output / "runs" / method
-    done = train(_train_options(options, method, lr, splits.train, splits.validation, directory), _reporter(method))
+    done = train(_train_options(options, method, lr, splits.train, splits.validation, directory), ConsoleReporter(method))
     record = done.record
     figures, predictions = _measure(options, done, splits.test, method)
     artefact = Path(record.get("adapter") or record["model"])
