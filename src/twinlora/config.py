@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
+import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from twinlora.errors import ConfigError
 
@@ -48,7 +49,9 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
-    json_output: bool = Field(False, description="Print one JSON document on stdout; prose and progress go to stderr.")
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = Field(
+        False, description="Print one JSON document on stdout; prose and progress go to stderr."
+    )
 
 
 class ModelOptions(BaseModel):
@@ -220,17 +223,29 @@ def validated(cls: type[T], values: dict[str, Any], *, where: str = "options") -
 
 
 def read_recipe(path: Path, cls: type[BaseModel]) -> dict[str, Any]:
-    """A YAML recipe as a mapping with field names of `cls`; dashes and underscores are the same. Raises ConfigError."""
+    """The options in a YAML recipe, typed as the fields of `cls`; dashes and underscores are the same.
+
+    Raises ConfigError that names every unknown option and every value of the wrong type.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"recipe {path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ConfigError(f"recipe {path}: not readable as YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"recipe {path}: expected `option: value` lines, found {type(values).__name__}")
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    unknown = sorted(set(values) - set(cls.model_fields))
+    if not isinstance(given, dict):
+        raise ConfigError(f"recipe {path}: expected `option: value` lines, found {type(given).__name__}")
+    given = {str(key).replace("-", "_"): value for key, value in given.items()}
+    unknown = sorted(set(given) - set(cls.model_fields))
     if unknown:
         raise ConfigError(f"recipe {path}: unknown option(s) {', '.join(unknown)}; known: {', '.join(cls.model_fields)}")
+    values, wrong = {}, []
+    for name, value in given.items():
+        field = cls.model_fields[name]
+        try:
+            values[name] = TypeAdapter(Annotated[field.annotation, *(field.metadata or [None])]).validate_python(value)
+        except ValidationError as error:
+            wrong += [f"  {name}: {problem['msg']} (got {problem['input']!r})" for problem in error.errors()]
+    if wrong:
+        raise ConfigError(f"recipe {path}: {len(wrong)} problem(s)\n" + "\n".join(wrong))
     return values

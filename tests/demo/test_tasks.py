@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 
 from twinlora.demo.support import TEAMS
-from twinlora.demo.tasks import TASKS, rows
+from twinlora.demo.tasks import SPLITS, TASKS, rows
 from twinlora.errors import DataError
-
-SPLITS = ("train", "validation", "test")
 
 
 def texts(found, role):
-    return [m["content"] for row in found for m in row["messages"] if m["role"] == role]
+    return [m["content"] for row in found for m in row.messages if m["role"] == role]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -45,7 +43,7 @@ def test_support_answers_are_json_that_copies_the_product():
         found = rows("support", split, 150)
         for user, answer in zip(texts(found, "user"), texts(found, "assistant"), strict=True):
             value = json.loads(answer)
-            assert list(value) == ["team", "intent", "product", "urgent"]
+            assert list(value) == ["intent", "team", "product", "urgent"]
             assert value["product"] in user
             assert TEAMS[value["intent"]] == value["team"]
             assert value["urgent"] == any(cue in user for cue in TASKS["support"].banks[split].urgent)
@@ -59,7 +57,7 @@ def test_the_last_part_of_an_answer_stands_in_the_message(task):
 
 
 def test_deterministic_across_processes():
-    code = "import json; from twinlora.demo.tasks import rows; print(json.dumps([rows(t, 'test', 30) for t in ('support', 'legal', 'triage')]))"
+    code = "import json; from twinlora.demo.tasks import rows; print(json.dumps([r.to_json() for t in ('support', 'legal', 'triage') for r in rows(t, 'test', 30)]))"
     outputs = set()
     for seed in ("1", "2"):
         environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PATH": ""}

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from twinlora import __version__
 from twinlora.errors import ConfigError, TwinloraError
@@ -33,58 +33,55 @@ def _usage() -> str:
     )
 
 
-def _take_recipe(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """Cut `--config FILE` out of the arguments."""
-    rest, recipe = [], None
-    iterator = iter(arguments)
-    for argument in iterator:
-        if argument == "--config":
-            value = next(iterator, None)
-            if value is None:
-                raise ConfigError("--config: expected the path of a YAML recipe after it")
-            recipe = Path(value)
-        elif argument.startswith("--config="):
-            recipe = Path(argument.partition("=")[2])
-        else:
-            rest.append("--json-output" if argument == "--json" else argument)
-    return recipe, rest
-
-
 def parse_options(verb: str, arguments: list[str]) -> Any:
-    """The options of `verb` from flags over a recipe over defaults. Raises ConfigError; SystemExit for bad flags."""
+    """The options of `verb`: flags over a recipe over defaults. Raises ConfigError; SystemExit for bad flags."""
     import tyro
 
     from twinlora import config
 
     cls: Any = getattr(config, _VERBS[verb][1])
-    recipe, arguments = _take_recipe(arguments)
+    lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
+    recipe, arguments = _normalise(arguments, lists)
     values = config.read_recipe(recipe, cls) if recipe else {}
-    checked: dict[str, Any] = {}
-    for name, field in cls.model_fields.items():
-        default = tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
-        checked[name] = values.get(name, default)
-        if name in values and isinstance(default, Path):
-            checked[name] = Path(values[name])
-    if recipe:
-        _check_recipe(cls, values, recipe)
-    default = cls.model_construct(**checked)
+    defaults = {
+        name: values.get(name, tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True))
+        for name, field in cls.model_fields.items()
+    }
     parsed = tyro.cli(
-        cls, args=arguments, prog=f"twinlora {verb}", default=default, config=(tyro.conf.FlagCreatePairsOff,)[:0]
+        cls,
+        args=arguments,
+        prog=f"twinlora {verb}",
+        description=f"{_VERBS[verb][2]} --config recipe.yaml gives options from a file; flags override it.",
+        default=cls.model_construct(**defaults),
     )
     return config.validated(cls, parsed.model_dump(), where=f"twinlora {verb}")
 
 
-def _check_recipe(cls: Any, values: dict[str, Any], recipe: Path) -> None:
-    """Types of a recipe's own values; what it leaves out may come from flags."""
-    from pydantic import ValidationError
-
-    try:
-        cls(**values)
-    except ValidationError as error:
-        wrong = [e for e in error.errors() if e["type"] != "missing"]
-        if wrong:
-            lines = "\n".join(f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in wrong)
-            raise ConfigError(f"recipe {recipe}: {len(wrong)} problem(s)\n{lines}") from None
+def _normalise(arguments: list[str], lists: set[str]) -> tuple[Path | None, list[str]]:
+    """Cut out `--config FILE`, and gather what list options are given: `a,b`, `a b` and a repeated flag are the same."""
+    rest: list[str] = []
+    gathered: dict[str, list[str]] = {}
+    current, recipe = None, None
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            name = flag.removeprefix("--").replace("-", "_")
+            current = name if name in lists or name == "config" else None
+            if current is None:
+                rest.append(argument)
+            else:
+                gathered.setdefault(current, []).extend([value] if equals else [])
+        elif current is None:
+            rest.append(argument)
+        else:
+            gathered[current].append(argument)
+    if "config" in gathered:
+        if len(gathered["config"]) != 1:
+            raise ConfigError("--config: expected the path of one YAML recipe after it")
+        recipe = Path(gathered.pop("config")[0])
+    for name, values in gathered.items():
+        rest += [f"--{name.replace('_', '-')}", *(part for value in values for part in value.split(",") if part)]
+    return recipe, rest
 
 
 def main(argv: list[str] | None = None) -> int:

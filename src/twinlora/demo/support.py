@@ -81,11 +81,16 @@ BANKS = {
         values=[
             "router", "tablet", "coffee machine", "headset", "printer", "smart lamp", "camera", "keyboard", "vacuum robot",
             "fitness watch", "projector", "doorbell", "speaker", "monitor", "heater", "toaster", "scanner", "e-bike",
-            "microphone", "thermostat", "laptop", "blender", "air purifier", "game console",
+            "microphone", "thermostat", "laptop", "blender", "air purifier", "game console", "water pump", "office chair",
+            "hair dryer", "memory card", "washing machine", "freezer", "soundbar", "wall charger", "hiking tent", "violin",
+            "bread maker", "lawnmower", "electric guitar", "bookshelf", "sleeping bag", "tea kettle set", "pressure cooker",
+            "car seat", "night light", "smoke detector", "drill", "ceiling lamp", "usb hub", "mixer", "rowing machine",
+            "phone holder", "notebook", "steam iron", "trampoline", "baby carrier", "mattress", "espresso mill",
         ],
         before=["", "", "Hello,", "Hi there.", "Good morning.", "Dear team,", "Hi,", "Customer 4410 here."],
         after=["", "", "", "Thanks.", "Please help.", "Best regards.", "Thank you for your time."],
-        urgent=["This is urgent.", "I need an answer today.", "Please reply at once.", "It cannot wait, urgent!"],
+        urgent=["This is urgent.", "I need an answer today.", "Please reply at once.", "It cannot wait, urgent!",
+                "I have to know before tonight.", "Urgent: reply today.", "Answer right now, please."],
     ),
     "validation": Bank(
         templates={
@@ -145,5 +150,5 @@ def make(bank: Bank, generator: random.Random) -> tuple[str, str]:
     product = generator.choice(bank.values)
     urgent = generator.random() < 0.4
     message = fill(bank, generator, intent, product, extra=generator.choice(bank.urgent) if urgent else "")
-    route = {"team": TEAMS[intent], "intent": intent, "product": product, "urgent": urgent}
+    route = {"intent": intent, "team": TEAMS[intent], "product": product, "urgent": urgent}
     return message, json.dumps(route, separators=(",", ":"))

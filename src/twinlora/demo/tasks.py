@@ -9,15 +9,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, get_args
 
+from twinlora.data.formats import Row
 from twinlora.demo import legal, support, triage
 from twinlora.demo.bank import Bank
 from twinlora.errors import DataError
 
-__all__ = ["TASKS", "Split", "Task", "rows"]
+__all__ = ["SPLITS", "TASKS", "Split", "Task", "rows"]
 
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 _TRIES = 200  # draws for each row before the bank counts as exhausted
 
 
@@ -39,7 +41,7 @@ TASKS = {
 }
 
 
-def rows(task: str, split: Split, count: int, seed: int = 0) -> list[dict[str, Any]]:
+def rows(task: str, split: Split, count: int, seed: int = 0) -> list[Row]:
     """`count` different chats of a split, the same for the same arguments.
 
     Raises DataError for an unknown task, or for more rows than its phrases can make.
@@ -57,12 +59,13 @@ def rows(task: str, split: Split, count: int, seed: int = 0) -> list[dict[str, A
     if len(made) < count:
         raise DataError(f"task {task}, split {split}: {count} rows asked, its phrases make {len(made)} different ones")
     return [
-        {
-            "messages": [
+        Row(
+            f"{task}/{split}:{number}",
+            messages=(
                 {"role": "system", "content": chosen.system},
                 {"role": "user", "content": question},
                 {"role": "assistant", "content": answer},
-            ]
-        }
-        for question, answer in made.items()
+            ),
+        )
+        for number, (question, answer) in enumerate(made.items(), 1)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from twinlora.evaluate.report import BASE, Difference, MethodResult, Verdict
 
-__all__ = ["judge"]
+__all__ = ["judge", "name_of", "peak_bytes"]
 
 _NAMES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning", BASE: "the untuned base"}
 _MATTERS = 0.05  # a smaller relative difference in memory or speed decides nothing
@@ -45,11 +45,11 @@ def _describe(way: MethodResult) -> str:
     speed = f", {way.tokens_per_second:,.0f} tokens/s" if way.tokens_per_second else ""
     return (
         f"{name_of(way.method)}: {score.value:.1%} exact match ({score.low:.1%} to {score.high:.1%} on {score.rows} rows)"
-        f"{speed}, base weights {way.base_weight_bytes / 1e6:,.0f} MB, peak {_peak(way) / 1e9:.2f} GB"
+        f"{speed}, base weights {way.base_weight_bytes / 1e6:,.0f} MB, peak {peak_bytes(way) / 1e9:.2f} GB"
     )
 
 
-def _peak(way: MethodResult) -> int:
+def peak_bytes(way: MethodResult) -> int:
     """The memory that runs out first: the device's if there is one."""
     return way.peak_device_bytes or way.train_peak_rss_bytes or way.peak_rss_bytes
 
@@ -97,10 +97,10 @@ def _points(d: Difference) -> str:
 def _clear_winner(best: MethodResult, second: MethodResult, differences: list[Difference]) -> str:
     sentence = f"Choose {name_of(best.method)}: it is better than {name_of(second.method)} by "
     sentence += _points(_between(best, second, differences))
-    if _peak(second) < (1 - _MATTERS) * _peak(best):
+    if peak_bytes(second) < (1 - _MATTERS) * peak_bytes(best):
         sentence += (
-            f"; if memory is short, {name_of(second.method)} needs {_peak(second) / 1e9:.2f} GB "
-            f"instead of {_peak(best) / 1e9:.2f} GB at its peak"
+            f"; if memory is short, {name_of(second.method)} needs {peak_bytes(second) / 1e9:.2f} GB "
+            f"instead of {peak_bytes(best) / 1e9:.2f} GB at its peak"
         )
     return sentence + "."
 
@@ -109,10 +109,10 @@ def _by_resources(
     equal: list[MethodResult], tuned: list[MethodResult], differences: list[Difference], reasons: list[str]
 ) -> Verdict:
     """Quality cannot tell `equal` apart: the smaller peak wins, if it is smaller at all, else the faster one."""
-    smallest, largest = min(equal, key=_peak), max(equal, key=_peak)
+    smallest, largest = min(equal, key=peak_bytes), max(equal, key=peak_bytes)
     fastest = max(equal, key=lambda way: way.tokens_per_second or 0.0)
     slowest = min(equal, key=lambda way: way.tokens_per_second or 0.0)
-    memory_decides = _peak(smallest) < (1 - _MATTERS) * _peak(largest)
+    memory_decides = peak_bytes(smallest) < (1 - _MATTERS) * peak_bytes(largest)
     choice = smallest if memory_decides else fastest
     other = next(way for way in (largest, slowest, *equal) if way is not choice)
     d = _between(choice, other, differences)
@@ -132,7 +132,7 @@ def _by_resources(
 def _resources(a: MethodResult, b: MethodResult) -> str:
     """`it peaks at … instead of … and trains … faster/slower.`"""
     speed_a, speed_b = a.tokens_per_second or 0.0, b.tokens_per_second or 0.0
-    text = f"it peaks at {_peak(a) / 1e9:.2f} GB against {_peak(b) / 1e9:.2f} GB"
+    text = f"it peaks at {peak_bytes(a) / 1e9:.2f} GB against {peak_bytes(b) / 1e9:.2f} GB"
     if speed_a and speed_b:
         ratio = speed_a / speed_b - 1
         word = "faster" if ratio >= 0 else "slower"

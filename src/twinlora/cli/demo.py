@@ -1,0 +1,37 @@
+"""`twinlora demo`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from twinlora.cli.compare import show
+from twinlora.cli.console import out, print_json
+from twinlora.config import DemoOptions
+from twinlora.reporter import ConsoleReporter
+
+
+def run(options: DemoOptions) -> None:
+    """Tell the story, then show what it found and what to try next."""
+    from twinlora.demo.story import tell
+
+    reporter = ConsoleReporter()
+    try:
+        story = tell(options, reporter)
+    finally:
+        reporter.close()
+    if options.json_output:
+        print_json(asdict(story) | {"report": story.report.model_dump(mode="json")})
+        return
+    out.print()
+    show(story.report)
+    out.print(f"\nOne base in memory, {len(story.adapters)} adapters; a switch took {1e3 * story.switch_seconds:.2f} ms:")
+    for answer in story.answers:
+        out.print(f"\n[{answer.task}] {answer.prompt}", markup=False, style="bold")
+        for way, text in answer.outputs.items():
+            mark = "✓" if text.strip() == answer.expected.strip() else " "
+            shown = " ".join(text.split())
+            out.print(f"  {mark} {way:<8} {shown if len(shown) <= 110 else shown[:109] + '…'}", markup=False)
+    out.print(f"\ndone in {story.seconds:.0f} s; the report: {(options.output / 'support' / 'report.html').resolve()}")
+    out.print("\nnext, try:")
+    for command in story.next_commands:
+        out.print(f"  {command}", markup=False)
