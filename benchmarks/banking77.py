@@ -10,6 +10,7 @@ Ways that the output already holds are kept; `--ways` chooses which to run, `--m
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -46,7 +47,9 @@ def run_ours(method: str, args: argparse.Namespace, train_rows: list[dict], test
     with tempfile.TemporaryDirectory() as scratch:
         data, test = Path(scratch, "train.jsonl"), Path(scratch, "test.jsonl")
         # The schedule of a short run is that of the whole one.
-        data.write_text("".join(json.dumps(row) + "\n" for row in train_rows[: (args.max_steps or 10**9) * recipe.batch_size]))
+        data.write_text(
+            "".join(json.dumps(row) + "\n" for row in train_rows[: (args.max_steps or 10**9) * recipe.batch_size])
+        )
         test.write_text("".join(json.dumps(row) + "\n" for row in test_rows))
         options = TrainOptions(
             model=args.model, data=data, method=method, output=Path(scratch, "run"), init_adapter=Path(args.initial),
@@ -59,7 +62,7 @@ def run_ours(method: str, args: argparse.Namespace, train_rows: list[dict], test
         result = {
             "losses": [step["loss"] for step in steps],
             "step_seconds": [step["seconds"] for step in steps],
-            "tokens": [after - before for before, after in zip(totals, totals[1:], strict=False)],
+            "tokens": [after - before for before, after in itertools.pairwise(totals)],
             "peak_rss_train_bytes": done.record["peak_rss_bytes"],
             "backend": done.record["backend"],
         }

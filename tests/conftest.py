@@ -30,7 +30,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>", "<|pad|>")])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|pad|>", chat_template=TEMPLATE
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        chat_template=TEMPLATE,
     )
 
 
@@ -63,7 +67,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-@pytest.fixture()
+@pytest.fixture
 def data_file(tmp_path: Path) -> Path:
     """24 short chats of different lengths."""
     return write_jsonl(tmp_path / "train.jsonl", [chat("say " + "ab" * (i % 7), f"word {i}") for i in range(24)])

@@ -21,8 +21,8 @@ __all__ = [
     "DoctorOptions",
     "EvalOptions",
     "ModelOptions",
-    "Options",
     "OptimizerOptions",
+    "Options",
     "TrainOptions",
     "parse_size",
     "read_recipe",
@@ -64,7 +64,9 @@ class ModelOptions(BaseModel):
     )
     block_size: int = Field(64, description="NF4: weights that share one scale.")
     double_quant: bool = Field(True, description="NF4: quantise the scales too (4.127 instead of 4.5 bits per weight).")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Only for code you read.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Only for code you read."
+    )
 
 
 class AdapterOptions(BaseModel):
@@ -74,7 +76,8 @@ class AdapterOptions(BaseModel):
     alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="The update is scaled by alpha / rank.")
     dropout: Probability = Field(0.0, description="Dropout on the adapter's input while training.")
     target: list[str] = Field(
-        ["all-linear"], description="Layers that get an adapter: all-linear (the head excluded), or names such as q_proj."
+        ["all-linear"],
+        description="Layers that get an adapter: all-linear (the head excluded), or names such as q_proj.",
     )
 
 
@@ -89,7 +92,8 @@ class DataOptions(BaseModel):
         2048, description="Tokens that go through the model at once; a batch is split into as many parts as it needs."
     )
     packing: Literal["auto", "off"] = Field(
-        "auto", description="auto: rows are concatenated without padding where the model is proved to allow it; off: padded."
+        "auto",
+        description="auto: rows are concatenated without padding where the model is proved to allow it; off: padded.",
     )
     shuffle: bool = Field(True, description="New random order each epoch (from the seed); off keeps the file's order.")
 
@@ -137,7 +141,9 @@ class EvalOptions(Options, ModelOptions):
 
     data: Path = Field(description="Rows to measure on.")
     adapter: Path | None = Field(None, description="PEFT adapter directory, or a run's directory.")
-    precision: Literal["16bit", "nf4", "auto"] = Field("auto", description="Base precision; auto: as the adapter's passport says.")
+    precision: Literal["16bit", "nf4", "auto"] = Field(
+        "auto", description="Base precision; auto: as the adapter's passport says."
+    )
     metric: list[Literal["loss", "exact-match"]] = Field(["loss", "exact-match"], description="What to measure.")
     rows: Positive | None = Field(None, description="Only the first rows.")
     max_new_tokens: Positive = Field(128, description="Longest answer when generating.")
@@ -150,11 +156,17 @@ class CompareOptions(Options, ModelOptions, AdapterOptions, DataOptions, Optimiz
     """Train by several methods, each in its own process, and say which to choose: `twinlora compare`."""
 
     eval: Path = Field(description="Test rows. They are never used to choose anything.")
-    validation: Path | None = Field(None, description="Rows that choose the learning rate; default: split off the training rows.")
+    validation: Path | None = Field(
+        None, description="Rows that choose the learning rate; default: split off the training rows."
+    )
     methods: list[Method] = Field(["lora", "qlora"], description="Methods to compare.")
     output: Path = Field(description="Directory of the comparison.")
-    lr_grid: list[float] = Field([2e-4, 5e-4, 1e-3, 2e-3], description="Learning rates that each method may choose from.")
-    search_rows: Positive | None = Field(None, description="Training rows of each search run; default: a quarter of the rows.")
+    lr_grid: list[float] = Field(
+        [2e-4, 5e-4, 1e-3, 2e-3], description="Learning rates that each method may choose from."
+    )
+    search_rows: Positive | None = Field(
+        None, description="Training rows of each search run; default: a quarter of the rows."
+    )
     validation_rows: Positive = Field(200, description="Rows of the validation split.")
     test_rows: Positive | None = Field(None, description="Only the first test rows.")
     max_new_tokens: Positive = Field(128, description="Longest answer when generating.")
@@ -216,7 +228,11 @@ def validated(cls: type[T], values: dict[str, Any], *, where: str = "options") -
         lines = []
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"]) or "options"
-            got = "" if problem["type"] in ("missing", "value_error") or not problem["loc"] else f" (got {problem['input']!r})"
+            got = (
+                ""
+                if problem["type"] in ("missing", "value_error") or not problem["loc"]
+                else f" (got {problem['input']!r})"
+            )
             lines.append(f"  {name}: {problem['msg'].removeprefix('Value error, ')}{got}")
         known = f"\n  known options: {', '.join(cls.model_fields)}" if "Extra inputs" in str(error) else ""
         raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines) + known) from None
@@ -238,12 +254,16 @@ def read_recipe(path: Path, cls: type[BaseModel]) -> dict[str, Any]:
     given = {str(key).replace("-", "_"): value for key, value in given.items()}
     unknown = sorted(set(given) - set(cls.model_fields))
     if unknown:
-        raise ConfigError(f"recipe {path}: unknown option(s) {', '.join(unknown)}; known: {', '.join(cls.model_fields)}")
-    values, wrong = {}, []
+        raise ConfigError(
+            f"recipe {path}: unknown option(s) {', '.join(unknown)}; known: {', '.join(cls.model_fields)}"
+        )
+    values: dict[str, Any] = {}
+    wrong: list[str] = []
     for name, value in given.items():
         field = cls.model_fields[name]
         try:
-            values[name] = TypeAdapter(Annotated[field.annotation, *(field.metadata or [None])]).validate_python(value)
+            kind: Any = Annotated[field.annotation, *(field.metadata or [None])]
+            values[name] = TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
             wrong += [f"  {name}: {problem['msg']} (got {problem['input']!r})" for problem in error.errors()]
     if wrong:

@@ -51,7 +51,7 @@ def _proc_kib(path: str, key: str) -> int:
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident set of this process since its start or `reset_peaks` (VmHWM; getrusage inherits the parent's)."""
+    """Largest resident set of this process since its start or `reset_peaks` (VmHWM; getrusage counts a parent too)."""
     if peak := _proc_kib("/proc/self/status", "VmHWM"):
         return peak
     import resource  # not on Windows

@@ -99,7 +99,9 @@ def test_an_adapter_for_another_shape(tiny, tmp_path):
     wrong = {k.replace("layers.1", "layers.7"): v for k, v in tensors.items()}
     save_file(wrong, directory / files.WEIGHTS)
     model = load_model(resolve(str(tiny)))
-    with pytest.raises(AdapterError, match=r"7 layer\(s\) do not fit[\s\S]*layers.7.mlp.down_proj: the model has no such"):
+    with pytest.raises(
+        AdapterError, match=r"7 layer\(s\) do not fit[\s\S]*layers.7.mlp.down_proj: the model has no such"
+    ):
         files.load_adapter(model, files.read_adapter(directory))
     assert not lora_layers(model)
 

@@ -41,7 +41,9 @@ def test_a_template_that_rewrites_history_gives_one_example_a_turn(tmp_path, tok
         "{% if m['role'] == 'assistant' and not loop.last %}(old){% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    messages = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
+    messages = [
+        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ]
     examples = encode_row(changed, row_of(tmp_path, {"messages": messages}))
     assert [said(changed, e) for e in examples] == ["b<|im_end|>", "d<|im_end|>"]
     assert "(old)b" in changed.decode(examples[1].ids)
@@ -86,7 +88,15 @@ def test_bad_lines_are_all_named(tmp_path):
         read_rows(path)
     message = str(caught.value)
     assert "7 bad line(s)" in message
-    for part in ("line 2: not JSON", "line 3", "line 4: expected `messages`", "line 5: the last message", "line 6", "line 7", "line 8"):
+    for part in (
+        "line 2: not JSON",
+        "line 3",
+        "line 4: expected `messages`",
+        "line 5: the last message",
+        "line 6",
+        "line 7",
+        "line 8",
+    ):
         assert part in message
 
 

@@ -29,7 +29,9 @@ def test_forward_and_gradients(lengths, window, heads):
     found = packed_attention(q, k, v, Layout(lengths), 0.3, window)
     expected = plain(q, k, v, lengths, 0.3, window)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for a, b in zip(torch.autograd.grad(found, (q, k, v), dy), torch.autograd.grad(expected, (q, k, v), dy), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(found, (q, k, v), dy), torch.autograd.grad(expected, (q, k, v), dy), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 

@@ -12,7 +12,9 @@ def test_a_batch_answers_as_transformers_does_one_by_one(tiny, quantize):
     prompts = [torch.randint(0, 250, (n,)).tolist() for n in (3, 11, 7, 1)]
     expected = []
     for prompt in prompts:
-        whole = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=257, pad_token_id=258)
+        whole = model.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=257, pad_token_id=258
+        )
         expected.append([t for t in whole[0, len(prompt) :].tolist() if t not in (257, 258)])
     assert generate(model, prompts, max_new_tokens=12, stop={257}, pad_id=258) == expected
 

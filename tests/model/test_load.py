@@ -171,7 +171,9 @@ def test_streaming_keeps_the_peak_near_the_final_size(tmp_path, tiny):
     config = tiny_config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, vocab_size=8000)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in LlamaForCausalLM(config).named_parameters()}
-    tensors = {n: torch.randn(s).to(torch.bfloat16) if len(s) > 1 else torch.ones(s).bfloat16() for n, s in shapes.items()}
+    tensors = {
+        n: torch.randn(s).to(torch.bfloat16) if len(s) > 1 else torch.ones(s).bfloat16() for n, s in shapes.items()
+    }
     names = list(tensors)
     index = {}
     for part in range(4):
@@ -183,6 +185,8 @@ def test_streaming_keeps_the_peak_near_the_final_size(tmp_path, tiny):
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)
     largest = max(t.nbytes for t in tensors.values())
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path), str(tiny)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), str(tiny)], capture_output=True, text=True, check=True
+    )
     measured = json.loads(done.stdout)
     assert measured["peak"] < measured["final"] + 3 * largest

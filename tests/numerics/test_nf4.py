@@ -21,7 +21,9 @@ def test_codebook_is_the_published_one():
 def test_nearest_level_and_lower_code_on_a_tie():
     levels = nf4.codebook()
     borders = nf4.midpoints(levels)
-    weight = torch.cat([levels, borders, torch.nextafter(borders, torch.tensor(2.0)), torch.zeros(2), levels[:1].expand(16)])
+    weight = torch.cat(
+        [levels, borders, torch.nextafter(borders, torch.tensor(2.0)), torch.zeros(2), levels[:1].expand(16)]
+    )
     packed = ops.quantize(weight, NF4Format(64, 0)).packed
     codes = torch.stack([packed >> 4, packed & 15], 1).view(-1)
     assert codes[:16].tolist() == list(range(16))
@@ -52,7 +54,9 @@ def test_error_is_within_half_a_level(shape, dtype, block, nested, scale):
     gap = (nf4.codebook().diff().max() / 2).item()
     flat = torch.nn.functional.pad(weight.float().flatten(), (0, -weight.numel() % block)).view(-1, block)
     bound = flat.abs().amax(1, keepdim=True) * (gap + 1e-6)
-    error = torch.nn.functional.pad((back - weight.float()).flatten(), (0, -weight.numel() % block)).view(-1, block).abs()
+    error = (
+        torch.nn.functional.pad((back - weight.float()).flatten(), (0, -weight.numel() % block)).view(-1, block).abs()
+    )
     if not nested:
         assert bool((error <= bound).all())
     else:  # a nested scale is off by at most half a step of the 8-bit map

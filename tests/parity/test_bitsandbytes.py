@@ -32,5 +32,7 @@ def test_codes_scales_and_dequantised_weights_are_equal(dtype, shape, block):
 def test_dequantising_its_double_quantised_state(dtype):
     weight = torch.randn(96, 320).to(dtype)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    read = ops.NF4Tensor(packed.flatten(), state.absmax, state.state2.absmax, state.offset, (96, 320), NF4Format(64, 256))
+    read = ops.NF4Tensor(
+        packed.flatten(), state.absmax, state.state2.absmax, state.offset, (96, 320), NF4Format(64, 256)
+    )
     assert torch.equal(read.dequantize(dtype), functional.dequantize_4bit(packed, state))

@@ -29,7 +29,16 @@ class Notes(Reporter):
 
 
 def options(tiny, data, output, **changes):
-    values = {"model": str(tiny), "data": data, "method": "lora", "output": output, "rank": 4, "batch_size": 4, "lr": 5e-3, "warmup_steps": 2}
+    values = {
+        "model": str(tiny),
+        "data": data,
+        "method": "lora",
+        "output": output,
+        "rank": 4,
+        "batch_size": 4,
+        "lr": 5e-3,
+        "warmup_steps": 2,
+    }
     return TrainOptions(**(values | changes))
 
 
@@ -48,7 +57,9 @@ def metrics(run):
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_a_run_learns_and_leaves_its_record(tiny, data_file, tmp_path, method):
     lr = 1e-3 if method == "full" else 2e-2
-    result = train(options(tiny, data_file, tmp_path / "r", method=method, epochs=6, lr=lr, eval=data_file, eval_every=9))
+    result = train(
+        options(tiny, data_file, tmp_path / "r", method=method, epochs=6, lr=lr, eval=data_file, eval_every=9)
+    )
     lines = metrics(tmp_path / "r")
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == result.record["steps"] == 36
@@ -57,7 +68,16 @@ def test_a_run_learns_and_leaves_its_record(tiny, data_file, tmp_path, method):
     record = json.loads((tmp_path / "r" / "run.json").read_text())
     assert record["result"]["eval_loss"] == result.record["eval_loss"]
     assert record["packed"] is True
-    wanted = {"steps", "loss", "eval_loss", "tokens", "tokens_per_second", "seconds", "peak_rss_bytes", "peak_device_bytes"}
+    wanted = {
+        "steps",
+        "loss",
+        "eval_loss",
+        "tokens",
+        "tokens_per_second",
+        "seconds",
+        "peak_rss_bytes",
+        "peak_device_bytes",
+    }
     assert wanted | {"trainable_parameters", "backend"} <= record["result"].keys()
     if method == "full":
         assert (tmp_path / "r" / "model" / "model.safetensors").is_file()
@@ -136,7 +156,9 @@ def test_resume_is_bit_identical(tiny, data_file, tmp_path):
     assert "resume: continuing after step 8 of 18" in notes.lines
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     drop = ("seconds",)
-    curves = [[{k: v for k, v in line.items() if k not in drop} for line in metrics(tmp_path / n)] for n in ("whole", "cut")]
+    curves = [
+        [{k: v for k, v in line.items() if k not in drop} for line in metrics(tmp_path / n)] for n in ("whole", "cut")
+    ]
     assert curves[0] == curves[1]
 
 
@@ -162,7 +184,9 @@ def _wait_for_metrics(run, process, lines):
 
 
 def test_sigkill_at_random_moments_then_resume_ends_bit_identical(tiny, data_file, tmp_path):
-    done = subprocess.run(_command(tiny, data_file, tmp_path / "whole"), env=_environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        _command(tiny, data_file, tmp_path / "whole"), env=_environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     moment, run = random.Random(0), tmp_path / "killed"
     for attempt in range(3):
@@ -172,7 +196,9 @@ def test_sigkill_at_random_moments_then_resume_ends_bit_identical(tiny, data_fil
         time.sleep(moment.random() * 0.05)
         process.kill()
         process.communicate()
-    done = subprocess.run(_command(tiny, data_file, run, "--resume"), env=_environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        _command(tiny, data_file, run, "--resume"), env=_environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "continuing after step" in done.stderr
     assert same(weights(tmp_path / "whole"), weights(run))

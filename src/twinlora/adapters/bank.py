@@ -36,8 +36,8 @@ class AdapterBank:
         for layer, (a, b) in adapter.tensors.items():
             if not isinstance(self._model.get_submodule(layer), LoraLinear):
                 wrap(self._model, layer, adapter.configs[layer])
-            parameters = (nn.Parameter(t.float().to(device), requires_grad=False) for t in (a, b))
-            self._weights[name][layer] = (*parameters, adapter.configs[layer].scale)
+            a, b = (nn.Parameter(t.float().to(device), requires_grad=False) for t in (a, b))
+            self._weights[name][layer] = (a, b, adapter.configs[layer].scale)
         self.use(self.active)
 
     def use(self, name: str | None) -> None:

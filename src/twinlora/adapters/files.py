@@ -22,13 +22,31 @@ from twinlora.adapters import passport as passports
 from twinlora.adapters.lora import LoraConfig, LoraLinear, attach, lora_layers
 from twinlora.errors import AdapterError
 
-__all__ = ["CONFIG", "WEIGHTS", "AdapterFile", "load_adapter", "read_adapter", "require_fit", "save_adapter", "set_weights"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "AdapterFile",
+    "load_adapter",
+    "read_adapter",
+    "require_fit",
+    "save_adapter",
+    "set_weights",
+]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 
 # Keys of PEFT's LoraConfig that we honour; those that change nothing about a loaded LoRA; the rest must be off.
-_HONOURED = {"r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type"}
+_HONOURED = {
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "peft_type",
+}
 _NEUTRAL = {
     "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "task_type", "auto_mapping",
@@ -93,7 +111,9 @@ def read_adapter(directory: Path) -> AdapterFile:
         directory = directory / "adapter"
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
-            raise AdapterError(f"adapter {directory}: no {name}; expected a PEFT adapter directory or a run's directory")
+            raise AdapterError(
+                f"adapter {directory}: no {name}; expected a PEFT adapter directory or a run's directory"
+            )
     try:
         options = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(directory / WEIGHTS)
@@ -115,11 +135,17 @@ def _refuse_unsupported(directory: Path, options: dict[str, Any]) -> None:
         problems.append(f"bias {options['bias']!r}: trained biases are not supported")
     init = options.get("init_lora_weights", True)
     if init not in _PLAIN_INITS and not str(init).startswith("eva"):
-        problems.append(f"init_lora_weights {init!r}: the base was changed by this initialisation; convert it to plain LoRA")
+        problems.append(
+            f"init_lora_weights {init!r}: the base was changed by this initialisation; convert it to plain LoRA"
+        )
     checked = _HONOURED | _NEUTRAL | {"bias", "init_lora_weights", "megatron_config", "loftq_config"}
-    problems += [f"{key} = {value!r}: not supported" for key, value in sorted(options.items()) if key not in checked and value]
+    problems += [
+        f"{key} = {value!r}: not supported" for key, value in sorted(options.items()) if key not in checked and value
+    ]
     if problems:
-        raise AdapterError(f"adapter {directory}: {len(problems)} feature(s) cannot be loaded\n  " + "\n  ".join(problems))
+        raise AdapterError(
+            f"adapter {directory}: {len(problems)} feature(s) cannot be loaded\n  " + "\n  ".join(problems)
+        )
 
 
 def _pairs(directory: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -137,7 +163,9 @@ def _pairs(directory: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tenso
         if set(parts) != {"A", "B"}:
             problems.append(f"{name}: has lora_{next(iter(parts))} only")
         elif parts["A"].dim() != 2 or parts["B"].dim() != 2 or parts["A"].shape[0] != parts["B"].shape[1]:
-            problems.append(f"{name}: lora_A {tuple(parts['A'].shape)} and lora_B {tuple(parts['B'].shape)} do not multiply")
+            problems.append(
+                f"{name}: lora_A {tuple(parts['A'].shape)} and lora_B {tuple(parts['B'].shape)} do not multiply"
+            )
     if problems or not found:
         listed = "\n  ".join(problems) or "no tensors"
         raise AdapterError(f"adapter {directory / WEIGHTS}: {len(problems)} bad tensor(s)\n  {listed}")
@@ -184,7 +212,9 @@ def load_adapter(model: nn.Module, adapter: AdapterFile) -> None:
 def set_weights(model: nn.Module, adapter: AdapterFile) -> None:
     """Copy an adapter's A and B into a model that already has layers of these shapes."""
     layers: dict[str, LoraLinear] = lora_layers(model)
-    if set(layers) != set(adapter.tensors) or any(layers[n].rank != a.shape[0] for n, (a, _) in adapter.tensors.items()):
+    if set(layers) != set(adapter.tensors) or any(
+        layers[n].rank != a.shape[0] for n, (a, _) in adapter.tensors.items()
+    ):
         raise AdapterError(f"adapter {adapter.directory}: its layers or ranks are not those of this run's options")
     for name, (a, b) in adapter.tensors.items():
         layers[name].lora_A.copy_(a)

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): y = base(x) + (alpha / r) · B A x, with A [r, in] and B [out, r] trained and the base frozen.
+"""LoRA (arXiv 2106.09685): y = base(x) + (alpha / r) · B A x; A [r, in] and B [out, r] are trained, the base frozen.
 
 QLoRA is this class over a QuantLinear. A and B are float32 masters; products run in x's type.
 """
@@ -17,7 +17,16 @@ from torch.nn import functional as F
 from twinlora.errors import AdapterError
 from twinlora.model.linear import DenseLinear, FrozenLinear
 
-__all__ = ["ALL_LINEAR", "LoraConfig", "LoraLinear", "attach", "lora_layers", "resolve_targets", "trainable_parameters", "wrap"]
+__all__ = [
+    "ALL_LINEAR",
+    "LoraConfig",
+    "LoraLinear",
+    "attach",
+    "lora_layers",
+    "resolve_targets",
+    "trainable_parameters",
+    "wrap",
+]
 
 ALL_LINEAR = "all-linear"
 
@@ -44,7 +53,9 @@ class _Lora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor | None, a: Tensor, b: Tensor, scale: float, base: FrozenLinear) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, z: Tensor | None, a: Tensor, b: Tensor, scale: float, base: FrozenLinear
+    ) -> Tensor:
         ctx.same = z is None
         z = x if z is None else z
         a16, b16 = a.to(x.dtype), b.to(x.dtype)
@@ -81,7 +92,7 @@ class LoraLinear(nn.Module):
         self.base = base
         self.scale, self.dropout, self.enabled = config.scale, config.dropout, True
         device = next(base.parameters()).device
-        # Kaiming-uniform with a = √5, peft's and the paper's code: bound 1 / √in. Drawn on the CPU: same on every device.
+        # Kaiming-uniform with a = √5 as in peft: bound 1 / √in. Drawn on the CPU: the same on every device.
         bound = 1 / math.sqrt(base.in_features)
         a = torch.empty(config.rank, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(a.to(device))
@@ -112,7 +123,7 @@ class LoraLinear(nn.Module):
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
     """Linear layers by name, the output head excluded."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     kinds = (nn.Linear, FrozenLinear)
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m is not head}
 
@@ -132,7 +143,9 @@ def resolve_targets(model: nn.Module, target: tuple[str, ...]) -> list[str]:
         if not found:
             kinds = sorted({name.rpartition(".")[2] for name in linears})
             near = difflib.get_close_matches(entry, kinds, n=3) or kinds
-            raise AdapterError(f"target {entry!r} matches no linear layer; did you mean {', '.join(near)}? (or all-linear)")
+            raise AdapterError(
+                f"target {entry!r} matches no linear layer; did you mean {', '.join(near)}? (or all-linear)"
+            )
         chosen.update(found)
     return [name for name in linears if name in chosen]
 

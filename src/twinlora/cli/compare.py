@@ -37,7 +37,11 @@ def show(report: Report) -> None:
         table.add_column(title, justify="left" if not title else "right", no_wrap=True)
     for way in report.ways:
         score = way.exact_match
-        tuned = [f"{way.tokens_per_second or 0:,.0f}", f"{peak_bytes(way) / 1e9:.2f} GB"] if way.trained_tokens else ["", ""]
+        tuned = (
+            [f"{way.tokens_per_second or 0:,.0f}", f"{peak_bytes(way) / 1e9:.2f} GB"]
+            if way.trained_tokens
+            else ["", ""]
+        )
         table.add_row(
             way.method,
             f"{score.value:.1%} ({100 * score.low:.1f}–{100 * score.high:.1f})",

@@ -24,7 +24,9 @@ def run(options: DemoOptions) -> None:
         return
     out.print()
     show(story.report)
-    out.print(f"\nOne base in memory, {len(story.adapters)} adapters; a switch took {1e3 * story.switch_seconds:.2f} ms:")
+    out.print(
+        f"\nOne base in memory, {len(story.adapters)} adapters; a switch took {1e3 * story.switch_seconds:.2f} ms:"
+    )
     for answer in story.answers:
         out.print(f"\n[{answer.task}] {answer.prompt}", markup=False, style="bold")
         for way, text in answer.outputs.items():

@@ -21,4 +21,5 @@ def run(options: DoctorOptions) -> None:
     out.print(f"memory   {facts['memory_bytes'] / 2**30:.1f} GiB")
     out.print(f"device   {facts['device']}", markup=False)
     out.print(f"backend  {facts['backend']}")
-    out.print(f"python   {facts['python']}, torch {facts['torch']}, transformers {facts['transformers']}, twinlora {facts['twinlora']}")
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("python", "torch", "transformers", "twinlora"))
+    out.print(f"versions {versions}")

@@ -1,4 +1,4 @@
-"""`twinlora VERB …`: finds the verb, reads its options from flags and recipe, runs it, turns errors into exit statuses."""
+"""`twinlora VERB …`: find the verb, read its options from flags and recipe, run it, turn errors into exit statuses."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def parse_options(verb: str, arguments: list[str]) -> Any:
 
 
 def _normalise(arguments: list[str], lists: set[str]) -> tuple[Path | None, list[str]]:
-    """Cut out `--config FILE`, and gather what list options are given: `a,b`, `a b` and a repeated flag are the same."""
+    """Cut out `--config FILE` and gather lists: `--x a,b`, `--x a b` and `--x a --x b` are the same."""
     rest: list[str] = []
     gathered: dict[str, list[str]] = {}
     current, recipe = None, None

@@ -1,7 +1,7 @@
 """Rows of a data file. Two forms are read from JSONL, one object a line:
 
-    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
-    {"prompt": "…", "completion": "…"}
+{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+{"prompt": "…", "completion": "…"}
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """The row as it stands in a file."""
-        return {"messages": list(self.messages)} if self.messages else {"prompt": self.prompt, "completion": self.completion}
+        return (
+            {"messages": list(self.messages)}
+            if self.messages
+            else {"prompt": self.prompt, "completion": self.completion}
+        )
 
     @property
     def answer(self) -> str:
@@ -55,9 +59,13 @@ def read_rows(path: Path, limit: int | None = None) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
-        raise DataError(f"data {path}: no such file; expected JSONL with `messages` or `prompt` and `completion`") from None
+        raise DataError(
+            f"data {path}: no such file; expected JSONL with `messages` or `prompt` and `completion`"
+        ) from None
     except UnicodeDecodeError as error:
-        raise DataError(f"data {path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        raise DataError(
+            f"data {path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
     except OSError as error:
         raise DataError(f"data {path}: cannot be read: {error.strerror}") from None
     rows: list[Row] = []
@@ -94,7 +102,9 @@ def _row(value: Any, where: str) -> Row:
         if not value["completion"].strip():
             raise DataError("`completion` is empty: nothing to train on")
         return Row(where, prompt=value["prompt"], completion=value["completion"])
-    raise DataError(f"expected `messages`, or `prompt` and `completion`; found {', '.join(map(str, value)) or 'no keys'}")
+    raise DataError(
+        f"expected `messages`, or `prompt` and `completion`; found {', '.join(map(str, value)) or 'no keys'}"
+    )
 
 
 def _messages(messages: Any) -> tuple[dict[str, Any], ...]:

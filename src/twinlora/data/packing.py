@@ -20,7 +20,7 @@ __all__ = ["Batch", "MicroBatch", "epoch_order", "make_batch", "make_micro_batch
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Input and targets of one pass. `loss_rows` index the flattened [batch · length] positions that predict `labels`."""
+    """Input and targets of one pass. `loss_rows` index the flat [batch · length] positions that predict `labels`."""
 
     input_ids: Tensor  # int64 [1, T] packed, [B, L] padded
     position_ids: Tensor  # like input_ids
@@ -64,7 +64,12 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 
 
 def make_batch(
-    examples: Sequence[Example], micro_batch_tokens: int, *, packed: bool, pad_id: int, device: torch.device | str = "cpu"
+    examples: Sequence[Example],
+    micro_batch_tokens: int,
+    *,
+    packed: bool,
+    pad_id: int,
+    device: torch.device | str = "cpu",
 ) -> Batch:
     """Split `examples` into micro-batches of at most `micro_batch_tokens` (one longer example makes its own)."""
     parts = list(_split(examples, micro_batch_tokens, packed=packed))

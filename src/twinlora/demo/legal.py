@@ -12,7 +12,17 @@ SYSTEM = "Tag the contract clause: kind | key term."
 _TERMS = {
     "train": {
         "place": ["Ontario", "Bavaria", "Ireland", "Norway", "Texas", "Geneva", "Singapore", "Denmark"],
-        "period": ["10 days", "14 days", "30 days", "45 days", "60 days", "3 months", "6 months", "12 months", "2 years"],
+        "period": [
+            "10 days",
+            "14 days",
+            "30 days",
+            "45 days",
+            "60 days",
+            "3 months",
+            "6 months",
+            "12 months",
+            "2 years",
+        ],
         "amount": ["500 euros", "1,200 euros", "5,000 dollars", "10,000 dollars", "250 pounds", "75,000 francs"],
     },
     "validation": {
@@ -93,7 +103,9 @@ _AFTER = {
 }  # fmt: skip
 
 BANKS = {
-    split: Bank(_TEMPLATES[split], [v for values in _TERMS[split].values() for v in values], _BEFORE[split], _AFTER[split])
+    split: Bank(
+        _TEMPLATES[split], [v for values in _TERMS[split].values() for v in values], _BEFORE[split], _AFTER[split]
+    )
     for split in _TEMPLATES
 }
 _OF_BANK = {id(bank): _TERMS[split] for split, bank in BANKS.items()}

@@ -72,7 +72,13 @@ def tell(options: DemoOptions, reporter: Reporter | None = None) -> Story:
     reporter.note("3 of 3: one base, two adapters, the same prompts")
     answers, switch = _answers(base, data, adapters, reporter)
     return Story(
-        base, report, adapters, answers, switch, time.perf_counter() - start, _next_commands(options, base, data, adapters)
+        base,
+        report,
+        adapters,
+        answers,
+        switch,
+        time.perf_counter() - start,
+        _next_commands(options, base, data, adapters),
     )
 
 
@@ -90,7 +96,8 @@ def _comparison(options: DemoOptions, base: str, data: Path) -> CompareOptions:
     return CompareOptions(
         model=base, data=data / _FIRST / "train.jsonl", validation=data / _FIRST / "validation.jsonl",
         eval=data / _FIRST / "test.jsonl", output=options.output / _FIRST, lr_grid=_RATES, seed=options.seed,
-        search_rows=_SEARCH_ROWS, title=f"LoRA or QLoRA for {TASKS[_FIRST].title}?", max_new_tokens=_MAX_NEW_TOKENS, overwrite=options.overwrite,
+        search_rows=_SEARCH_ROWS, title=f"LoRA or QLoRA for {TASKS[_FIRST].title}?", max_new_tokens=_MAX_NEW_TOKENS,
+        overwrite=options.overwrite,
         **_RECIPE,
     )  # fmt: skip
 

@@ -76,7 +76,9 @@ _AFTER = {
 }
 
 BANKS = {
-    split: Bank(_TEMPLATES[split], [s for group in _SYMPTOMS[split].values() for s in group], _BEFORE[split], _AFTER[split])
+    split: Bank(
+        _TEMPLATES[split], [s for group in _SYMPTOMS[split].values() for s in group], _BEFORE[split], _AFTER[split]
+    )
     for split in _TEMPLATES
 }
 _DEPARTMENT = {s: d for groups in _SYMPTOMS.values() for d, group in groups.items() for s in group}

@@ -76,7 +76,9 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
         note = f"{method}: best learning rate {lr:g} of {', '.join(f'{p.lr:g}' for p in points)}"
         reporter.note(note + (", at the edge of the grid" if at_edge else ""))
         done, predictions[method] = _in_process(method, worker.train_and_measure, options, method, lr, splits)
-        result = done.model_copy(update={"search": points, "at_edge": at_edge, "search_seconds": sum(p.seconds for p in points)})
+        result = done.model_copy(
+            update={"search": points, "at_edge": at_edge, "search_seconds": sum(p.seconds for p in points)}
+        )
         results.append(result)
         reporter.note(f"{method}: {result.exact_match.value:.1%} exact match, test loss {result.test_loss:.3f}")
     report = Report(
@@ -111,7 +113,9 @@ def _split(options: CompareOptions, reporter: Reporter) -> tuple[list[Row], list
         validation = read_rows(options.validation)
         overlap = sum(_prompt(row) in asked for row in validation)
         if overlap:
-            raise DataError(f"data {options.validation}: {overlap} validation row(s) are test rows; choose disjoint files")
+            raise DataError(
+                f"data {options.validation}: {overlap} validation row(s) are test rows; choose disjoint files"
+            )
         return rows, validation, test
     order = list(range(len(rows)))
     random.Random(options.seed).shuffle(order)
@@ -119,7 +123,7 @@ def _split(options: CompareOptions, reporter: Reporter) -> tuple[list[Row], list
     chosen = set(candidates[: options.validation_rows])
     if len(rows) - len(chosen) < options.batch_size or not chosen:
         raise DataError(
-            f"data {options.data}: {len(rows)} rows are too few to take {options.validation_rows} validation rows from; "
+            f"data {options.data}: {len(rows)} rows are too few to take {options.validation_rows} validation rows; "
             "give --validation FILE or fewer --validation-rows"
         )
     return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)], test
@@ -187,7 +191,11 @@ def _samples(predictions: dict[str, list[Prediction]]) -> list[Sample]:
     rows = list(zip(*predictions.values(), strict=True))
     rows.sort(key=lambda row: len({p.hit for p in row[1:]}) < 2)
     return [
-        Sample(prompt=row[0].prompt, expected=row[0].expected, outputs={c: p.output for c, p in zip(columns, row, strict=True)})
+        Sample(
+            prompt=row[0].prompt,
+            expected=row[0].expected,
+            outputs={c: p.output for c, p in zip(columns, row, strict=True)},
+        )
         for row in rows[:_SAMPLES]
     ]
 

@@ -44,7 +44,12 @@ def evaluate(options: EvalOptions, reporter: Reporter | None = None) -> dict[str
         result["perplexity"] = math.exp(result["loss"])
     if "exact-match" in options.metric:
         predictions = exact_match(
-            model, tokenizer, rows, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, reporter=reporter
+            model,
+            tokenizer,
+            rows,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            reporter=reporter,
         )
         hits = sum(p.hit for p in predictions)
         low, high = wilson_interval(hits, len(rows))

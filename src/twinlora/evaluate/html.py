@@ -38,7 +38,7 @@ def render(report: Report) -> str:
         "Training loss": (plots.loss_curves(report), "Same initial adapter, same rows in the same order."),
         "Learning-rate search": (
             plots.rate_search(report),
-            "Short runs, judged on validation rows that neither training nor test contains. Rings mark the chosen rates.",
+            "Short runs, judged on validation rows that are in neither other split. Rings mark the chosen rates.",
         ),
     }
     return environment.get_template("report.html").render(

@@ -34,7 +34,13 @@ class Prediction:
 
 @torch.no_grad()
 def mean_loss(
-    model: PreTrainedModel, examples: Sequence[Example], *, micro_batch_tokens: int, packed: bool, pad_id: int, plain_head: bool
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    micro_batch_tokens: int,
+    packed: bool,
+    pad_id: int,
+    plain_head: bool,
 ) -> float:
     """Mean of -log p over all tokens that carry loss, in nats."""
     training = model.training

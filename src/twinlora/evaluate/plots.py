@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -23,7 +24,7 @@ _WIDTH = 4.6  # inches; narrow, so that letters stay readable on a phone
 _TEXT, _GRID = "#010101", "#020202"
 _COLOURS = {BASE: "#030303", "lora": "#040404", "qlora": "#050505", "full": "#060606"}
 _VARIABLES = {_TEXT: "--text", _GRID: "--line"} | {colour: f"--{way}" for way, colour in _COLOURS.items()}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "twinlora", "font.size": 9.5, "font.family": "sans-serif",
     "text.color": _TEXT, "axes.labelcolor": _TEXT, "xtick.color": _TEXT, "ytick.color": _TEXT, "axes.edgecolor": _GRID,
     "axes.grid": True, "grid.color": _GRID, "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False,
@@ -38,12 +39,20 @@ def quality(report: Report) -> str:
     def draw(axes: Axes) -> None:
         for y, way in enumerate(reversed(report.ways)):
             score, colour = way.exact_match, _COLOURS[way.method]
-            axes.plot([100 * score.low, 100 * score.high], [y, y], color=colour, linewidth=5, solid_capstyle="round", alpha=0.35)
+            axes.plot(
+                [100 * score.low, 100 * score.high],
+                [y, y],
+                color=colour,
+                linewidth=5,
+                solid_capstyle="round",
+                alpha=0.35,
+            )
             axes.plot(100 * score.value, y, "o", color=colour, markersize=8)
             right = score.value < 0.75
             axes.annotate(
                 f"{100 * score.value:.1f} %", (100 * (score.high if right else score.low), y),
-                xytext=(8 if right else -8, 0), textcoords="offset points", va="center", ha="left" if right else "right",
+                xytext=(8 if right else -8, 0), textcoords="offset points", va="center",
+                ha="left" if right else "right",
             )  # fmt: skip
         axes.set_yticks(range(len(report.ways)), [name_of(way.method) for way in reversed(report.ways)])
         axes.set_ylim(-0.6, len(report.ways) - 0.4)
@@ -62,7 +71,9 @@ def paired_differences(report: Report) -> str:
         axes.axvline(0, color=_TEXT, linewidth=1)
         for y, d in enumerate(reversed(pairs)):
             colour = _COLOURS[d.a if d.value >= 0 else d.b]
-            axes.plot([100 * d.low, 100 * d.high], [y, y], color=colour, linewidth=5, solid_capstyle="round", alpha=0.35)
+            axes.plot(
+                [100 * d.low, 100 * d.high], [y, y], color=colour, linewidth=5, solid_capstyle="round", alpha=0.35
+            )
             axes.plot(100 * d.value, y, "o", color=colour, markersize=8)
         axes.set_yticks(range(len(pairs)), [f"{name_of(d.a)} − {name_of(d.b)}" for d in reversed(pairs)])
         axes.set_ylim(-0.6, len(pairs) - 0.4)
@@ -102,7 +113,9 @@ def rate_search(report: Report) -> str:
             alive = [(p.lr, p.validation_loss) for p in way.search if p.validation_loss is not None]
             axes.plot(*zip(*alive, strict=True), "o-", color=colour, label=name_of(way.method), markersize=4)
             best = next(loss for lr, loss in alive if lr == way.learning_rate)
-            axes.plot(way.learning_rate, best, "o", markersize=12, markerfacecolor="none", markeredgecolor=colour)
+            axes.plot(
+                way.learning_rate or 0.0, best, "o", markersize=12, markerfacecolor="none", markeredgecolor=colour
+            )
             for lr in {p.lr for p in way.search} - {lr for lr, _ in alive}:
                 axes.plot(lr, max(loss for _, loss in alive), "x", color=colour, markersize=8)
         axes.set_xscale("log")

@@ -104,7 +104,7 @@ class Difference(_Model):
 
 
 class Verdict(_Model):
-    """Which way to choose. `choose` is None if the verdict is withheld or nothing helps; `sentence` says it in words."""
+    """Which way to choose, in words in `sentence`. `choose` is None if the verdict is withheld or nothing helps."""
 
     choose: str | None
     sentence: str

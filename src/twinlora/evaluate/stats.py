@@ -28,7 +28,8 @@ def paired_interval(
     """Mean of a - b over rows, and its 95 % interval by the paired percentile bootstrap (Efron 1979).
 
     Rows are drawn together, so that what is hard for both methods cancels. Where the two agree on every row the
-    bootstrap knows nothing, and the rule of three (3 / rows) bounds the difference. Raises ValueError for other lengths.
+    bootstrap knows nothing, and the rule of three (3 / rows) bounds the difference. Raises ValueError for
+    other lengths.
     """
     if len(a) != len(b) or not a:
         raise ValueError(f"expected the same rows for both, got {len(a)} and {len(b)}")

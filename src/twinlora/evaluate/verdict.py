@@ -44,7 +44,7 @@ def _describe(way: MethodResult) -> str:
     score = way.exact_match
     speed = f", {way.tokens_per_second:,.0f} tokens/s" if way.tokens_per_second else ""
     return (
-        f"{name_of(way.method)}: {score.value:.1%} exact match ({score.low:.1%} to {score.high:.1%} on {score.rows} rows)"
+        f"{name_of(way.method)}: {score.value:.1%} exact match ({score.low:.1%} to {score.high:.1%}, {score.rows} rows)"
         f"{speed}, base weights {way.base_weight_bytes / 1e6:,.0f} MB, peak {peak_bytes(way) / 1e9:.2f} GB"
     )
 

@@ -51,7 +51,11 @@ def measure_base(options: CompareOptions, test: Path) -> tuple[BaseMeasured, lis
     model = load_model(
         source, dtype=getattr(torch, options.dtype), device=device, trust_remote_code=options.trust_remote_code
     )
-    parameters, size, precision = sum(p.numel() for p in model.parameters()), weight_bytes(model), precision_by_layer(model)
+    parameters, size, precision = (
+        sum(p.numel() for p in model.parameters()),
+        weight_bytes(model),
+        precision_by_layer(model),
+    )
     swap.replace_blocks(model)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     packed = packing_refusal(model, len(tokenizer)) is None
@@ -61,7 +65,9 @@ def measure_base(options: CompareOptions, test: Path) -> tuple[BaseMeasured, lis
     return BaseMeasured(result, parameters), predictions
 
 
-def _measure(options: CompareOptions, done: TrainResult, test: Path, name: str) -> tuple[dict[str, Any], list[Prediction]]:
+def _measure(
+    options: CompareOptions, done: TrainResult, test: Path, name: str
+) -> tuple[dict[str, Any], list[Prediction]]:
     rows = read_rows(test)
     start = time.perf_counter()
     loss = mean_loss(
@@ -112,7 +118,9 @@ def search(options: CompareOptions, method: str, data: Path, validation: Path) -
         start = time.perf_counter()
         name = f"{method} · learning rate {lr:g} ({number} of {len(options.lr_grid)})"
         try:
-            record = train(_train_options(options, method, lr, data, validation, directory), ConsoleReporter(name)).record
+            record = train(
+                _train_options(options, method, lr, data, validation, directory), ConsoleReporter(name)
+            ).record
             loss = record["eval_loss"]
         except TrainingDiverged:
             loss = None
@@ -127,7 +135,9 @@ def train_and_measure(
 ) -> tuple[MethodResult, list[Prediction]]:
     """The final run of `method`, measured on the test rows."""
     directory = options.output / "runs" / method
-    done = train(_train_options(options, method, lr, splits.train, splits.validation, directory), ConsoleReporter(method))
+    done = train(
+        _train_options(options, method, lr, splits.train, splits.validation, directory), ConsoleReporter(method)
+    )
     record = done.record
     figures, predictions = _measure(options, done, splits.test, method)
     artefact = Path(record.get("adapter") or record["model"])

@@ -190,7 +190,9 @@ class _PackedAttention(torch.autograd.Function):
         )
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None = None) -> Tensor:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None = None
+) -> Tensor:
     """Causal attention within each sequence of `layout`. q [T, H, D], k and v [T, K, D] -> [T, H, D].
 
     `window`: a query sees that many keys, itself included (sliding-window models). Differentiable in q, k and v.
@@ -209,7 +211,9 @@ def _attention(
         return out
     scale = kwargs.get("scaling")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    result = packed_attention(q, k, v, layout, q.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("sliding_window"))
+    result = packed_attention(
+        q, k, v, layout, q.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("sliding_window")
+    )
     return result[None], None
 
 

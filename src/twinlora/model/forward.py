@@ -22,7 +22,10 @@ def _arguments(micro: Any) -> dict[str, Any]:
     arguments = {"input_ids": micro.input_ids, "position_ids": micro.position_ids, "use_cache": False}
     if micro.layout is None:
         return arguments | {"attention_mask": micro.attention_mask}
-    return arguments | {"attention_mask": torch.empty(_NO_MASK_SHAPE, device=micro.input_ids.device), "layout": micro.layout}
+    return arguments | {
+        "attention_mask": torch.empty(_NO_MASK_SHAPE, device=micro.input_ids.device),
+        "layout": micro.layout,
+    }
 
 
 def hidden_states(model: PreTrainedModel, micro: Any) -> Tensor:
@@ -79,8 +82,8 @@ def packing_refusal(model: PreTrainedModel, vocabulary: int) -> str | None:
     if not torch.equal(one, two):
         return "a sequence sees its neighbour"
     noise = torch.finfo(alone.dtype).eps ** 0.5
-    error = ((one - alone).float().norm() / alone.float().norm()).item()
-    return None if error < noise else f"packed and alone differ by {error:.2g} (expected below {noise:.2g})"
+    off = ((one - alone).float().norm() / alone.float().norm()).item()
+    return None if off < noise else f"packed and alone differ by {off:.2g} (expected below {noise:.2g})"
 
 
 def _packed_hidden(model: PreTrainedModel, sequences: list[Tensor], device: torch.device) -> Tensor:

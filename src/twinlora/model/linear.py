@@ -97,6 +97,9 @@ class QuantLinear(FrozenLinear):
     Where blocks do not straddle rows, codes are [N, K/2] and scales [N, K/block] (rows can be sharded), else flat.
     """
 
+    packed: nn.Parameter
+    scales: nn.Parameter
+
     def __init__(self, quantized: ops.NF4Tensor, bias: nn.Parameter | None) -> None:
         rows, columns = quantized.shape
         super().__init__(columns, rows, bias)
@@ -104,8 +107,9 @@ class QuantLinear(FrozenLinear):
         by_row = columns % self.format.block_size == 0
         self.packed = _frozen(quantized.packed.view(rows, -1) if by_row else quantized.packed)
         self.scales = _frozen(quantized.scales.view(rows, -1) if by_row else quantized.scales)
-        self.nested_scales = _frozen(quantized.nested_scales)
-        self.nested_offset = _frozen(quantized.nested_offset)
+        nested_scales, nested_offset = quantized.nested_scales, quantized.nested_offset
+        self.nested_scales = None if nested_scales is None else _frozen(nested_scales)
+        self.nested_offset = None if nested_offset is None else _frozen(nested_offset)
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: nn.Parameter | None, fmt: NF4Format, name: str) -> QuantLinear:
@@ -159,5 +163,5 @@ class QuantLinear(FrozenLinear):
         return self
 
 
-def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
-    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

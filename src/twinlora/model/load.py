@@ -68,7 +68,9 @@ def resolve(model: str) -> Source:
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise ModelError(f"model {model}: not a GGUF file; expected a checkpoint directory, a GGUF file or a hub id")
+                raise ModelError(
+                    f"model {model}: not a GGUF file; expected a checkpoint directory, a GGUF file or a hub id"
+                )
         return Source(path.resolve(), model)
     if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith(".gguf"):
         raise ModelError(f"model {model}: no such directory or file; expected one, or a hub id such as owner/name")
@@ -116,7 +118,9 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
     def __init__(self, config: _Config) -> None:
         self.config = config
 
-    def convert(self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str], **_: Any) -> dict[str, Tensor]:
+    def convert(
+        self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str], **_: Any
+    ) -> dict[str, Tensor]:
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             missing_keys.discard(name)
@@ -160,12 +164,14 @@ def quantizable(model: nn.Module) -> list[str]:
 
 def _quantize_layer(model: nn.Module, name: str, weight: Tensor, fmt: NF4Format) -> None:
     parent, _, child = name.rpartition(".")
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     if tuple(weight.shape) != tuple(module.weight.shape):
-        raise ModelError(f"{name}.weight: checkpoint has {tuple(weight.shape)}, the model expects {tuple(module.weight.shape)}")
-    replacement = QuantLinear.from_dense(weight, module.bias, fmt, f"{name}.weight")  # type: ignore[arg-type]
-    for parameter in (replacement, *replacement.parameters()):
-        parameter._is_hf_initialized = True  # type: ignore[union-attr]
+        raise ModelError(
+            f"{name}.weight: checkpoint has {tuple(weight.shape)}, the model expects {tuple(module.weight.shape)}"
+        )
+    replacement = QuantLinear.from_dense(weight, module.bias, fmt, f"{name}.weight")
+    for part in (replacement, *replacement.parameters()):
+        setattr(part, "_is_hf_initialized", True)  # noqa: B010  # transformers must not initialise it anew
     setattr(model.get_submodule(parent), child, replacement)
 
 
@@ -201,7 +207,7 @@ def load_model(
     if model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None:
         model.set_attn_implementation(attention.NAME)
     model.to(device)
-    return model.requires_grad_(False).eval()  # type: ignore[no-any-return]
+    return model.requires_grad_(False).eval()
 
 
 def _gguf_arguments() -> dict[str, Any]:

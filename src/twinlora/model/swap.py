@@ -8,6 +8,7 @@ Nothing outside of the model's instances is touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def _candidates(module: nn.Module) -> Iterator[tuple[int, nn.Module]]:
         yield weight.numel(), RMSNorm(weight, eps, offset=1.0, wide=True)
     parts = dict(module.named_children())
     if {*_GATED} <= set(parts) <= {*_GATED, "act_fn"}:
-        gate = parts["gate_proj"]
+        gate: Any = parts["gate_proj"]
         yield int(getattr(gate, "base", gate).in_features), SwiGLU(*(parts[name] for name in _GATED))
 
 

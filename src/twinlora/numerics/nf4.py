@@ -40,7 +40,9 @@ class NF4Format:
         if self.block_size not in BLOCK_SIZES:
             raise ConfigError(f"NF4 block size {self.block_size}: expected one of {', '.join(map(str, BLOCK_SIZES))}")
         if self.nested_block_size not in (0, *BLOCK_SIZES):
-            raise ConfigError(f"NF4 nested block size {self.nested_block_size}: expected 0 (off) or one of {BLOCK_SIZES}")
+            raise ConfigError(
+                f"NF4 nested block size {self.nested_block_size}: expected 0 (off) or one of {BLOCK_SIZES}"
+            )
 
     @property
     def name(self) -> str:
@@ -66,7 +68,8 @@ def codebook() -> Tensor:
 
     def half(count: int) -> Tensor:
         probabilities = torch.linspace(_OFFSET, 0.5, count, dtype=torch.float32)[:-1]
-        return torch.special.ndtri(probabilities.double()).float()
+        quantiles: Tensor = torch.special.ndtri(probabilities.double())
+        return quantiles.float()
 
     levels = torch.cat([half(9), torch.zeros(1), -half(8)]).sort().values
     return levels / levels.max()

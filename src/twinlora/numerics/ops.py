@@ -4,7 +4,7 @@
 reference serves every device without one. Shapes: `weight` [N, K] in general any shape of n elements.
 
     nf4_quantize(weight, block_size)                   -> packed u8 [(n+1)//2], scales f32 [ceil(n/block_size)]
-    scales_quantize(scales, block_size)                -> codes u8 [m], nested_scales f32 [ceil(m/block_size)], offset f32 []
+    scales_quantize(scales, block_size)                -> codes u8 [m], nested_scales f32 [ceil(m/bs)], offset f32 []
     nf4_dequantize(packed, scales, …, shape, …, dtype) -> [*shape]
     nf4_linear(x, packed, …)                           -> x [..., K] @ W.T -> [..., N]; differentiable in x
     nf4_linear_transposed(dy, packed, …)               -> dy [..., N] @ W  -> [..., K]
@@ -57,7 +57,9 @@ def _(scales: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("twinlora::nf4_dequantize")
-def _(packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], b: int, nb: int, dtype: torch.dtype) -> Tensor:
+def _(
+    packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], b: int, nb: int, dtype: torch.dtype
+) -> Tensor:
     return packed.new_empty(shape, dtype=dtype)
 
 
@@ -122,7 +124,9 @@ def quantize(weight: Tensor, fmt: NF4Format | None = None, *, name: str = "weigh
     # A NaN or Inf anywhere in a block shows in its maximum.
     if weight.device.type != "meta" and not bool(torch.isfinite(scales).all()):
         bad = int((~torch.isfinite(weight)).sum())
-        raise ModelError(f"{name}: {bad} of {weight.numel()} values are NaN or Inf; the checkpoint is damaged, fetch it again")
+        raise ModelError(
+            f"{name}: {bad} of {weight.numel()} values are NaN or Inf; the checkpoint is damaged, fetch it again"
+        )
     if not fmt.nested_block_size:
         return NF4Tensor(packed, scales, None, None, tuple(weight.shape), fmt)
     codes, nested_scales, offset = torch.ops.twinlora.scales_quantize(scales, fmt.nested_block_size)

@@ -7,13 +7,21 @@ whole tensor ever exists.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from twinlora.numerics.nf4 import codebook, dynamic_map, midpoints
 
-__all__ = ["nf4_dequantize", "nf4_linear", "nf4_linear_transposed", "nf4_quantize", "scales_dequantize", "scales_quantize"]
+__all__ = [
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_linear_transposed",
+    "nf4_quantize",
+    "scales_dequantize",
+    "scales_quantize",
+]
 
 _PANEL = 1 << 18  # weights per panel: 0.5 to 1 MiB of temporaries
 
@@ -62,7 +70,9 @@ def scales_quantize(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Te
     return codes.view(-1)[: absmax.numel()].to(torch.uint8), maxima, offset
 
 
-def scales_dequantize(scales: Tensor, nested_scales: Tensor | None, nested_offset: Tensor | None, nested_block_size: int) -> Tensor:
+def scales_dequantize(
+    scales: Tensor, nested_scales: Tensor | None, nested_offset: Tensor | None, nested_block_size: int
+) -> Tensor:
     """The block maxima as float32 [n], whether stored so or as codes with `nested_scales` and `nested_offset`."""
     if nested_scales is None or nested_offset is None:
         return scales
@@ -100,12 +110,13 @@ def nf4_dequantize(
     return out[:count].view(shape)
 
 
-def nf4_linear(x: Tensor, packed: Tensor, *quant: object) -> Tensor:
+def nf4_linear(x: Tensor, packed: Tensor, *quant: Any) -> Tensor:
     """x [..., K] times the transposed weight [N, K] -> [..., N], in x's type. `quant` as in `nf4_dequantize`."""
-    weight = nf4_dequantize(packed, *quant, x.dtype)  # type: ignore[arg-type]
-    return torch.nn.functional.linear(x, weight)
+    quant += (x.dtype,)
+    return torch.nn.functional.linear(x, nf4_dequantize(packed, *quant))
 
 
-def nf4_linear_transposed(dy: Tensor, packed: Tensor, *quant: object) -> Tensor:
+def nf4_linear_transposed(dy: Tensor, packed: Tensor, *quant: Any) -> Tensor:
     """dy [..., N] times the weight [N, K] -> [..., K], in dy's type: the input gradient of `nf4_linear`."""
-    return dy @ nf4_dequantize(packed, *quant, dy.dtype)  # type: ignore[arg-type]
+    quant += (dy.dtype,)
+    return dy @ nf4_dequantize(packed, *quant)

@@ -69,7 +69,7 @@ def _load(directory: Path) -> Checkpoint:
 
 def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, or None, and a line for each newer one that was skipped."""
-    skipped = []
+    skipped: list[str] = []
     for directory in sorted((run / "checkpoints").glob("step-*"), reverse=True):
         try:
             return _load(directory), skipped

@@ -28,7 +28,15 @@ from twinlora.errors import CheckpointError, Interrupted, TrainingDiverged
 from twinlora.evaluate.metrics import mean_loss
 from twinlora.model import forward, swap
 from twinlora.model.fingerprint import fingerprint
-from twinlora.model.load import Source, load_model, load_tokenizer, pick_device, precision_by_layer, resolve, weight_bytes
+from twinlora.model.load import (
+    Source,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    precision_by_layer,
+    resolve,
+    weight_bytes,
+)
 from twinlora.numerics import ops
 from twinlora.numerics.nf4 import NF4Format
 from twinlora.reporter import Reporter
@@ -111,7 +119,7 @@ class _Signals:
 def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResult:
     """Fine-tune as `options` say and write the run directory.
 
-    Raises InputError before anything is written if an option, the model, the data or an adapter is wrong; TrainingDiverged
+    Raises InputError before anything is written if an option, the model, data or adapter is wrong; TrainingDiverged
     if a loss is not finite; Interrupted after a signal, when the state is saved; CheckpointError if `resume` finds a
     checkpoint of another run.
     """
@@ -206,10 +214,23 @@ class _Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to belong to this run."""
-        free = {"output", "resume", "overwrite", "eval_every", "checkpoint_every", "keep_checkpoints", "json_output", "model"}
+        free = {
+            "output",
+            "resume",
+            "overwrite",
+            "eval_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "json_output",
+            "model",
+        }
         options = self.options.model_dump(mode="json", exclude=free | {"data", "eval", "init_adapter", "device"})
         # The schedule stretches over all steps, so that max_steps is part of the identity.
-        return {"options": options, "base": self.inputs.fingerprint, "data": self.inputs.digests[self.options.data.name]}
+        return {
+            "options": options,
+            "base": self.inputs.fingerprint,
+            "data": self.inputs.digests[self.options.data.name],
+        }
 
     def restore(self) -> None:
         """With `resume`, go to the newest checkpoint that verifies; say so if there is none."""
@@ -225,7 +246,8 @@ class _Trainer:
         differing = _differences(found.state["identity"], self.identity)
         if differing:
             raise CheckpointError(
-                f"{found.directory} belongs to another run\n  " + "\n  ".join(differing)
+                f"{found.directory} belongs to another run\n  "
+                + "\n  ".join(differing)
                 + "\ngive the options of the first run, or another --output"
             )
         self.optimizer.load_state_tensors(found.tensors)
@@ -247,7 +269,7 @@ class _Trainer:
                     self._save_checkpoint()
                 if signals.received and not done:
                     raise Interrupted(
-                        f"stopped by {signal.Signals(signals.received).name} after step {self.at.step} of {self.total}; "
+                        f"stopped by {signal.Signals(signals.received).name} after step {self.at.step}/{self.total}; "
                         f"saved in {self.run.path}; continue with the same command and --resume",
                         signals.received,
                     )
@@ -265,7 +287,12 @@ class _Trainer:
         lr = learning_rate(self.at.step, self.total, self.options)
         batch = self._batch(self.at.step)
         result = train_step(
-            self.model, batch, self.optimizer, lr=lr, max_grad_norm=self.options.max_grad_norm, plain_head=self.plain_head
+            self.model,
+            batch,
+            self.optimizer,
+            lr=lr,
+            max_grad_norm=self.options.max_grad_norm,
+            plain_head=self.plain_head,
         )
         loss, norm = result.loss.item(), result.grad_norm.item()
         seconds = time.perf_counter() - start
@@ -281,7 +308,14 @@ class _Trainer:
         self.at.seconds += seconds
         self.at.loss = loss
         self.run.log(
-            {"step": self.at.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": self.at.tokens, "seconds": seconds}
+            {
+                "step": self.at.step,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": norm,
+                "tokens": self.at.tokens,
+                "seconds": seconds,
+            }
         )
         rate = self.at.tokens / self.at.seconds
         self.reporter.progress("training", self.at.step, self.total, f"loss {loss:.4f} · {rate:,.0f} tokens/s")
@@ -318,7 +352,8 @@ class _Trainer:
             where = self.run.adapter
             files.save_adapter(self.model, where, self.lora, self.options.model, self._passport())
         record = self._record(eval_loss) | {"adapter" if self.options.method != "full" else "model": str(where)}
-        document = {"options": self.options.model_dump(mode="json"), "base_fingerprint": self.inputs.fingerprint}
+        document: dict[str, Any] = {"options": self.options.model_dump(mode="json")}
+        document |= {"base_fingerprint": self.inputs.fingerprint}
         document |= {"data_sha256": self.inputs.digests, "machine": machine.describe(self.device), "notes": self.notes}
         document |= {"replaced": self.replaced, "packed": self.packed, "plain_head": self.plain_head}
         atomic.write_json(self.run.path / "run.json", document | {"result": record})
@@ -346,7 +381,9 @@ class _Trainer:
     def _passport(self) -> passport.Passport:
         tokenizer = self.inputs.tokenizer
         template = tokenizer.chat_template
-        text = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
+        text = (
+            tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
+        )
         return passport.Passport(
             base_model=self.options.model,
             base_fingerprint=self.inputs.fingerprint,
@@ -364,7 +401,10 @@ class _Trainer:
 
 def _common_system(rows: list[Row]) -> str | None:
     """The system message that all rows share, if they do."""
-    messages = {str(row.messages[0]["content"]) if row.messages and row.messages[0]["role"] == "system" else None for row in rows}
+    messages = {
+        str(row.messages[0]["content"]) if row.messages and row.messages[0]["role"] == "system" else None
+        for row in rows
+    }
     return messages.pop() if len(messages) == 1 else None
 
 

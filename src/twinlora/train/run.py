@@ -40,7 +40,9 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock)
-            raise ConfigError(f"output {self.path}: another process is writing this run; wait for it, or choose another --output") from None
+            raise ConfigError(
+                f"output {self.path}: another process is writing this run; wait for it, or choose another --output"
+            ) from None
         try:
             self._claim()
         except BaseException:
@@ -48,7 +50,9 @@ class RunDirectory:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -20,7 +20,7 @@ __all__ = ["StepResult", "train_step"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Tensors on the device: mean loss of the trained tokens, and the gradient norm before clipping, both float32 []."""
+    """On the device: mean loss of the trained tokens, and the gradient norm before clipping, both float32 []."""
 
     loss: Tensor
     grad_norm: Tensor
@@ -43,7 +43,7 @@ def train_step(
     total = torch.zeros((), dtype=torch.float32, device=batch.micro_batches[0].input_ids.device)
     for micro in batch.micro_batches:
         loss = loss_sum(model, micro, plain_head=plain_head) / batch.trained_tokens
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.detach()
     grad_norm = optimizer.step(lr, max_grad_norm)
     return StepResult(total, grad_norm)
