@@ -4,7 +4,8 @@
 
 Every way runs in a process of its own, from the same initial adapter, over the same rows in the same order
 (the `tuned` peers regroup rows by length). DIR holds train.jsonl and test.jsonl in the `messages` form.
-Ways that the output already holds are kept; `--ways` chooses which to run, `--max-steps` measures speed alone.
+`--ways` chooses which to run (others in the output are kept); `--max-steps` measures speed alone, and with `--rounds`
+every way runs several times in turn, its steps appended.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs without installing, too
 
 PEERS = {
     "peft-lora": {"quantized": False, "tuned": False},
@@ -105,6 +107,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--test-rows", type=int, default=1500)
     parser.add_argument("--max-steps", type=int)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--initial", help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -114,17 +117,40 @@ def main() -> None:
     import peers
 
     results = json.loads(args.output.read_text()) if args.output.exists() else {"ways": {}}
+    results |= facts()
     with tempfile.TemporaryDirectory() as scratch:
         initial = f"{scratch}/initial"
         peers.write_initial_adapter(args.model, initial, peers.Recipe())
-        for way in args.ways.split(","):
-            part = Path(scratch, f"{way}.json")
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", way]
-            command += ["--initial", initial, "--output", str(part)]
-            start = time.perf_counter()
-            subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "src")})
-            results["ways"][way] = json.loads(part.read_text()) | {"wall_seconds": time.perf_counter() - start}
-            args.output.write_text(json.dumps(results))
+        for number in range(args.rounds):
+            for way in args.ways.split(","):
+                part = Path(scratch, f"{way}.json")
+                command = [sys.executable, __file__, *sys.argv[1:], "--one", way]
+                command += ["--initial", initial, "--output", str(part)]
+                start = time.perf_counter()
+                subprocess.run(command, check=True)
+                found = json.loads(part.read_text()) | {"wall_seconds": time.perf_counter() - start}
+                results["ways"][way] = merge(results["ways"].get(way) if number else None, found)
+                args.output.write_text(json.dumps(results, indent=1))
+
+
+def facts() -> dict:
+    """The machine, versions and commit."""
+    from importlib.metadata import version
+
+    from twinlora import machine
+
+    names = ("torch", "transformers", "peft", "bitsandbytes")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    return {"machine": machine.describe(), "versions": {n: version(n) for n in names}, "git_hash": commit}
+
+
+def merge(before: dict | None, after: dict) -> dict:
+    """Another round of the same way: its steps are appended, its peak counts if it is higher."""
+    if before is None:
+        return after
+    lists = {key: before[key] + after[key] for key in ("step_seconds", "tokens")}
+    peak = max(before["peak_rss_train_bytes"], after["peak_rss_train_bytes"])
+    return after | lists | {"peak_rss_train_bytes": peak}
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ class CompareOptions(Options, ModelOptions, AdapterOptions, DataOptions, Optimiz
     methods: list[Method] = Field(["lora", "qlora"], description="Methods to compare.")
     output: Path = Field(description="Directory of the comparison.")
     lr_grid: list[float] = Field(
-        [2e-4, 5e-4, 1e-3, 2e-3], description="Learning rates that each method may choose from."
+        [1e-4, 3e-4, 1e-3, 3e-3], description="Learning rates that each method may choose from."
     )
     search_rows: Positive | None = Field(
         None, description="Training rows of each search run; default: a quarter of the rows."

@@ -8,10 +8,11 @@ from twinlora.adapters import files
 from twinlora.adapters.lora import LoraConfig, attach, lora_layers, trainable_parameters
 from twinlora.config import OptimizerOptions
 from twinlora.data.packing import make_batch
-from twinlora.data.template import Example
+from twinlora.data.template import Example, encode_rows
+from twinlora.demo import tasks
 from twinlora.model import swap
 from twinlora.model.forward import has_plain_head
-from twinlora.model.load import load_model, resolve
+from twinlora.model.load import load_model, load_tokenizer, resolve
 from twinlora.train.optim import MasterAdamW, learning_rate
 from twinlora.train.step import train_step
 
@@ -68,26 +69,23 @@ def rows():
     return out
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
-def test_thirty_steps_follow_peft(tiny, tmp_path, dtype, tolerance):
-    """From one initial adapter over the same batches: ours packed, theirs padded, four rows a step."""
-    options = OptimizerOptions(lr=5e-3, warmup_steps=3)
-    theirs = peft_model(tiny, dtype, init_lora_weights=True)
-    theirs.save_pretrained(tmp_path)
-    ours = load_model(resolve(str(tiny)), dtype=dtype)
+def losses_of_both(base, directory, dtype, data, options, rows_per_step, steps):
+    """Losses from one initial adapter over the same batches: ours packed, theirs padded."""
+    theirs = peft_model(base, dtype, init_lora_weights=True)
+    theirs.save_pretrained(directory)
+    ours = load_model(resolve(str(base)), dtype=dtype)
     attach(ours, LoraConfig(rank=4, alpha=8))
-    files.set_weights(ours, files.read_adapter(tmp_path))
+    files.set_weights(ours, files.read_adapter(directory))
     swap.replace_blocks(ours)
     ours.train()
     optimizer = MasterAdamW(trainable_parameters(ours), options)
     parameters = [p for p in theirs.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(parameters, weight_decay=0.0)
     plain = has_plain_head(ours)
-    data = rows()
-    for step in range(30):
-        chosen = data[4 * step : 4 * step + 4]
-        lr = learning_rate(step, 30, options)
-        batch = make_batch(chosen, 40, packed=True, pad_id=0)
+    for step in range(steps):
+        chosen = data[rows_per_step * step : rows_per_step * (step + 1)]
+        lr = learning_rate(step, steps, options)
+        batch = make_batch(chosen, 400, packed=True, pad_id=0)
         found = train_step(ours, batch, optimizer, lr=lr, max_grad_norm=1.0, plain_head=plain)
         longest = max(len(e.ids) for e in chosen)
         fill = [longest - len(e.ids) for e in chosen]
@@ -102,4 +100,29 @@ def test_thirty_steps_follow_peft(tiny, tmp_path, dtype, tolerance):
         adamw.param_groups[0]["lr"] = lr
         adamw.step()
         adamw.zero_grad()
-        assert abs(found.loss.item() - loss.item()) < tolerance, f"step {step}"
+        yield found.loss.item(), loss.item()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+def test_thirty_steps_follow_peft(tiny, tmp_path, dtype, tolerance):
+    options = OptimizerOptions(lr=5e-3, warmup_steps=3)
+    for step, (ours, theirs) in enumerate(losses_of_both(tiny, tmp_path, dtype, rows(), options, 4, 30)):
+        assert abs(ours - theirs) < tolerance, f"step {step}"
+
+
+@pytest.mark.model
+def test_thirty_steps_on_the_real_model_follow_peft(smollm2, tmp_path):
+    data = encode_rows(load_tokenizer(resolve(str(smollm2))), tasks.rows("legal", "train", 60), 512)
+    options = OptimizerOptions(lr=1e-3, warmup_steps=3)
+    for step, (ours, theirs) in enumerate(losses_of_both(smollm2, tmp_path, torch.float32, data, options, 2, 30)):
+        assert abs(ours - theirs) < 1e-4, f"step {step}"
+
+
+@pytest.mark.model
+def test_thirty_steps_on_the_real_model_in_bfloat16(smollm2, tmp_path):
+    """A row's loss carries bf16 noise of 0.03 on this model with any kernel, so the mean over steps is held."""
+    data = encode_rows(load_tokenizer(resolve(str(smollm2))), tasks.rows("legal", "train", 120), 512)
+    options = OptimizerOptions(lr=1e-3, warmup_steps=3)
+    pairs = list(losses_of_both(smollm2, tmp_path, torch.bfloat16, data, options, 4, 30))
+    assert sum(abs(ours - theirs) for ours, theirs in pairs) / len(pairs) < 0.02
+    assert pairs[-1][0] < 0.2 * pairs[0][0]

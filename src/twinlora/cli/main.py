@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Annotated, Any, get_origin
 
 from twinlora import __version__
 from twinlora.errors import ConfigError, TwinloraError
@@ -43,18 +44,22 @@ def parse_options(verb: str, arguments: list[str]) -> Any:
     lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
     recipe, arguments = _normalise(arguments, lists)
     values = config.read_recipe(recipe, cls) if recipe else {}
-    defaults = {
-        name: values.get(name, tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True))
-        for name, field in cls.model_fields.items()
-    }
-    parsed = tyro.cli(
-        cls,
+    fields: list[tuple[str, Any, Any]] = []
+    for name, field in sorted(cls.model_fields.items(), key=lambda item: not item[1].is_required()):
+        kind: Any = Annotated[field.annotation, tyro.conf.arg(help=field.description), *field.metadata]
+        default = values.get(name, field.get_default(call_default_factory=True))
+        required = name not in values and field.is_required()
+        settings: dict[str, Any] = {} if required else {"default_factory": lambda default=default: default}
+        fields.append((name, kind, dataclasses.field(kw_only=True, **settings)))
+    # A plain class for the parser: limits are checked below, with messages of our own.
+    parsed: Any = tyro.cli(
+        dataclasses.make_dataclass(cls.__name__, fields),
         args=arguments,
         prog=f"twinlora {verb}",
         description=f"{_VERBS[verb][2]} --config recipe.yaml gives options from a file; flags override it.",
-        default=cls.model_construct(**defaults),
     )
-    return config.validated(cls, parsed.model_dump(), where=f"twinlora {verb}")
+    given = {name: getattr(parsed, name) for name in cls.model_fields}
+    return config.validated(cls, given, where=f"twinlora {verb}")
 
 
 def _normalise(arguments: list[str], lists: set[str]) -> tuple[Path | None, list[str]]:

@@ -63,6 +63,7 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
     _claim(options)
     splits = _write(options, train, validation, test)
     results: list[MethodResult] = []
+    diverged: list[str] = []
     predictions: dict[str, list[Prediction]] = {}
     base, predictions[BASE] = _in_process(BASE, worker.measure_base, options, splits.test)
     results.append(base.result)
@@ -72,6 +73,7 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
         lr, at_edge = _best(points)
         if lr is None:
             reporter.note(f"{method}: every learning rate diverged")
+            diverged.append(method)
             continue
         note = f"{method}: best learning rate {lr:g} of {', '.join(f'{p.lr:g}' for p in points)}"
         reporter.note(note + (", at the edge of the grid" if at_edge else ""))
@@ -93,7 +95,8 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
         options=options.model_dump(mode="json"),
         ways=results,
         differences=_differences(results),
-        verdict=judge(results, _differences(results)),
+        diverged=diverged,
+        verdict=judge(results, _differences(results), diverged),
         samples=_samples(predictions),
         next_commands=_next_commands(options, results),
     )

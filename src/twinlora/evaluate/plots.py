@@ -100,22 +100,22 @@ def loss_curves(report: Report) -> str:
         axes.set_yscale("log")
         axes.legend()
 
-    return _draw("curves", draw, 2.9)
+    return _draw("curves", draw, 2.9) if len(report.ways) > 1 else ""
 
 
 def rate_search(report: Report) -> str:
     """Validation loss by learning rate; the ring marks the chosen rate, a cross one that diverged."""
+    searched = [way for way in report.ways if len(way.search) > 1]
 
     def draw(axes: Axes) -> None:
-        rates = sorted({point.lr for way in report.ways for point in way.search})
-        for way in report.ways[1:]:
+        rates = sorted({point.lr for way in searched for point in way.search})
+        for way in searched:
             colour = _COLOURS[way.method]
             alive = [(p.lr, p.validation_loss) for p in way.search if p.validation_loss is not None]
             axes.plot(*zip(*alive, strict=True), "o-", color=colour, label=name_of(way.method), markersize=4)
             best = next(loss for lr, loss in alive if lr == way.learning_rate)
-            axes.plot(
-                way.learning_rate or 0.0, best, "o", markersize=12, markerfacecolor="none", markeredgecolor=colour
-            )
+            assert way.learning_rate is not None
+            axes.plot(way.learning_rate, best, "o", markersize=12, markerfacecolor="none", markeredgecolor=colour)
             for lr in {p.lr for p in way.search} - {lr for lr, _ in alive}:
                 axes.plot(lr, max(loss for _, loss in alive), "x", color=colour, markersize=8)
         axes.set_xscale("log")
@@ -125,7 +125,6 @@ def rate_search(report: Report) -> str:
         axes.set_ylabel("validation loss")
         axes.legend()
 
-    searched = [way for way in report.ways if len(way.search) > 1]
     return _draw("search", draw, 2.9) if searched else ""
 
 
@@ -137,7 +136,7 @@ def _draw(name: str, draw: Callable[[Axes], None], height: float) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     # Ids are unique within a drawing only; the page holds several.

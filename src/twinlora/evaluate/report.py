@@ -134,6 +134,7 @@ class Report(_Model):
     data: dict[str, Any]
     options: dict[str, Any]
     ways: list[MethodResult]
+    diverged: list[str] = []  # methods whose every learning rate diverged; they have no result
     differences: list[Difference]
     verdict: Verdict
     samples: list[Sample]

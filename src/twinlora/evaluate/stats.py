@@ -31,7 +31,7 @@ def paired_interval(
     bootstrap knows nothing, and the rule of three (3 / rows) bounds the difference. Raises ValueError for
     other lengths.
     """
-    if len(a) != len(b) or not a:
+    if len(a) != len(b) or len(a) == 0:
         raise ValueError(f"expected the same rows for both, got {len(a)} and {len(b)}")
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     mean = float(difference.mean())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from twinlora.evaluate.report import BASE, Difference, MethodResult, Verdict
 
 __all__ = ["judge", "name_of", "peak_bytes"]
@@ -15,7 +17,7 @@ def name_of(method: str) -> str:
     return _NAMES.get(method, method)
 
 
-def judge(ways: list[MethodResult], differences: list[Difference]) -> Verdict:
+def judge(ways: list[MethodResult], differences: list[Difference], diverged: Sequence[str] = ()) -> Verdict:
     """Choose among the tuned ways, or say why not.
 
     Withheld if a best learning rate lies at the edge of its grid, or every rate diverged: then the comparison would be
@@ -23,7 +25,7 @@ def judge(ways: list[MethodResult], differences: list[Difference]) -> Verdict:
     """
     tuned = [way for way in ways if way.method != BASE]
     reasons = [_describe(way) for way in tuned]
-    withheld = _reasons_to_withhold(tuned)
+    withheld = [f"every learning rate diverged for {name_of(method)}" for method in diverged] + _edges(tuned)
     if withheld:
         sentence = "No verdict: " + "; ".join(withheld) + ". Widen the grid of learning rates and compare again."
         return Verdict(choose=None, sentence=sentence, reasons=reasons, withheld=withheld)
@@ -54,16 +56,14 @@ def peak_bytes(way: MethodResult) -> int:
     return way.peak_device_bytes or way.train_peak_rss_bytes or way.peak_rss_bytes
 
 
-def _reasons_to_withhold(tuned: list[MethodResult]) -> list[str]:
+def _edges(tuned: list[MethodResult]) -> list[str]:
+    """A line for each way whose best learning rate lies at the edge of its grid."""
     out = []
     for way in tuned:
-        name = name_of(way.method)
-        if way.search and all(point.validation_loss is None for point in way.search):
-            out.append(f"every learning rate diverged for {name}")
-        elif way.at_edge and way.learning_rate is not None:
+        if way.at_edge and way.learning_rate is not None:
             rates = [point.lr for point in way.search]
             out.append(
-                f"the best learning rate of {name}, {way.learning_rate:g}, lies at the edge of its grid "
+                f"the best learning rate of {name_of(way.method)}, {way.learning_rate:g}, lies at the edge of its grid "
                 f"({min(rates):g} to {max(rates):g})"
             )
     return out

@@ -1,0 +1,169 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import write_jsonl
+from twinlora.cli.main import main, parse_options
+from twinlora.errors import ConfigError
+
+REQUIRED = ["--model", "m", "--data", "d.jsonl", "--method", "lora", "--output", "o"]
+
+
+def test_flags_override_the_recipe_which_overrides_defaults(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: m\ndata: d.jsonl\nmethod: qlora\noutput: o\nlr: 1e-3\nbatch-size: 4\neval: e.jsonl\n")
+    options = parse_options("train", ["--config", str(recipe), "--lr", "0.5", "--method=lora"])
+    assert (options.method, options.lr, options.batch_size, options.rank) == ("lora", 0.5, 4, 16)
+    assert options.eval == Path("e.jsonl")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["--target", "a,b"], ["--target", "a", "b"], ["--target", "a", "--target", "b"], ["--target=a", "--target=b"]],
+)
+def test_lists_in_every_way_people_write_them(given):
+    assert parse_options("train", [*REQUIRED, *given, "--rank", "2"]).target == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("lr: fast", r"lr: Input should be a valid number.*\(got 'fast'\)"),
+        ("speed: 1", "unknown option.s. speed; known: .*batch_size"),
+        ("[1, 2]", "expected `option: value` lines, found list"),
+        ("lr: [", "not readable as YAML"),
+        ("rank: 0", "rank: .*greater than or equal to 1"),
+    ],
+)
+def test_wrong_recipes(tmp_path, text, message):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=rf"(?s)r\.yaml.*{message}"):
+        parse_options("train", ["--config", str(recipe), *REQUIRED])
+    with pytest.raises(ConfigError, match="no such file"):
+        parse_options("train", ["--config", str(tmp_path / "none.yaml"), *REQUIRED])
+    with pytest.raises(ConfigError, match="expected the path"):
+        parse_options("train", [*REQUIRED, "--config"])
+
+
+@pytest.mark.parametrize(
+    "arguments, status, shown",
+    [
+        ([], 2, "usage: twinlora VERB"),
+        (["--help"], 0, "compare"),
+        (["--version"], 0, "twinlora 0."),
+        (["trian"], 2, "did you mean train?"),
+        (["train", *REQUIRED], 2, "model m: no such directory or file"),
+        (["train", *REQUIRED, "--lr", "-1"], 2, "lr: Input should be greater than 0"),
+        (["train", *REQUIRED, "--resume", "--overwrite"], 2, "exclude each other"),
+        (["chat", "--model", "m", "--adapter", "dir"], 2, "expected NAME=DIR"),
+    ],
+)
+def test_statuses_and_messages(arguments, status, shown, capsys):
+    assert main(arguments) == status
+    captured = capsys.readouterr()
+    assert shown in captured.out + captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_unknown_flag_is_an_error_that_helps(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *REQUIRED, "--leaning-rate", "1"])
+    assert stop.value.code == 2
+    assert "leaning-rate" in capsys.readouterr().err
+
+
+def test_train_then_eval_then_inspect_json(tiny, data_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["train", "--model", str(tiny), "--data", str(data_file), "--eval", str(data_file), "--method", "qlora"]
+    assert main([*arguments, "--output", str(run), "--batch-size", "8", "--json"]) == 0
+    captured = capsys.readouterr()
+    record = json.loads(captured.out)
+    promised = "steps loss eval_loss tokens tokens_per_second seconds peak_rss_bytes peak_device_bytes trainable_parameters adapter backend"
+    assert set(promised.split()) <= set(record)
+    assert "training 3/3" in captured.err
+    assert (
+        main(
+            [
+                "eval",
+                "--model",
+                str(tiny),
+                "--adapter",
+                str(run),
+                "--data",
+                str(data_file),
+                "--metric",
+                "loss",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) == {"rows", "loss", "perplexity", "seconds"}
+    assert result["loss"] == pytest.approx(record["eval_loss"], abs=0.02), "the NF4 base of the passport is used"
+    said = tmp_path / "said.jsonl"
+    arguments = ["eval", "--model", str(tiny), "--data", str(data_file), "--rows", "3", "--max-new-tokens", "2"]
+    assert main([*arguments, "--output", str(said)]) == 0
+    assert "exact match  0.0% (0 of 3" in capsys.readouterr().out
+    assert [set(json.loads(line)) for line in said.read_text().splitlines()] == [
+        {"prompt", "expected", "output", "hit"}
+    ] * 3
+    assert main([*arguments, "--adapter", str(tmp_path)]) == 2
+    assert "adapter_config.json" in capsys.readouterr().err
+
+
+def test_adapter_of_another_base_is_refused(tiny, data_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["--data", str(data_file), "--batch-size", "8"]
+    assert main(["train", "--model", str(tiny), "--method", "lora", "--output", str(run), *arguments]) == 0
+    other = tmp_path / "other"
+    subprocess.run(["cp", "-r", str(tiny), str(other)], check=True)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(other / "model.safetensors")
+    weights["model.embed_tokens.weight"][0, 0] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main(["eval", "--model", str(other), "--adapter", str(run), "--data", str(data_file)]) == 2
+    message = capsys.readouterr().err
+    assert str(tiny) in message
+    assert str(other) in message
+
+
+def test_doctor(capsys):
+    assert main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["cores"] > 0
+    assert "cpu" in facts["backend"]
+    assert main(["doctor"]) == 0
+    assert facts["backend"] in capsys.readouterr().out
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from twinlora.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PATH": ""}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == 0
+
+
+def test_chat_switches_adapters(tiny, tmp_path, monkeypatch, capsys):
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": f"p{i}", "completion": "yes"} for i in range(160)])
+    lora = ["--method", "lora", "--lr", "1e-2", "--batch-size", "8"]
+    assert main(["train", "--model", str(tiny), "--data", str(data), "--output", str(tmp_path / "a"), *lora]) == 0
+    capsys.readouterr()
+    lines = iter(["hello", "/base", "hello", "/adapter mine", "hello", "/adapter none", "/adapters", "/what", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    arguments = ["chat", "--model", str(tiny), "--adapter", f"mine={tmp_path / 'a'}", "--max-new-tokens", "6"]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    first, rest = captured.out.split("the base model answers\n")
+    second, rest = rest.split("mine answers\n")
+    third, names, hint, *_ = rest.split("\n")
+    assert first.strip() == third != second.strip(), "the adapter, the base otherwise, the adapter again"
+    assert names == "mine"
+    assert "no adapter 'none'; loaded: mine" in captured.err
+    assert hint.startswith("/adapter NAME")
+    assert main([*arguments, "--adapter", f"mine={tmp_path / 'a'}"]) == 2

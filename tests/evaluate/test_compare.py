@@ -1,0 +1,105 @@
+import json
+import random
+
+import pytest
+
+from tests.conftest import chat, write_jsonl
+from twinlora.cli.main import main
+from twinlora.config import CompareOptions
+from twinlora.errors import ConfigError, DataError
+from twinlora.evaluate import compare as module
+from twinlora.evaluate.report import SearchPoint, load
+from twinlora.reporter import Reporter
+
+
+class Notes(Reporter):
+    def __init__(self):
+        self.lines = []
+
+    def note(self, text):
+        self.lines.append(text)
+
+
+def letters(count, seed):
+    """A task that a tiny model learns: answer with the one letter that the message repeats."""
+    generator = random.Random(seed)
+    return [chat(generator.choice("ab") * generator.randrange(2, 9) + f" {seed}{i}", "x") for i in range(count)]
+
+
+def options(tiny, tmp_path, **changes):
+    data, test = write_jsonl(tmp_path / "tr.jsonl", letters(40, 1)), write_jsonl(tmp_path / "te.jsonl", letters(10, 2))
+    values = {
+        "model": str(tiny), "data": data, "eval": test, "output": tmp_path / "out", "lr_grid": [1e-3, 1e-2, 3.0],
+        "batch_size": 8, "validation_rows": 8, "max_new_tokens": 4, "warmup_steps": 2,
+    }  # fmt: skip
+    return CompareOptions(**(values | changes))
+
+
+def test_two_methods_in_their_own_processes(tiny, tmp_path, capsys):
+    data, test = write_jsonl(tmp_path / "tr.jsonl", letters(160, 1)), write_jsonl(tmp_path / "te.jsonl", letters(10, 2))
+    arguments = ["--model", str(tiny), "--data", str(data), "--eval", str(test), "--output", str(tmp_path / "out")]
+    arguments += ["--methods", "lora,full", "--lr-grid", "1e-3,1e-2", "--batch-size", "8", "--validation-rows", "8"]
+    assert main(["compare", *arguments, "--max-new-tokens", "4", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    report = load(tmp_path / "out" / "report.json")
+    assert document == report.model_dump(mode="json")
+    assert [way.method for way in report.ways] == ["base", "lora", "full"]
+    assert report.data["rows"] == {"train": 152, "search": 38, "validation": 8, "test": 10}
+    base, lora, full = report.ways
+    assert base.exact_match.value < 0.3
+    assert lora.exact_match.value > 0.6
+    assert full.trainable_parameters > lora.trainable_parameters > 0
+    assert lora.curve[0].loss == pytest.approx(full.curve[0].loss, abs=1e-3), "same start, same first rows"
+    assert len(lora.search) == 2
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert report.verdict.sentence.split(":")[0] in page
+    assert main(["compare", *arguments]) == 2
+    assert "give --overwrite" in capsys.readouterr().err
+
+
+def test_best_rate_and_its_edge():
+    points = [SearchPoint(lr=lr, validation_loss=loss, seconds=1) for lr, loss in ((1, 3.0), (2, 2.0), (3, None))]
+    assert module._best(points) == (2, False)
+    assert module._best(points[:2]) == (2, True)
+    assert module._best(points[1:2]) == (2, False), "one rate is a choice, not a search"
+    assert module._best(points[2:]) == (None, False)
+
+
+def test_validation_rows_are_disjoint_from_test_rows_and_training_rows(tiny, tmp_path):
+    shared = letters(6, 1)
+    test = write_jsonl(tmp_path / "shared.jsonl", shared)
+    notes = Notes()
+    train, validation, held_out = module._split(options(tiny, tmp_path, eval=test, validation_rows=32), notes)
+    assert (len(train), len(validation), len(held_out)) == (8, 32, 6)
+    assert not {module._prompt(r) for r in validation} & {module._prompt(r) for r in [*train, *held_out]}
+    assert notes.lines == ["data: 6 of 40 training rows ask what a test row asks; test figures flatter"]
+    with pytest.raises(DataError, match="6 validation row"):
+        module._split(options(tiny, tmp_path, eval=test, validation=test), notes)
+    with pytest.raises(DataError, match="too few"):
+        module._split(options(tiny, tmp_path, validation_rows=39), notes)
+
+
+@pytest.mark.parametrize("changes", [{"lr_grid": [1e-3, 1e-3]}, {"lr_grid": [-1.0]}, {"methods": ["lora", "lora"]}])
+def test_wrong_options(tiny, tmp_path, changes):
+    with pytest.raises(ValueError, match="expected"):
+        options(tiny, tmp_path, **changes)
+
+
+def test_an_earlier_comparison_is_not_overwritten_unasked(tiny, tmp_path):
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="holds an earlier comparison"):
+        module._claim(options(tiny, tmp_path))
+    module._claim(options(tiny, tmp_path, overwrite=True))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_errors_in_a_process_arrive_here(tiny, tmp_path):
+    import os
+
+    from twinlora.errors import BackendError
+
+    with pytest.raises(BackendError, match="probe: its process died"):
+        module._in_process("probe", os._exit, 9)
+    with pytest.raises(ValueError, match="invalid literal"):
+        module._in_process("probe", int, "x")
