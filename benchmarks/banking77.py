@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs without installing, too
+import harness  # puts src on the path
 
 PEERS = {
     "peft-lora": {"quantized": False, "tuned": False},
@@ -117,7 +117,7 @@ def main() -> None:
     import peers
 
     results = json.loads(args.output.read_text()) if args.output.exists() else {"ways": {}}
-    results |= facts()
+    results |= harness.facts()
     with tempfile.TemporaryDirectory() as scratch:
         initial = f"{scratch}/initial"
         peers.write_initial_adapter(args.model, initial, peers.Recipe())
@@ -131,17 +131,6 @@ def main() -> None:
                 found = json.loads(part.read_text()) | {"wall_seconds": time.perf_counter() - start}
                 results["ways"][way] = merge(results["ways"].get(way) if number else None, found)
                 args.output.write_text(json.dumps(results, indent=1))
-
-
-def facts() -> dict:
-    """The machine, versions and commit."""
-    from importlib.metadata import version
-
-    from twinlora import machine
-
-    names = ("torch", "transformers", "peft", "bitsandbytes")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    return {"machine": machine.describe(), "versions": {n: version(n) for n in names}, "git_hash": commit}
 
 
 def merge(before: dict | None, after: dict) -> dict:

@@ -211,7 +211,7 @@ class DemoOptions(Options):
     output: Path = Field(Path("runs/demo"), description="Directory of the demo.")
     model: str | None = Field(None, description="Another base model (directory, GGUF file or hub id).")
     hub: bool = Field(False, description="Take SmolLM2-135M-Instruct from the hub instead of the embedded copy.")
-    train_rows: Positive = Field(400, description="Training rows of the comparison.")
+    train_rows: Positive = Field(480, description="Training rows of the comparison.")
     test_rows: Positive = Field(100, description="Held-out rows.")
     seed: int = Field(0, description="Seed of everything.")
     overwrite: bool = Field(True, description="Remove an earlier demo in the output directory.")

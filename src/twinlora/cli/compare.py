@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from twinlora.cli.console import out, print_json
+from twinlora.cli.console import as_typed, out, print_json
 from twinlora.config import CompareOptions
 from twinlora.evaluate.report import Report
 from twinlora.reporter import ConsoleReporter
@@ -23,7 +23,7 @@ def run(options: CompareOptions) -> None:
     show(report)
     out.print(f"report: {options.output / 'report.html'}", markup=False)
     for command in report.next_commands:
-        out.print(f"next:   {command}", markup=False)
+        out.print(f"next:   {as_typed(command)}", markup=False)
 
 
 def show(report: Report) -> None:

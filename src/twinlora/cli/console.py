@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-__all__ = ["err", "out", "print_json"]
+__all__ = ["as_typed", "err", "out", "print_json"]
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def as_typed(command: str) -> str:
+    """`twinlora …` as the user must type it where it is not on the search path (a fresh virtual environment)."""
+    if shutil.which("twinlora") or not command.startswith("twinlora "):
+        return command
+    program = Path(sys.argv[0])
+    program = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
+    return f"{program} {command.removeprefix('twinlora ')}"
 
 
 def print_json(document: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from twinlora.cli.compare import show
-from twinlora.cli.console import out, print_json
+from twinlora.cli.console import as_typed, out, print_json
 from twinlora.config import DemoOptions
 from twinlora.reporter import ConsoleReporter
 
@@ -36,4 +36,4 @@ def run(options: DemoOptions) -> None:
     out.print(f"\ndone in {story.seconds:.0f} s; the report: {(options.output / 'support' / 'report.html').resolve()}")
     out.print("\nnext, try:")
     for command in story.next_commands:
-        out.print(f"  {command}", markup=False)
+        out.print(f"  {as_typed(command)}", markup=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from twinlora.cli.console import out, print_json
+from twinlora.cli.console import as_typed, out, print_json
 from twinlora.config import TrainOptions
 from twinlora.reporter import ConsoleReporter
 
@@ -27,4 +27,5 @@ def run(options: TrainOptions) -> None:
     )
     out.print(f"saved: {where}")
     if options.method != "full":
-        out.print(f"next:  twinlora chat --model {options.model} --adapter mine={where}")
+        command = f"twinlora chat --model {options.model} --adapter mine={where}"
+        out.print(f"next:  {as_typed(command)}", markup=False)

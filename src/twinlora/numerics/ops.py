@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from twinlora.errors import ModelError
-from twinlora.numerics import reference
+from twinlora.numerics import cpu, reference
 from twinlora.numerics.nf4 import NF4Format
 
 __all__ = ["NF4Tensor", "backend", "linear", "linear_transposed", "quantize"]
@@ -40,6 +40,9 @@ _library = torch.library.Library("twinlora", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+if cpu.paths():
+    for _name in cpu.OPS:
+        _library.impl(_name, getattr(cpu, _name), "CPU")
 
 
 @torch.library.register_fake("twinlora::nf4_quantize")
@@ -146,7 +149,6 @@ def linear_transposed(dy: Tensor, weight: NF4Tensor) -> Tensor:
 
 
 def backend(device: torch.device | str = "cpu") -> str:
-    """Name of the backend that serves `device`, as printed and recorded with every result."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(torch.device(device).type, "CompositeExplicitAutograd")
-    own = torch._C._dispatch_has_kernel_for_dispatch_key("twinlora::nf4_dequantize", key)
-    return f"{'native' if own else 'reference'}-{torch.device(device).type}"
+    """The backend that serves `device`, as printed and recorded with every result, for example `cpu (avx512-bf16)`."""
+    kind = torch.device(device).type
+    return f"{kind} ({cpu.path()})" if kind == "cpu" and cpu.paths() else f"{kind} (reference)"

@@ -1,0 +1,164 @@
+"""The compiled CPU backend: the ops of ops.py over `_cpu`, where the package was built with a C++ compiler.
+
+Bit for bit the reference's results for quantising and dequantising, on every instruction set. Threads are those of
+torch (`torch.set_num_threads`, OMP_NUM_THREADS): the extension borrows the OpenMP runtime that torch has loaded.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twinlora.numerics.nf4 import codebook, dynamic_map, midpoints
+
+_native: ModuleType | None
+try:
+    from twinlora.numerics import _cpu
+
+    _native = _cpu
+except ImportError:
+    _native = None
+
+__all__ = ["OPS", "path", "paths", "runtime", "use_path"]
+
+OPS = ("nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linear_transposed")
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FEW_ROWS = 32  # up to here weights are decoded into the product; above, into a buffer that a GEMM reads
+
+
+@cache
+def _library() -> Any:
+    """The extension with its tables set, or None if the package was installed without it."""
+    if _native is not None:
+        tables = (codebook(), midpoints(codebook()), dynamic_map(), midpoints(dynamic_map()))
+        _native.set_tables(*(table.tolist() for table in tables))
+    return _native
+
+
+def paths() -> list[str]:
+    """Instruction-set paths that this processor has, the best first; empty without the extension."""
+    return list(_library().paths()) if _library() else []
+
+
+def use_path(name: str) -> None:
+    """Compute on this path from now on (the best is chosen at start). Raises ValueError for one that is not here."""
+    _library().use_path(name)
+
+
+def path() -> str:
+    """The path in use."""
+    return str(_library().path())
+
+
+def runtime() -> str:
+    """File name of the OpenMP runtime whose threads are used; empty if there is none, then one thread computes."""
+    return str(_library().runtime())
+
+
+def nf4_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """See ops.py."""
+    flat = weight.contiguous().view(-1)
+    count = flat.numel()
+    packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
+    scales = torch.empty(-(-count // block_size), dtype=torch.float32)
+    _library().quantize(
+        flat.data_ptr(), _TYPES[flat.dtype], count, block_size, packed.data_ptr(), scales.data_ptr(), _threads()
+    )
+    return packed, scales
+
+
+def scales_quantize(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See ops.py."""
+    absmax = absmax.contiguous()
+    count = absmax.numel()
+    offset = absmax.mean()  # torch's own order of summation: the same bits as the reference
+    codes = torch.empty(count, dtype=torch.uint8)
+    nested = torch.empty(-(-count // block_size), dtype=torch.float32)
+    _library().quantize_scales(
+        absmax.data_ptr(), offset.item(), count, block_size, codes.data_ptr(), nested.data_ptr(), _threads()
+    )
+    return codes, nested, offset
+
+
+def nf4_dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    nested_scales: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: list[int],
+    block_size: int,
+    nested_block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See ops.py."""
+    out = torch.empty(shape, dtype=dtype)
+    _decode(out, packed, scales, nested_scales, nested_offset, block_size, nested_block_size)
+    return out
+
+
+def _decode(out: Tensor, packed: Tensor, scales: Tensor, *nested: Any) -> None:
+    """Write the weight into `out`, whose shape and type say how much and as what."""
+    nested_scales, nested_offset, block_size, nested_block_size = nested
+    _library().dequantize(
+        *_pointers(packed, scales, nested_scales, nested_offset, nested_block_size),
+        out.numel(), block_size, _TYPES[out.dtype], out.data_ptr(), _threads(),
+    )  # fmt: skip
+
+
+def _pointers(
+    packed: Tensor, scales: Tensor, nested_scales: Tensor | None, nested_offset: Tensor | None, nested_block_size: int
+) -> tuple[int, int, int, float, int]:
+    """Addresses as the extension takes them: packed, scales, nested scales or 0, offset, nested block size."""
+    assert packed.is_contiguous()
+    assert scales.is_contiguous()
+    if nested_scales is None or nested_offset is None:
+        return packed.data_ptr(), scales.data_ptr(), 0, 0.0, 1
+    return packed.data_ptr(), scales.data_ptr(), nested_scales.data_ptr(), nested_offset.item(), nested_block_size
+
+
+_buffers = threading.local()
+
+
+def _weight(shape: list[int], dtype: torch.dtype, *quant: Any) -> Tensor:
+    """The weight in 16 or 32 bit, in a buffer that the thread's next call overwrites.
+
+    A fresh tensor for each layer would cost more in page faults than the decoding itself.
+    """
+    count = shape[0] * shape[1]
+    kept: dict[torch.dtype, Tensor] = _buffers.__dict__.setdefault("by_dtype", {})
+    if dtype not in kept or kept[dtype].numel() < count:
+        kept[dtype] = torch.empty(count, dtype=dtype)
+    weight = kept[dtype][:count].view(shape)
+    _decode(weight, *quant)
+    return weight
+
+
+def nf4_linear(
+    x: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], block: int, nested_block: int
+) -> Tensor:
+    """See ops.py."""
+    rows = x.numel() // shape[1]
+    if rows <= _FEW_ROWS and x.dtype == torch.bfloat16 and block >= 64 and shape[1] % block == 0:
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], shape[0])
+        pointers = _pointers(packed, scales, ns, no, nested_block)
+        _library().multiply_rows(x.data_ptr(), *pointers, y.data_ptr(), rows, *shape, block, _threads())
+        return y
+    return torch.nn.functional.linear(x, _weight(shape, x.dtype, packed, scales, ns, no, block, nested_block))
+
+
+def nf4_linear_transposed(
+    dy: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], block: int, nested_block: int
+) -> Tensor:
+    """See ops.py."""
+    return dy @ _weight(shape, dy.dtype, packed, scales, ns, no, block, nested_block)
+
+
+def _threads() -> int:
+    return torch.get_num_threads()

@@ -1,0 +1,50 @@
+// What every instruction-set path offers. All arithmetic is defined by numerics/reference.py; a path may only be faster.
+//
+// A block of NF4 weights shares one scale, so it has 16 values at most: every path computes those 16 products in
+// float32, rounds each once to the output type, and then only looks codes up. That is why all paths agree bit for bit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace twinlora {
+
+enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// The tables of numerics/nf4.py, handed over once from Python so that they exist in one place.
+struct Tables {
+    float levels[16];         // NF4 codebook, ascending
+    float borders[16];        // 15 decision borders, padded with +inf
+    float dynamic_map[256];   // signed 8-bit dynamic map, ascending
+    float dynamic_borders[256];  // 255 borders, padded with +inf
+};
+extern Tables tables;
+
+// Scales of blocks: float32, or codes of the dynamic map with a scale per nested block and an offset.
+struct Scales {
+    const float* plain;          // nullptr if nested
+    const std::uint8_t* codes;
+    const float* nested;
+    float offset;
+    int nested_shift;  // log2 of the nested block size
+};
+
+struct Path {
+    const char* name;
+    bool (*supported)();
+    // Whole blocks [first, last) of `block` weights; `packed` and `out` point at the tensor's start.
+    void (*dequantize)(const std::uint8_t* packed, const Scales&, std::int64_t first, std::int64_t last, int block, Type,
+                       void* out);
+    // Whole blocks [first, last) of x; writes codes and block maxima. NaN and Inf show in the maximum.
+    void (*quantize)(const void* x, Type, std::int64_t first, std::int64_t last, int block, std::uint8_t* packed,
+                     float* scales);
+    // y[m, n] = x[m, :] · W[n, :] for rows n in [first, last) of the NF4 weight W [N, K], all bfloat16, float32 sums.
+    // K is a multiple of block, block of 64; x [M, K], y [M, N].
+    void (*multiply_rows)(const std::uint16_t* x, const std::uint8_t* packed, const Scales&, std::uint16_t* y,
+                          std::int64_t M, std::int64_t N, std::int64_t K, int block, std::int64_t first,
+                          std::int64_t last);
+};
+
+extern const Path portable, avx2, avx512;
+
+}  // namespace twinlora

@@ -1,0 +1,138 @@
+// The Python module: checked by numerics/cpu.py, which hands over addresses of contiguous tensors.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "portable.hpp"
+#include "threads.hpp"
+
+namespace nb = nanobind;
+using namespace twinlora;
+
+namespace {
+
+using Address = std::uintptr_t;
+constexpr std::int64_t grain = 1 << 14;  // weights; less is not worth a second thread
+
+const Path* const paths[] = {&avx512, &avx2, &portable};
+const Path* path = nullptr;
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+std::vector<std::string> supported_paths() {
+    std::vector<std::string> names;
+    for (const Path* candidate : paths)
+        if (candidate->supported()) names.emplace_back(candidate->name);
+    return names;
+}
+
+void use_path(const std::string& name) {
+    for (const Path* candidate : paths)
+        if (candidate->name == name && candidate->supported()) {
+            path = candidate;
+            return;
+        }
+    throw std::invalid_argument("this processor has no path " + name);
+}
+
+void set_tables(const std::vector<float>& levels, const std::vector<float>& borders, const std::vector<float>& map,
+                const std::vector<float>& map_borders) {
+    const float infinity = std::numeric_limits<float>::infinity();
+    std::fill(std::begin(tables.borders), std::end(tables.borders), infinity);
+    std::fill(std::begin(tables.dynamic_borders), std::end(tables.dynamic_borders), infinity);
+    if (levels.size() != 16 || borders.size() != 15 || map.size() != 256 || map_borders.size() != 255)
+        throw std::invalid_argument("tables of other sizes than 16, 15, 256 and 255");
+    std::copy(levels.begin(), levels.end(), tables.levels);
+    std::copy(borders.begin(), borders.end(), tables.borders);
+    std::copy(map.begin(), map.end(), tables.dynamic_map);
+    std::copy(map_borders.begin(), map_borders.end(), tables.dynamic_borders);
+}
+
+Scales scales_of(Address scales, Address nested, float offset, std::int64_t nested_block) {
+    if (!nested) return {pointer<const float>(scales), nullptr, nullptr, 0.0f, 0};
+    return {nullptr, pointer<const std::uint8_t>(scales), pointer<const float>(nested), offset,
+            __builtin_ctzll(static_cast<unsigned long long>(nested_block))};
+}
+
+void dequantize(Address packed, Address scales, Address nested, float offset, std::int64_t nested_block,
+                std::int64_t count, int block, int type, Address out, int threads) {
+    const Scales by_block = scales_of(scales, nested, offset, nested_block);
+    const auto* codes = pointer<const std::uint8_t>(packed);
+    void* target = pointer<void>(out);
+    const std::int64_t whole = count / block, rest = count % block;
+    parallel_for(threads, whole, grain / block, [&](std::int64_t first, std::int64_t last) {
+        path->dequantize(codes, by_block, first, last, block, Type(type), target);
+    });
+    if (rest)
+        dequantize_part(codes + whole * block / 2, scale_of(by_block, whole), rest, Type(type), at(target, Type(type), whole * block));
+}
+
+void quantize(Address x, int type, std::int64_t count, int block, Address packed, Address scales, int threads) {
+    const void* source = pointer<const void>(x);
+    auto* codes = pointer<std::uint8_t>(packed);
+    auto* maxima = pointer<float>(scales);
+    const std::int64_t whole = count / block, rest = count % block;
+    parallel_for(threads, whole, grain / block, [&](std::int64_t first, std::int64_t last) {
+        path->quantize(source, Type(type), first, last, block, codes, maxima);
+    });
+    if (rest)
+        maxima[whole] = quantize_part(at(source, Type(type), whole * block), Type(type), rest, codes + whole * block / 2);
+}
+
+// Block scales less their mean, as codes of the dynamic map with a scale per nested block.
+void quantize_scales(Address scales, float offset, std::int64_t count, std::int64_t block, Address out, Address nested,
+                     int threads) {
+    const auto* values = pointer<const float>(scales);
+    auto* codes = pointer<std::uint8_t>(out);
+    auto* maxima = pointer<float>(nested);
+    parallel_for(threads, (count + block - 1) / block, 16, [&](std::int64_t first, std::int64_t last) {
+        for (std::int64_t b = first; b < last; ++b) {
+            const std::int64_t start = b * block, stop = std::min(count, start + block);
+            float maximum = 0.0f;
+            for (std::int64_t i = start; i < stop; ++i) maximum = std::max(maximum, std::fabs(values[i] - offset));
+            const float inverse = std::min(1.0f / maximum, std::numeric_limits<float>::max());
+            for (std::int64_t i = start; i < stop; ++i) {
+                const float value = (values[i] - offset) * inverse;
+                int code = 0;
+                for (int step = 128; step; step /= 2) code += tables.dynamic_borders[code + step - 1] < value ? step : 0;
+                codes[i] = static_cast<std::uint8_t>(code);
+            }
+            maxima[b] = maximum;
+        }
+    });
+}
+
+void multiply_rows(Address x, Address packed, Address scales, Address nested, float offset, std::int64_t nested_block,
+                   Address y, std::int64_t rows, std::int64_t n, std::int64_t k, int block, int threads) {
+    const Scales by_block = scales_of(scales, nested, offset, nested_block);
+    parallel_for(threads, n, std::max<std::int64_t>(1, grain / k), [&](std::int64_t first, std::int64_t last) {
+        path->multiply_rows(pointer<const std::uint16_t>(x), pointer<const std::uint8_t>(packed), by_block,
+                            pointer<std::uint16_t>(y), rows, n, k, block, first, last);
+    });
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    using release = nb::call_guard<nb::gil_scoped_release>;
+    use_path(supported_paths().front());
+    m.def("paths", &supported_paths, "Instruction-set paths of this processor, the best first.");
+    m.def("path", [] { return std::string(path->name); }, "The path in use.");
+    m.def("use_path", &use_path);
+    m.def("runtime", [] { return std::string(runtime_name()); }, "File of the OpenMP runtime whose threads are used.");
+    m.def("set_tables", &set_tables);
+    m.def("dequantize", &dequantize, release());
+    m.def("quantize", &quantize, release());
+    m.def("quantize_scales", &quantize_scales, release());
+    m.def("multiply_rows", &multiply_rows, release());
+}

@@ -1,0 +1,130 @@
+"""The compiled backend against the reference: the same bits on every path, with one thread and with two."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from twinlora.numerics import cpu, ops, reference
+from twinlora.numerics.nf4 import BLOCK_SIZES, NF4Format
+
+pytestmark = pytest.mark.skipif(not cpu.paths(), reason="twinlora was installed without a C++ compiler")
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [(64, 64), (7, 96), (1, 1), (3, 33), (130, 257), (5, 4097), (256, 1536), (1, 31)]
+
+
+@pytest.fixture(params=cpu.paths())
+def path(request):
+    best = cpu.path()
+    cpu.use_path(request.param)
+    yield request.param
+    cpu.use_path(best)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def weight(shape, dtype):
+    """Values of very different sizes, a block of zeros, denormals, and values on the decision borders."""
+    w = torch.randn(shape) * torch.rand(shape).mul(8).exp()
+    flat = w.view(-1)
+    flat[: min(64, flat.numel() // 3)] = 0
+    if flat.numel() > 1000:
+        flat[128:256] *= 1e-40
+        flat[300] = 1e30 if dtype != torch.float16 else 6e4
+        flat[512:527] = reference._constants(torch.device("cpu"))[1]
+        flat[527] = 1.0
+    return w.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block", [32, 64, 4096])
+def test_same_bits_as_the_reference(path, threads, shape, block, dtype):
+    w = weight(shape, dtype)
+    packed, scales = cpu.nf4_quantize(w, block)
+    expected = reference.nf4_quantize(w, block)
+    assert torch.equal(packed, expected[0])
+    assert torch.equal(scales, expected[1])
+    nested = cpu.scales_quantize(scales, 256)
+    for found, wanted in zip(nested, reference.scales_quantize(scales, 256), strict=True):
+        assert torch.equal(found, wanted)
+    for quant in ((scales, None, None, list(shape), block, 0), (*nested, list(shape), block, 256)):
+        for out in TYPES:
+            found, wanted = cpu.nf4_dequantize(packed, *quant, out), reference.nf4_dequantize(packed, *quant, out)
+            assert found.dtype == out
+            assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
+
+
+@pytest.mark.parametrize("block", BLOCK_SIZES)
+def test_every_block_size_with_every_nested_one(path, block):
+    w = weight((48, 512), torch.bfloat16)
+    for nested in (0, 32, 256):
+        packed = ops.quantize(w, NF4Format(block, nested))
+        assert torch.equal(packed.dequantize(), reference.nf4_dequantize(*packed.arguments, torch.bfloat16))
+
+
+def test_not_finite_shows(path):
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        w = torch.ones(4, 64)
+        w[2, 17] = bad
+        with pytest.raises(ValueError, match=r"layer\.weight: 1 of 256 values are NaN or Inf"):
+            ops.quantize(w, name="layer.weight")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 100])
+@pytest.mark.parametrize("shape", [(96, 64), (33, 576), (576, 1536), (1, 128)])
+def test_products_are_as_exact_as_a_bf16_product(path, threads, rows, shape):
+    q = ops.quantize(torch.randn(shape))
+    x, dy = torch.randn(rows, shape[1]).bfloat16(), torch.randn(rows, shape[0]).bfloat16()
+    w, exact = q.dequantize(), q.dequantize(torch.float32).double()
+    for found, a, b, truth in (
+        (ops.linear(x, q), x, w.T, x.double() @ exact.T),
+        (ops.linear_transposed(dy, q), dy, w, dy.double() @ exact),
+    ):
+        assert found.dtype == torch.bfloat16
+        naive = ((a @ b).double() - truth).norm()
+        assert (found.double() - truth).norm() <= 1.1 * naive
+
+
+def test_products_do_not_depend_on_the_number_of_threads(path):
+    q, before = ops.quantize(torch.randn(300, 576)), torch.get_num_threads()
+    x = torch.randn(9, 576).bfloat16()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(ops.linear(x, q))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_odd_rows_and_other_types_go_through_the_gemm(path):
+    q = ops.quantize(torch.randn(8, 72))  # blocks straddle rows
+    x = torch.randn(2, 72)
+    torch.testing.assert_close(ops.linear(x, q), x @ q.dequantize(torch.float32).T)
+    torch.testing.assert_close(ops.linear(x.bfloat16(), q), x.bfloat16() @ q.dequantize().T)
+
+
+def test_the_threads_are_those_of_torch():
+    code = (
+        "import torch; from twinlora.numerics import cpu, ops\n"
+        "q = ops.quantize(torch.randn(512, 512)); q.dequantize()\n"
+        "import re; maps = open('/proc/self/maps').read()\n"
+        "print(cpu.runtime(), len(set(re.findall(r'\\S*/lib(?:gomp|omp|iomp5)\\S*', maps))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    name, count = done.stdout.split()
+    assert name
+    assert count == "1", "a second OpenMP runtime was loaded"
+
+
+def test_unknown_path():
+    with pytest.raises(ValueError, match="no path mmx"):
+        cpu.use_path("mmx")
