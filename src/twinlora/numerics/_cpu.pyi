@@ -16,11 +16,11 @@ def dequantize(
     nested_block: int,
     count: int,
     block: int,
-    type: int,
+    dtype: int,
     out: int,
     threads: int,
 ) -> None: ...
-def quantize(x: int, type: int, count: int, block: int, packed: int, scales: int, threads: int) -> None: ...
+def quantize(x: int, dtype: int, count: int, block: int, packed: int, scales: int, threads: int) -> None: ...
 def quantize_scales(
     scales: int, offset: float, count: int, block: int, codes: int, nested: int, threads: int
 ) -> None: ...
