@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,3 +28,24 @@ def facts() -> dict:
             continue
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     return {"machine": machine.describe(), "versions": versions, "backend": ops.backend(), "git_hash": commit.strip()}
+
+
+def limits() -> dict[str, float]:
+    """This machine's own rates, now: bytes copied per second (read + written) and bfloat16 GEMM flop/s."""
+    import torch
+
+    torch.manual_seed(0)
+    source, targets = torch.randn(4096, 4096).bfloat16(), [torch.empty(4096, 4096).bfloat16() for _ in range(8)]
+    x = torch.randn(2048, 4096).bfloat16()
+    copies, products = [], []
+    for number in range(25):
+        start = time.perf_counter()
+        targets[number % 8].copy_(source)
+        copies.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        x @ source
+        products.append(time.perf_counter() - start)
+    return {
+        "copy_bytes_per_second": 2 * source.nbytes / statistics.median(copies),
+        "gemm_flops": 2 * 2048 * 4096 * 4096 / statistics.median(products),
+    }
