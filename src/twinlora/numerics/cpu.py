@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twinlora.numerics import attention as reference_attention
 from twinlora.numerics.nf4 import codebook, dynamic_map, midpoints
 
 _native: ModuleType | None
@@ -26,7 +27,10 @@ except ImportError:
 
 __all__ = ["OPS", "path", "paths", "runtime", "use_path"]
 
-OPS = ("nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linear_transposed")
+OPS = (
+    "nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linear_transposed",
+    "attention", "attention_backward",
+)  # fmt: skip
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FEW_ROWS = 32  # up to here weights are decoded into the product; above, into a buffer that a GEMM reads
@@ -158,6 +162,76 @@ def nf4_linear_transposed(
 ) -> Tensor:
     """See ops.py."""
     return dy @ _weight(shape, dy.dtype, packed, scales, ns, no, block, nested_block)
+
+
+def _attends(q: Tensor, cos: Tensor | None) -> bool:
+    """Whether the kernels take it: bfloat16, heads of a multiple of 32, with AVX512-BF16."""
+    same = q.dtype == torch.bfloat16 and (cos is None or (cos.dtype == q.dtype and cos.shape[-1] == q.shape[-1]))
+    return same and q.shape[-1] % 32 == 0 and q.shape[-1] <= 256 and _library().has_attention()
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """x [T, heads, D] whose tokens may lie apart, but whose heads lie together."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    starts: list[int],
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """See ops.py."""
+    if not _attends(q, cos):
+        return reference_attention.attention(q, k, v, cos, sin, starts, scale, window)
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
+    _attend(_library().attend, (q, k, v, cos, sin), (out, lse), starts, scale, window)
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    starts: list[int],
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ops.py."""
+    if not _attends(q, cos):
+        return reference_attention.attention_backward(dout, q, k, v, cos, sin, out, lse, starts, scale, window)
+    gradients = (
+        torch.empty(q.shape, dtype=q.dtype),
+        torch.empty(k.shape, dtype=q.dtype),
+        torch.empty(v.shape, dtype=q.dtype),
+    )
+    rest = (out, lse, dout.contiguous(), *gradients)
+    _attend(_library().attend_backward, (q, k, v, cos, sin), rest, starts, scale, window)
+    return gradients
+
+
+def _attend(
+    kernel: Any,
+    heads: tuple[Tensor | None, ...],
+    rest: tuple[Tensor, ...],
+    starts: list[int],
+    scale: float,
+    window: int,
+) -> None:
+    q, k, v = (_by_token(x) for x in heads[:3] if x is not None)
+    rotation = [None if x is None else x.contiguous() for x in heads[3:]]
+    pointers = [0 if x is None else x.data_ptr() for x in (q, k, v, *rotation, *rest)]
+    strides = [x.stride(0) for x in (q, k, v)]
+    kernel(pointers, strides, starts, q.shape[1], k.shape[1], q.shape[2], scale, window or 1 << 40, _threads())
 
 
 def _threads() -> int:

@@ -8,6 +8,12 @@ reference serves every device without one. Shapes: `weight` [N, K] in general an
     nf4_dequantize(packed, scales, …, shape, …, dtype) -> [*shape]
     nf4_linear(x, packed, …)                           -> x [..., K] @ W.T -> [..., N]; differentiable in x
     nf4_linear_transposed(dy, packed, …)               -> dy [..., N] @ W  -> [..., K]
+    attention(q, k, v, cos, sin, starts, …)            -> out [T, H, D], lse f32 [T, H]; differentiable in q, k, v
+    attention_backward(dout, q, …, out, lse, …)        -> dq, dk, dv
+
+Attention is causal within each sequence starts[i] .. starts[i + 1] of the T tokens: q [T, H, D], k, v [T, K, D], head h
+with key/value head h // (H / K). Given cos and sin [T, D], q and k are rotated first (rotate-half). A query sees its
+last `window` keys, itself included; 0 means all. lse is the log of the sum of exponentials of its scores.
 """
 
 from __future__ import annotations
@@ -19,27 +25,33 @@ import torch
 from torch import Tensor
 
 from twinlora.errors import ModelError
+from twinlora.numerics import attention as reference_attention
 from twinlora.numerics import cpu, reference
 from twinlora.numerics.nf4 import NF4Format
 
-__all__ = ["NF4Tensor", "backend", "linear", "linear_transposed", "quantize"]
+__all__ = ["NF4Tensor", "attention", "backend", "linear", "linear_transposed", "quantize"]
 
 _QUANT = (
     "Tensor packed, Tensor scales, Tensor? nested_scales, Tensor? nested_offset, "
     "int[] shape, int block_size, int nested_block_size"
 )
+_HEADS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin"
+_SEEN = "int[] starts, float scale, int window"
 _SCHEMAS = {
     "nf4_quantize": "(Tensor weight, int block_size) -> (Tensor, Tensor)",
     "scales_quantize": "(Tensor scales, int block_size) -> (Tensor, Tensor, Tensor)",
     "nf4_dequantize": f"({_QUANT}, ScalarType dtype) -> Tensor",
     "nf4_linear": f"(Tensor x, {_QUANT}) -> Tensor",
     "nf4_linear_transposed": f"(Tensor dy, {_QUANT}) -> Tensor",
+    "attention": f"({_HEADS}, {_SEEN}) -> (Tensor, Tensor)",
+    "attention_backward": f"(Tensor dout, {_HEADS}, Tensor out, Tensor lse, {_SEEN}) -> (Tensor, Tensor, Tensor)",
 }
+_REFERENCE = vars(reference) | vars(reference_attention)
 
 _library = torch.library.Library("twinlora", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _library.impl(_name, _REFERENCE[_name], "CompositeExplicitAutograd")
 if cpu.paths():
     for _name in cpu.OPS:
         _library.impl(_name, getattr(cpu, _name), "CPU")
@@ -76,6 +88,16 @@ def _(dy: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[
     return dy.new_empty(*dy.shape[:-1], shape[1])
 
 
+@torch.library.register_fake("twinlora::attention")
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("twinlora::attention_backward")
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 def _save_quant(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, packed, scales, nested_scales, nested_offset, *ctx.layout = inputs
     ctx.save_for_backward(packed, scales, nested_scales, nested_offset)
@@ -87,6 +109,21 @@ def _input_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("twinlora::nf4_linear", _input_gradient, setup_context=_save_quant)
+
+
+def _save_heads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *heads, ctx.starts, ctx.scale, ctx.window = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*heads, *output)
+
+
+def _heads_gradient(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    gradients = torch.ops.twinlora.attention_backward(dout, *saved, ctx.starts, ctx.scale, ctx.window)
+    return *gradients, *(None,) * 5
+
+
+torch.library.register_autograd("twinlora::attention", _heads_gradient, setup_context=_save_heads)
 
 
 @dataclass(frozen=True)
@@ -145,6 +182,24 @@ def linear(x: Tensor, weight: NF4Tensor) -> Tensor:
 def linear_transposed(dy: Tensor, weight: NF4Tensor) -> Tensor:
     """dy [..., N] @ weight [N, K] -> [..., K]."""
     out: Tensor = torch.ops.twinlora.nf4_linear_transposed(dy, *weight.arguments)
+    return out
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: list[int],
+    scale: float,
+    window: int | None = None,
+    rotation: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Causal attention within each sequence: q [T, H, D], k and v [T, K, D] -> [T, H, D]; differentiable in q, k and v.
+
+    `rotation`: cos and sin [T, D], by which q and k are rotated first.
+    """
+    cos, sin = rotation or (None, None)
+    out: Tensor = torch.ops.twinlora.attention(q, k, v, cos, sin, starts, scale, window or 0)[0]
     return out
 
 

@@ -4,12 +4,15 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "attention.hpp"
 #include "portable.hpp"
 #include "threads.hpp"
 
@@ -121,6 +124,53 @@ void multiply_rows(Address x, Address packed, Address scales, Address nested, fl
     });
 }
 
+bool has_attention() { return path == &avx512 && attention_forward; }
+
+// Items by falling cost, taken by the threads one by one: every item has the same result wherever it runs.
+void run_attention(AttentionItem* item, const Attention& a, int threads) {
+    std::vector<std::int64_t> order(a.sequences);
+    std::iota(order.begin(), order.end(), 0);
+    const auto length = [&](std::int64_t i) { return a.starts[i + 1] - a.starts[i]; };
+    std::stable_sort(order.begin(), order.end(), [&](auto i, auto j) { return length(i) > length(j); });
+    const std::int64_t items = a.sequences * a.kv_heads;
+    std::atomic<std::int64_t> next{0};
+    parallel_for(static_cast<int>(std::min<std::int64_t>(threads, items)), threads, 1, [&](std::int64_t, std::int64_t) {
+        for (std::int64_t i = next++; i < items; i = next++) item(a, order[i / a.kv_heads], i % a.kv_heads);
+    });
+}
+
+Attention attention_of(const std::vector<Address>& tensors, const std::vector<std::int64_t>& strides,
+                       const std::vector<std::int64_t>& starts, std::int64_t heads, std::int64_t kv_heads,
+                       std::int64_t size, float scale, std::int64_t window) {
+    using T = std::uint16_t;
+    Attention a{};
+    a.q = pointer<const T>(tensors[0]), a.k = pointer<const T>(tensors[1]), a.v = pointer<const T>(tensors[2]);
+    a.q_stride = strides[0], a.k_stride = strides[1], a.v_stride = strides[2];
+    a.cos = pointer<const T>(tensors[3]), a.sin = pointer<const T>(tensors[4]);
+    a.out = pointer<T>(tensors[5]), a.lse = pointer<float>(tensors[6]);
+    a.starts = starts.data(), a.sequences = static_cast<std::int64_t>(starts.size()) - 1;
+    a.heads = heads, a.kv_heads = kv_heads, a.size = size, a.scale = scale, a.window = window;
+    return a;
+}
+
+// Tensors: q, k, v, cos, sin, out, lse.
+void attend(const std::vector<Address>& tensors, const std::vector<std::int64_t>& strides,
+            const std::vector<std::int64_t>& starts, std::int64_t heads, std::int64_t kv_heads, std::int64_t size,
+            float scale, std::int64_t window, int threads) {
+    run_attention(attention_forward, attention_of(tensors, strides, starts, heads, kv_heads, size, scale, window), threads);
+}
+
+// Tensors: those, then dout, dq, dk, dv.
+void attend_backward(const std::vector<Address>& tensors, const std::vector<std::int64_t>& strides,
+                     const std::vector<std::int64_t>& starts, std::int64_t heads, std::int64_t kv_heads,
+                     std::int64_t size, float scale, std::int64_t window, int threads) {
+    using T = std::uint16_t;
+    Attention a = attention_of(tensors, strides, starts, heads, kv_heads, size, scale, window);
+    a.dout = pointer<const T>(tensors[7]);
+    a.dq = pointer<T>(tensors[8]), a.dk = pointer<T>(tensors[9]), a.dv = pointer<T>(tensors[10]);
+    run_attention(attention_backward, a, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -135,4 +185,7 @@ NB_MODULE(_cpu, m) {
     m.def("quantize", &quantize, release());
     m.def("quantize_scales", &quantize_scales, release());
     m.def("multiply_rows", &multiply_rows, release());
+    m.def("has_attention", &has_attention, "Whether the path in use has kernels for attention.");
+    m.def("attend", &attend, release());
+    m.def("attend_backward", &attend_backward, release());
 }

@@ -133,6 +133,33 @@ struct Scratch {
     T* const values;
 };
 
+// Scratch that a thread keeps for its next call, as a `thread_local`: fresh pages cost more than the work done in them.
+template <class T>
+class Kept {
+   public:
+    T* at_least(std::int64_t count) {
+        if (count > count_) {
+            release();
+            values_ = new (std::align_val_t(64)) T[count];
+            count_ = count;
+        }
+        return values_;
+    }
+    Kept() = default;
+    ~Kept() { release(); }
+    Kept(const Kept&) = delete;
+    Kept& operator=(const Kept&) = delete;
+
+   private:
+    void release() {
+        if (values_) operator delete[](values_, std::align_val_t(64));
+        values_ = nullptr;
+        count_ = 0;
+    }
+    T* values_ = nullptr;
+    std::int64_t count_ = 0;
+};
+
 [[maybe_unused]] inline float dot(const std::uint16_t* a, const std::uint16_t* b, std::int64_t count) {
     constexpr int lanes = 16;
     float sums[lanes] = {};

@@ -1,0 +1,31 @@
+// Causal attention within sequences that lie side by side, forward and backward, without a stored square.
+#pragma once
+
+#include <cstdint>
+
+namespace twinlora {
+
+// Shapes: T tokens, H query heads, K key/value heads, D head size (a multiple of 32, at most 256). All bfloat16.
+struct Attention {
+    const std::uint16_t *q, *k, *v;          // [T, H, D], [T, K, D], [T, K, D]
+    std::int64_t q_stride, k_stride, v_stride;  // between tokens
+    const std::uint16_t *cos, *sin;          // [T, D]: q and k are rotated by them (rotate-half); or nullptr
+    const std::int64_t* starts;              // [sequences + 1]
+    std::int64_t sequences, heads, kv_heads, size;
+    float scale;
+    std::int64_t window;  // keys a query sees, itself included
+    std::uint16_t* out;   // [T, H, D]
+    float* lse;           // [T, H]: log of the sum of exponentials
+    // Backward only.
+    const std::uint16_t* dout;     // [T, H, D]
+    std::uint16_t *dq, *dk, *dv;   // as q, k, v, but contiguous
+};
+
+// One item of work: the queries of one key/value head in one sequence. Items are independent.
+using AttentionItem = void(const Attention&, std::int64_t sequence, std::int64_t kv_head);
+
+// nullptr where the compiler cannot; needs what the path avx512-bf16 needs.
+extern AttentionItem* const attention_forward;
+extern AttentionItem* const attention_backward;
+
+}  // namespace twinlora

@@ -1,0 +1,143 @@
+// Products of bfloat16 blocks with float32 sums: what the attention is made of.
+//
+// The right-hand side is packed once into panels of 32 columns: for every 32 values of k two tiles [16][16] of pairs
+// (k, k + 1), 16 columns each. The left-hand side is read as it lies, rows of at least 32 values.
+//
+// Internal linkage throughout, as in portable.hpp.
+#pragma once
+
+#include "portable.hpp"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+#include <immintrin.h>
+
+namespace twinlora {
+namespace {
+
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+using i64 = std::int64_t;
+
+constexpr i64 panel_width = 32;      // columns of a panel, rows and columns of a block
+constexpr i64 step_depth = 32;       // values of k in a step
+constexpr i64 step_pairs = 2 * 256;  // packed pairs of a step of a panel
+
+[[maybe_unused]] inline i64 round_up(i64 n, i64 multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+[[maybe_unused]] inline __m512 widen(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+[[maybe_unused]] inline __m256i narrow(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
+
+// 16 rows of 16 pairs -> 16 columns; in place.
+[[maybe_unused]] inline void transpose16(__m512i* r) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+// One tile: 16 columns of the panel, each given as its 32 values of k.
+[[maybe_unused]] inline void store_columns(__m512i* columns, u32* tile) {
+    transpose16(columns);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 16 * i, columns[i]);
+}
+
+// One pair row of both tiles: the values of k and k + 1 in 32 columns.
+[[maybe_unused]] inline void store_pair(__m512i even, __m512i odd, u32* pairs) {
+    alignas(64) static constexpr u16 low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    _mm512_store_si512(pairs, _mm512_permutex2var_epi16(even, first, odd));
+    _mm512_store_si512(pairs + 256, _mm512_permutex2var_epi16(even, second, odd));
+}
+
+[[maybe_unused]] inline __mmask32 mask32(i64 count) {
+    return count >= 32 ? ~__mmask32(0) : count <= 0 ? 0 : (__mmask32(1) << count) - 1;
+}
+
+// Panel of rows: column j of the panel is row j of src [columns, depth]. Missing columns are zeros; depth % 32 == 0.
+[[maybe_unused]] inline void pack_rows(const u16* src, i64 stride, i64 columns, i64 depth, u32* out) {
+    for (i64 k = 0; k < depth; k += step_depth, out += step_pairs)
+        for (i64 half = 0; half < 2; ++half) {
+            __m512i column[16];
+            for (i64 j = 0; j < 16; ++j) {
+                const i64 row = 16 * half + j;
+                column[j] = row < columns ? _mm512_loadu_si512(src + row * stride + k) : _mm512_setzero_si512();
+            }
+            store_columns(column, out + 256 * half);
+        }
+}
+
+// Panel of columns: column j of the panel is column j of src [depth, columns]. What is missing is zeros.
+[[maybe_unused]] inline void pack_columns(const u16* src, i64 stride, i64 depth, i64 columns, u32* out) {
+    const __mmask32 valid = mask32(columns);
+    for (i64 k = 0; k < depth; k += step_depth, out += step_pairs)
+        for (i64 pair = 0; pair < 16; ++pair) {
+            const i64 row = k + 2 * pair;
+            const __m512i even = _mm512_maskz_loadu_epi16(row < depth ? valid : 0, src + row * stride);
+            const __m512i odd = _mm512_maskz_loadu_epi16(row + 1 < depth ? valid : 0, src + (row + 1) * stride);
+            store_pair(even, odd, out + 16 * pair);
+        }
+}
+
+// out [32, 32] = left [32, 32 * steps] (rows `stride` apart) times the packed panel; with `Add`, out + that.
+template <bool Add = false>
+inline void multiply_block(const u16* left, i64 stride, i64 steps, const u32* packed, float* out) {
+    for (i64 row = 0; row < 32; row += 8, left += 8 * stride, out += 8 * 32) {
+        __m512 sums[8][2];
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r)
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; ++h)
+                sums[r][h] = Add ? _mm512_load_ps(out + 32 * r + 16 * h) : _mm512_setzero_ps();
+        const u32* pairs = packed;
+        const u16* x = left;
+        for (i64 s = 0; s < steps; ++s, pairs += 256)
+            for (i64 pair = 0; pair < 16; ++pair, pairs += 16, x += 2) {
+                const __m512bh first = (__m512bh)_mm512_load_si512(pairs);
+                const __m512bh second = (__m512bh)_mm512_load_si512(pairs + 256);
+#pragma GCC unroll 8
+                for (int r = 0; r < 8; ++r) {
+                    u32 value;
+                    __builtin_memcpy(&value, x + r * stride, 4);
+                    const __m512bh both = (__m512bh)_mm512_set1_epi32(static_cast<int>(value));
+                    sums[r][0] = _mm512_dpbf16_ps(sums[r][0], both, first);
+                    sums[r][1] = _mm512_dpbf16_ps(sums[r][1], both, second);
+                }
+            }
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r)
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; ++h) _mm512_store_ps(out + 32 * r + 16 * h, sums[r][h]);
+    }
+}
+
+}  // namespace
+}  // namespace twinlora
+#endif
