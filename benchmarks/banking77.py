@@ -4,8 +4,8 @@
 
 Every way runs in a process of its own, from the same initial adapter, over the same rows in the same order
 (the `tuned` peers regroup rows by length). DIR holds train.jsonl and test.jsonl in the `messages` form.
-`--ways` chooses which to run (others in the output are kept); `--max-steps` measures speed alone, and with `--rounds`
-every way runs several times in turn, its steps appended.
+`--ways` and `--seeds` choose what to run; other runs in the output are kept. A seed draws the initial adapter.
+Speed is measured by cpu_train.py.
 """
 
 from __future__ import annotations
@@ -48,10 +48,7 @@ def run_ours(method: str, args: argparse.Namespace, train_rows: list[dict], test
     recipe = peers.Recipe()
     with tempfile.TemporaryDirectory() as scratch:
         data, test = Path(scratch, "train.jsonl"), Path(scratch, "test.jsonl")
-        # The schedule of a short run is that of the whole one.
-        data.write_text(
-            "".join(json.dumps(row) + "\n" for row in train_rows[: (args.max_steps or 10**9) * recipe.batch_size])
-        )
+        data.write_text("".join(json.dumps(row) + "\n" for row in train_rows))
         test.write_text("".join(json.dumps(row) + "\n" for row in test_rows))
         options = TrainOptions(
             model=args.model, data=data, method=method, output=Path(scratch, "run"), init_adapter=Path(args.initial),
@@ -68,20 +65,19 @@ def run_ours(method: str, args: argparse.Namespace, train_rows: list[dict], test
             "peak_rss_train_bytes": done.record["peak_rss_bytes"],
             "backend": done.record["backend"],
         }
-        if test_rows:
-            start = time.perf_counter()
-            predictions = exact_match(
-                done.model, done.tokenizer, read_rows(test), batch_size=recipe.eval_batch,
-                max_new_tokens=recipe.max_new_tokens, reporter=ConsoleReporter(method),
-            )  # fmt: skip
-            result["hits"] = [prediction.hit for prediction in predictions]
-            result["eval_seconds"] = time.perf_counter() - start
+        start = time.perf_counter()
+        predictions = exact_match(
+            done.model, done.tokenizer, read_rows(test), batch_size=recipe.eval_batch,
+            max_new_tokens=recipe.max_new_tokens, reporter=ConsoleReporter(method),
+        )  # fmt: skip
+        result["hits"] = [prediction.hit for prediction in predictions]
+        result["eval_seconds"] = time.perf_counter() - start
     return result
 
 
 def run_one(way: str, args: argparse.Namespace) -> dict:
     train_rows = rows_of(args.data / "train.jsonl", args.rows)
-    test_rows = rows_of(args.data / "test.jsonl", args.test_rows) if args.max_steps is None else []
+    test_rows = rows_of(args.data / "test.jsonl", args.test_rows)
     if way in OURS:
         return run_ours(OURS[way], args, train_rows, test_rows)
     import peers
@@ -92,7 +88,6 @@ def run_one(way: str, args: argparse.Namespace) -> dict:
         train_rows,
         test_rows,
         peers.Recipe(),
-        max_steps=args.max_steps,
         progress=lambda text: print(f"[{way}] {text}", file=sys.stderr, flush=True),
         **PEERS[way],
     )
@@ -104,10 +99,9 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ways", default=",".join([*PEERS, *OURS]))
+    parser.add_argument("--seeds", default="0")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--test-rows", type=int, default=1500)
-    parser.add_argument("--max-steps", type=int)
-    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--initial", help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -119,9 +113,9 @@ def main() -> None:
     results = json.loads(args.output.read_text()) if args.output.exists() else {"ways": {}}
     results |= harness.facts()
     with tempfile.TemporaryDirectory() as scratch:
-        initial = f"{scratch}/initial"
-        peers.write_initial_adapter(args.model, initial, peers.Recipe())
-        for number in range(args.rounds):
+        for seed in args.seeds.split(","):
+            initial = f"{scratch}/initial-{seed}"
+            peers.write_initial_adapter(args.model, initial, peers.Recipe(), int(seed))
             for way in args.ways.split(","):
                 part = Path(scratch, f"{way}.json")
                 command = [sys.executable, __file__, *sys.argv[1:], "--one", way]
@@ -129,17 +123,8 @@ def main() -> None:
                 start = time.perf_counter()
                 subprocess.run(command, check=True)
                 found = json.loads(part.read_text()) | {"wall_seconds": time.perf_counter() - start}
-                results["ways"][way] = merge(results["ways"].get(way) if number else None, found)
+                results["ways"].setdefault(way, {})[seed] = found
                 args.output.write_text(json.dumps(results, indent=1))
-
-
-def merge(before: dict | None, after: dict) -> dict:
-    """Another round of the same way: its steps are appended, its peak counts if it is higher."""
-    if before is None:
-        return after
-    lists = {key: before[key] + after[key] for key in ("step_seconds", "tokens")}
-    peak = max(before["peak_rss_train_bytes"], after["peak_rss_train_bytes"])
-    return after | lists | {"peak_rss_train_bytes": peak}
 
 
 if __name__ == "__main__":

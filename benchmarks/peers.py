@@ -101,7 +101,6 @@ def train_and_test(
     *,
     quantized: bool,
     tuned: bool,
-    max_steps: int | None = None,
     progress: Any = print,
 ) -> dict[str, Any]:
     """Fine-tune from `initial` and test by greedy exact match. Returns losses, times, token counts and hits."""
@@ -116,7 +115,7 @@ def train_and_test(
     total = len(steps)
     model.train()
     losses, seconds, tokens, padded = [], [], [], []
-    for step, batch in enumerate(steps[:max_steps]):
+    for step, batch in enumerate(steps):
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, recipe)
@@ -134,10 +133,9 @@ def train_and_test(
             progress(f"step {step}/{total} loss {losses[-1]:.4f} {seconds[-1]:.2f} s")
     result: dict[str, Any] = {"losses": losses, "step_seconds": seconds, "tokens": tokens, "padded_tokens": padded}
     result["peak_rss_train_bytes"] = peak_rss()
-    if test_rows:
-        start = time.perf_counter()
-        result["hits"] = exact_match(model, tokenizer, test_rows, recipe, progress)
-        result["eval_seconds"] = time.perf_counter() - start
+    start = time.perf_counter()
+    result["hits"] = exact_match(model, tokenizer, test_rows, recipe, progress)
+    result["eval_seconds"] = time.perf_counter() - start
     return result
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from twinlora.numerics import ops  # noqa: F401  (declares the ops)
 
 __all__ = ["RMSNorm", "SwiGLU"]
 
@@ -19,26 +20,20 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, eps: float, offset: float, wide: bool) -> Tensor:
-        x32 = x.float()
-        rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
+        y: Tensor
+        y, rstd = torch.ops.twinlora.rms_norm(x, w, eps, offset, wide)
         ctx.save_for_backward(x, w, rstd)
         ctx.offset = offset
-        normal = x32.mul(rstd) if x32 is x else x32.mul_(rstd)
-        if wide:
-            return (normal * (w.float() + offset)).to(x.dtype)
-        return normal.to(x.dtype) * (w + offset if offset else w)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w, rstd = ctx.saved_tensors
-        normal = x.float() * rstd
         dw = None
         if ctx.needs_input_grad[1]:
+            normal = x.float() * rstd[..., None]
             dw = (grads[0].float() * normal).flatten(0, -2).sum(0).to(w.dtype)
-        g = grads[0] * (w.float() + ctx.offset)
-        # d/dx of x · rstd(x): rstd · (g - normal · mean(g · normal))
-        mean = (g * normal).mean(-1, keepdim=True)
-        dx = g.sub_(normal.mul_(mean)).mul_(rstd).to(x.dtype)
+        dx = torch.ops.twinlora.rms_norm_backward(grads[0], x, w, rstd, ctx.offset)
         return dx, dw, None, None, None
 
 
@@ -62,13 +57,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, u: Tensor) -> Tensor:
         ctx.save_for_backward(g, u)
-        return F.silu(g).mul_(u)
+        out: Tensor = torch.ops.twinlora.swiglu(g, u)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         g, u = ctx.saved_tensors
-        du = F.silu(g).mul_(grads[0])
-        dg = torch.ops.aten.silu_backward(grads[0] * u, g)
+        dg, du = torch.ops.twinlora.swiglu_backward(grads[0], g, u)
         return dg, du
 
 
@@ -81,5 +76,22 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        out: Tensor = self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        g, u = self.gate_proj(x), self.up_proj(x)
+        y = _SwiGLU.apply(g, u)
+        if not torch.is_grad_enabled():
+            return self._down(y)
+        gate, up, place, count = g.detach(), u.detach(), y.data_ptr(), y.numel()
+
+        # What down_proj keeps of its input is computed again: it is the widest activation of a layer.
+        def pack(saved: Tensor) -> Tensor | torch.Size:
+            return saved.shape if saved.data_ptr() == place and saved.numel() == count else saved
+
+        def unpack(saved: Tensor | torch.Size) -> Tensor:
+            return saved if isinstance(saved, Tensor) else torch.ops.twinlora.swiglu(gate, up).view(saved)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return self._down(y)
+
+    def _down(self, y: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(y)
         return out

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from twinlora.numerics import attention as reference_attention
+from twinlora.numerics import elementwise
 from twinlora.numerics.nf4 import codebook, dynamic_map, midpoints
 
 _native: ModuleType | None
@@ -29,7 +30,7 @@ __all__ = ["OPS", "path", "paths", "runtime", "use_path"]
 
 OPS = (
     "nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linear_transposed",
-    "attention", "attention_backward",
+    "attention", "attention_backward", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "cross_entropy_",
 )  # fmt: skip
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -167,7 +168,7 @@ def nf4_linear_transposed(
 def _attends(q: Tensor, cos: Tensor | None) -> bool:
     """Whether the kernels take it: bfloat16, heads of a multiple of 32, with AVX512-BF16."""
     same = q.dtype == torch.bfloat16 and (cos is None or (cos.dtype == q.dtype and cos.shape[-1] == q.shape[-1]))
-    return same and q.shape[-1] % 32 == 0 and q.shape[-1] <= 256 and _library().has_attention()
+    return same and q.shape[-1] % 32 == 0 and q.shape[-1] <= 256 and _library().has_blocks()
 
 
 def _by_token(x: Tensor) -> Tensor:
@@ -232,6 +233,65 @@ def _attend(
     pointers = [0 if x is None else x.data_ptr() for x in (q, k, v, *rotation, *rest)]
     strides = [x.stride(0) for x in (q, k, v)]
     kernel(pointers, strides, starts, q.shape[1], k.shape[1], q.shape[2], scale, window or 1 << 40, _threads())
+
+
+def _fits(*tensors: Tensor) -> bool:
+    """Whether the kernels between the products take them: bfloat16, with AVX512-BF16."""
+    return all(x.dtype == torch.bfloat16 for x in tensors) and _library().has_blocks()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, wide: bool) -> tuple[Tensor, Tensor]:
+    """See ops.py."""
+    if not _fits(x, weight):
+        return elementwise.rms_norm(x, weight, eps, offset, wide)
+    x, weight, width = x.contiguous(), weight.contiguous(), x.shape[-1]
+    y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
+    pointers = (y.data_ptr(), rstd.data_ptr())
+    rows = rstd.numel()
+    _library().rms_norm(x.data_ptr(), weight.data_ptr(), rows, width, eps, offset, wide, *pointers, _threads())
+    return y, rstd
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float) -> Tensor:
+    """See ops.py."""
+    if not _fits(dy, x, weight):
+        return elementwise.rms_norm_backward(dy, x, weight, rstd, offset)
+    tensors = [t.contiguous() for t in (dy, x, weight, rstd)]
+    dx = torch.empty_like(tensors[1])
+    pointers = [t.data_ptr() for t in tensors]
+    _library().rms_norm_backward(*pointers, rstd.numel(), x.shape[-1], offset, dx.data_ptr(), _threads())
+    return dx
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See ops.py."""
+    if not _fits(gate, up):
+        return elementwise.swiglu(gate, up)
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    _library().swiglu(gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr(), _threads())
+    return out
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """See ops.py."""
+    if not _fits(dy, gate, up):
+        return elementwise.swiglu_backward(dy, gate, up)
+    dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate), torch.empty_like(up)
+    pointers = [t.data_ptr() for t in (dy, gate, up)]
+    _library().swiglu_backward(*pointers, gate.numel(), *(t.data_ptr() for t in out), _threads())
+    return out
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
+    """See ops.py."""
+    if not _fits(logits) or not logits.is_contiguous():
+        return elementwise.cross_entropy_(logits, labels)
+    labels = labels.contiguous()
+    losses = torch.empty(labels.shape, dtype=torch.float32)
+    _library().cross_entropy(logits.data_ptr(), labels.data_ptr(), *logits.shape, losses.data_ptr(), _threads())
+    return losses
 
 
 def _threads() -> int:

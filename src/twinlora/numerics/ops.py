@@ -10,10 +10,17 @@ reference serves every device without one. Shapes: `weight` [N, K] in general an
     nf4_linear_transposed(dy, packed, …)               -> dy [..., N] @ W  -> [..., K]
     attention(q, k, v, cos, sin, starts, …)            -> out [T, H, D], lse f32 [T, H]; differentiable in q, k, v
     attention_backward(dout, q, …, out, lse, …)        -> dq, dk, dv
+    rms_norm(x, weight, eps, offset, wide)             -> y [..., D], rstd f32 [...]
+    rms_norm_backward(dy, x, weight, rstd, offset)     -> dx [..., D]
+    swiglu(gate, up)                                   -> silu(gate) * up
+    swiglu_backward(dy, gate, up)                      -> d_gate, d_up
+    cross_entropy_(logits, labels)                     -> losses f32 [R]; logits [R, V] become their gradient
 
 Attention is causal within each sequence starts[i] .. starts[i + 1] of the T tokens: q [T, H, D], k, v [T, K, D], head h
 with key/value head h // (H / K). Given cos and sin [T, D], q and k are rotated first (rotate-half). A query sees its
 last `window` keys, itself included; 0 means all. lse is the log of the sum of exponentials of its scores.
+
+rms_norm is x / rms(x) · (weight + offset); unless `wide`, the normalised x is rounded to x's type before that product.
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ from torch import Tensor
 
 from twinlora.errors import ModelError
 from twinlora.numerics import attention as reference_attention
-from twinlora.numerics import cpu, reference
+from twinlora.numerics import cpu, elementwise, reference
 from twinlora.numerics.nf4 import NF4Format
 
 __all__ = ["NF4Tensor", "attention", "backend", "linear", "linear_transposed", "quantize"]
@@ -45,8 +52,13 @@ _SCHEMAS = {
     "nf4_linear_transposed": f"(Tensor dy, {_QUANT}) -> Tensor",
     "attention": f"({_HEADS}, {_SEEN}) -> (Tensor, Tensor)",
     "attention_backward": f"(Tensor dout, {_HEADS}, Tensor out, Tensor lse, {_SEEN}) -> (Tensor, Tensor, Tensor)",
+    "rms_norm": "(Tensor x, Tensor weight, float eps, float offset, bool wide) -> (Tensor, Tensor)",
+    "rms_norm_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset) -> Tensor",
+    "swiglu": "(Tensor gate, Tensor up) -> Tensor",
+    "swiglu_backward": "(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    "cross_entropy_": "(Tensor(a!) logits, Tensor labels) -> Tensor",
 }
-_REFERENCE = vars(reference) | vars(reference_attention)
+_REFERENCE = vars(reference) | vars(reference_attention) | vars(elementwise)
 
 _library = torch.library.Library("twinlora", "DEF")
 for _name, _schema in _SCHEMAS.items():
@@ -98,6 +110,31 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@torch.library.register_fake("twinlora::rms_norm")
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("twinlora::rms_norm_backward")
+def _(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("twinlora::swiglu")
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.empty_like(gate)
+
+
+@torch.library.register_fake("twinlora::swiglu_backward")
+def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(gate), torch.empty_like(up)
+
+
+@torch.library.register_fake("twinlora::cross_entropy_")
+def _(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.new_empty(labels.shape, dtype=torch.float32)
+
+
 def _save_quant(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, packed, scales, nested_scales, nested_offset, *ctx.layout = inputs
     ctx.save_for_backward(packed, scales, nested_scales, nested_offset)
@@ -114,6 +151,7 @@ torch.library.register_autograd("twinlora::nf4_linear", _input_gradient, setup_c
 def _save_heads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *heads, ctx.starts, ctx.scale, ctx.window = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*heads, *output)
 
 

@@ -10,30 +10,12 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
 #include <cmath>
-#include <initializer_list>
 
 namespace twinlora {
 namespace {
 
 constexpr i64 block = 32;          // keys, and queries, of a square of scores
 constexpr i64 queries_at_once = 256;
-
-// e^x for x <= 0 and not far above; below 2^-126 the least normal number. Relative error under 2e-7.
-inline __m512 exponential(__m512 x) {
-    const __m512 t = _mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _mm512_set1_ps(-126.0f));
-    const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(t, n);
-    __m512 p = _mm512_set1_ps(1.54035304e-4f);
-    for (const float c : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f})
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(p, n);
-}
-
-inline __m512 load_bf16(const u16* x) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
-
-inline void store_bf16(u16* out, __m512 values) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrow(values));
-}
 
 // One head of one token, rotated if there is a rotation -> out [D].
 inline void load_row(const Attention& a, const u16* x, i64 token, u16* out) {

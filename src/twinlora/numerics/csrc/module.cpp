@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "elementwise.hpp"
 #include "portable.hpp"
 #include "threads.hpp"
 
@@ -124,7 +125,8 @@ void multiply_rows(Address x, Address packed, Address scales, Address nested, fl
     });
 }
 
-bool has_attention() { return path == &avx512 && attention_forward; }
+// For attention and what stands between the products: one path or none.
+bool has_blocks() { return path == &avx512 && attention_forward && elementwise; }
 
 // Items by falling cost, taken by the threads one by one: every item has the same result wherever it runs.
 void run_attention(AttentionItem* item, const Attention& a, int threads) {
@@ -171,6 +173,45 @@ void attend_backward(const std::vector<Address>& tensors, const std::vector<std:
     run_attention(attention_backward, a, threads);
 }
 
+constexpr std::int64_t element_grain = 1 << 13;  // values of a thread's share, at least
+
+void rms_norm(Address x, Address weight, std::int64_t rows, std::int64_t width, float eps, float offset, bool wide,
+              Address out, Address rstd, int threads) {
+    using T = std::uint16_t;
+    const RmsNorm n{pointer<const T>(x), pointer<const T>(weight), width, eps, offset, wide, pointer<T>(out),
+                    pointer<float>(rstd), nullptr};
+    parallel_for(threads, rows, std::max<std::int64_t>(1, element_grain / width),
+                 [&](std::int64_t first, std::int64_t last) { elementwise->rms_norm(n, first, last); });
+}
+
+void rms_norm_backward(Address dy, Address x, Address weight, Address rstd, std::int64_t rows, std::int64_t width,
+                       float offset, Address dx, int threads) {
+    using T = std::uint16_t;
+    const RmsNorm n{pointer<const T>(x), pointer<const T>(weight), width, 0.0f, offset, false, pointer<T>(dx),
+                    pointer<float>(rstd), pointer<const T>(dy)};
+    parallel_for(threads, rows, std::max<std::int64_t>(1, element_grain / width),
+                 [&](std::int64_t first, std::int64_t last) { elementwise->rms_norm_backward(n, first, last); });
+}
+
+void swiglu(Address gate, Address up, std::int64_t count, Address out, int threads) {
+    using T = std::uint16_t;
+    const SwiGlu s{pointer<const T>(gate), pointer<const T>(up), pointer<T>(out), nullptr, nullptr, nullptr};
+    parallel_for(threads, count, element_grain,
+                 [&](std::int64_t first, std::int64_t last) { elementwise->swiglu(s, first, last); });
+}
+
+void swiglu_backward(Address dy, Address gate, Address up, std::int64_t count, Address d_gate, Address d_up, int threads) {
+    using T = std::uint16_t;
+    const SwiGlu s{pointer<const T>(gate), pointer<const T>(up), nullptr, pointer<const T>(dy), pointer<T>(d_gate), pointer<T>(d_up)};
+    parallel_for(threads, count, element_grain,
+                 [&](std::int64_t first, std::int64_t last) { elementwise->swiglu_backward(s, first, last); });
+}
+
+void cross_entropy(Address logits, Address labels, std::int64_t rows, std::int64_t width, Address losses, int threads) {
+    const CrossEntropy c{pointer<std::uint16_t>(logits), pointer<const std::int64_t>(labels), width, pointer<float>(losses)};
+    parallel_for(threads, rows, 1, [&](std::int64_t first, std::int64_t last) { elementwise->cross_entropy(c, first, last); });
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -185,7 +226,12 @@ NB_MODULE(_cpu, m) {
     m.def("quantize", &quantize, release());
     m.def("quantize_scales", &quantize_scales, release());
     m.def("multiply_rows", &multiply_rows, release());
-    m.def("has_attention", &has_attention, "Whether the path in use has kernels for attention.");
+    m.def("has_blocks", &has_blocks, "Whether the path in use has kernels for attention, norms, SwiGLU and the loss.");
     m.def("attend", &attend, release());
     m.def("attend_backward", &attend_backward, release());
+    m.def("rms_norm", &rms_norm, release());
+    m.def("rms_norm_backward", &rms_norm_backward, release());
+    m.def("swiglu", &swiglu, release());
+    m.def("swiglu_backward", &swiglu_backward, release());
+    m.def("cross_entropy", &cross_entropy, release());
 }

@@ -6,29 +6,18 @@
 // Internal linkage throughout, as in portable.hpp.
 #pragma once
 
-#include "portable.hpp"
+#include "bf16.hpp"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
-#include <immintrin.h>
 
 namespace twinlora {
 namespace {
-
-using u16 = std::uint16_t;
-using u32 = std::uint32_t;
-using i64 = std::int64_t;
 
 constexpr i64 panel_width = 32;      // columns of a panel, rows and columns of a block
 constexpr i64 step_depth = 32;       // values of k in a step
 constexpr i64 step_pairs = 2 * 256;  // packed pairs of a step of a panel
 
 [[maybe_unused]] inline i64 round_up(i64 n, i64 multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-[[maybe_unused]] inline __m512 widen(__m256i bits) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-[[maybe_unused]] inline __m256i narrow(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
 
 // 16 rows of 16 pairs -> 16 columns; in place.
 [[maybe_unused]] inline void transpose16(__m512i* r) {

@@ -1,0 +1,45 @@
+// bfloat16 in AVX-512 registers.
+#pragma once
+
+#include "portable.hpp"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+#include <immintrin.h>
+
+#include <initializer_list>
+
+namespace twinlora {
+namespace {
+
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+using i64 = std::int64_t;
+
+[[maybe_unused]] inline __m512 widen(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+[[maybe_unused]] inline __m256i narrow(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
+
+[[maybe_unused]] inline __m512 load_bf16(const u16* x) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+
+[[maybe_unused]] inline void store_bf16(u16* out, __m512 values) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrow(values));
+}
+
+// e^x; below 2^-126 the least normal number. Relative error under 3e-7.
+[[maybe_unused]] inline __m512 exponential(__m512 x) {
+    const __m512 t = _mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _mm512_set1_ps(-126.0f));
+    const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(t, n);
+    __m512 p = _mm512_set1_ps(1.54035304e-4f);
+    for (const float c : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f})
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(p, n);
+}
+
+}  // namespace
+}  // namespace twinlora
+#endif
