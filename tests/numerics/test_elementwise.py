@@ -92,9 +92,9 @@ def test_gated_mlp_keeps_gate_and_up_only():
     torch.manual_seed(0)
     gate, up, down = torch.nn.Linear(16, 32), torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)
     x, inputs = torch.randn(15, 16, requires_grad=True), []
-    down.register_forward_pre_hook(lambda module, args: inputs.append(args[0].data_ptr()))
+    down.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     y = SwiGLU(gate, up, down)(x)
-    assert y.grad_fn._saved_mat1.data_ptr() != inputs[0]
+    assert y.grad_fn._saved_mat1.data_ptr() != inputs[0].data_ptr()
     expected = down(F.silu(gate(x)) * up(x))
     parameters = [x, *gate.parameters(), *up.parameters(), *down.parameters()]
     dy = torch.randn_like(y)
