@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, Qwen3Config
 
 from twinlora.adapters.lora import LoraConfig, attach
 from twinlora.data.packing import make_micro_batch
@@ -8,6 +8,7 @@ from twinlora.data.template import Example
 from twinlora.model import swap
 from twinlora.model.attention import Layout
 from twinlora.model.forward import has_plain_head, loss_sum, packing_refusal
+from twinlora.model.generate import generate
 from twinlora.model.load import load_model, resolve
 
 
@@ -66,7 +67,8 @@ def test_replaced_blocks_change_nothing_but_rounding(tiny):
     for model in (stock, ours):
         attach(model, LoraConfig(rank=4), seed=1)
     replaced = swap.replace_blocks(ours)
-    assert replaced == {"LlamaMLP → SwiGLU": 2, "LlamaRMSNorm → RMSNorm": 5}
+    expected = {"LlamaAttention → Attention": 2, "LlamaMLP → SwiGLU": 2, "LlamaRMSNorm → RMSNorm": 5}
+    assert replaced == expected | {"Linear → DenseLinear": 1}
     gradients = []
     for model in (stock, ours):
         loss = loss_sum(model, micro, plain_head=True)
@@ -90,6 +92,40 @@ def test_a_model_without_our_blocks_trains_on_its_own(tmp_path):
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64, attn_pdrop=0.0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     model = load_model(resolve(str(tmp_path)), dtype=torch.float32)
-    assert swap.replace_blocks(model) == {}
+    assert swap.replace_blocks(model) == {"Linear → DenseLinear": 1}, "the head"
     micro = make_micro_batch(examples(), packed=False, pad_id=0)
     assert torch.isfinite(loss_sum(model, micro, plain_head=has_plain_head(model)))
+
+
+def test_attention_with_another_meaning_is_declined(tiny):
+    model = load_model(resolve(str(tiny)))
+    stock = model.model.layers[0].self_attn
+    forward, children = type(stock).forward, dict(stock.named_children())
+
+    class Louder(type(stock)):
+        def forward(self, *args, **kwargs):
+            out, weights = forward(self, *args, **kwargs)
+            return 1.1 * out, weights
+
+    stock.__class__ = Louder
+    notes = []
+    assert swap.replace_blocks(model, notes.append)["LlamaAttention → Attention"] == 1
+    assert notes == ["Louder: stock block kept, the probe declined ours"]
+    assert dict(stock.named_children()).keys() == children.keys(), "the probe leaves the block as it was"
+
+
+def test_a_sliding_window_and_head_norms_are_taken_over(tmp_path):
+    shape = {"vocab_size": 259, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 32}
+    shape |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    windowed = MistralConfig(**shape, sliding_window=3, bos_token_id=1, eos_token_id=2)
+    normed = Qwen3Config(**shape, bos_token_id=1, eos_token_id=2)
+    for config in (windowed, normed):
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / config.model_type)
+        stock, ours = (load_model(resolve(str(tmp_path / config.model_type)), dtype=torch.float32) for _ in range(2))
+        replaced = swap.replace_blocks(ours)
+        assert replaced[next(kind for kind in replaced if kind.endswith("→ Attention"))] == 2
+        micro = make_micro_batch(examples(), packed=True)
+        found, expected = (loss_sum(model, micro, plain_head=True) for model in (ours, stock))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+        alone = stock(torch.tensor([list(range(40, 52))])).logits[0, -1].argmax().item()
+        assert generate(ours, [list(range(40, 52))], max_new_tokens=1, stop=set()) == [[alone]]

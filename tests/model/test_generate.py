@@ -1,14 +1,29 @@
 import pytest
 import torch
 
-from twinlora.model.generate import generate
+from twinlora.model import swap
+from twinlora.model.generate import _is_ragged, generate
 from twinlora.model.load import load_model, resolve
 from twinlora.numerics.nf4 import NF4Format
 
 
+@pytest.fixture(params=["stock blocks", "our blocks"])
+def load(request, tiny):
+    """A loader of the tiny model in float32, with transformers' blocks and cache or with ours."""
+
+    def load(**arguments):
+        model = load_model(resolve(str(tiny)), dtype=torch.float32, **arguments)
+        if request.param == "our blocks":
+            swap.replace_blocks(model)
+        assert _is_ragged(model) == (request.param == "our blocks")
+        return model
+
+    return load
+
+
 @pytest.mark.parametrize("quantize", [None, NF4Format()])
-def test_a_batch_answers_as_transformers_does_one_by_one(tiny, quantize):
-    model = load_model(resolve(str(tiny)), dtype=torch.float32, quantize=quantize)
+def test_a_batch_answers_as_transformers_does_one_by_one(load, quantize):
+    model = load(quantize=quantize)
     prompts = [torch.randint(0, 250, (n,)).tolist() for n in (3, 11, 7, 1)]
     expected = []
     for prompt in prompts:
@@ -19,8 +34,8 @@ def test_a_batch_answers_as_transformers_does_one_by_one(tiny, quantize):
     assert generate(model, prompts, max_new_tokens=12, stop={257}, pad_id=258) == expected
 
 
-def test_rows_that_end_leave_the_batch(tiny):
-    model = load_model(resolve(str(tiny)), dtype=torch.float32)
+def test_rows_that_end_leave_the_batch(load):
+    model = load()
     prompts = [torch.randint(0, 250, (n,)).tolist() for n in (4, 9, 6)]
     free = generate(model, prompts, max_new_tokens=8, stop=set())
     stop = {free[0][2]}  # ends the first row early, and whichever others say it
@@ -28,8 +43,8 @@ def test_rows_that_end_leave_the_batch(tiny):
     assert generate(model, prompts, max_new_tokens=8, stop=stop) == expected
 
 
-def test_streaming_and_seeded_sampling(tiny):
-    model = load_model(resolve(str(tiny)), dtype=torch.float32)
+def test_streaming_and_seeded_sampling(load):
+    model = load()
     seen = []
     arguments = {"max_new_tokens": 6, "stop": set(), "temperature": 1.0}
     first = generate(model, [[1, 2]], generator=torch.Generator().manual_seed(3), on_token=seen.append, **arguments)

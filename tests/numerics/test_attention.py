@@ -111,3 +111,18 @@ def test_declared_as_it_behaves(dtype, rotated):
     rotation = (torch.rand(20, 32).to(dtype), torch.rand(20, 32).to(dtype)) if rotated else (None, None)
     arguments = (q, k, v, *rotation, [0, 7, 20], 0.2, 0)
     torch.library.opcheck(torch.ops.twinlora.attention.default, arguments)
+
+
+@pytest.mark.skipif("avx512-bf16" not in cpu.paths(), reason="this machine has no kernels for attention")
+@pytest.mark.parametrize("window", [0, 5])
+def test_step_kernel(window):
+    q, k, v = (torch.randn(3, h, 64).bfloat16() for h in (6, 2, 2))
+    cos, sin = torch.randn(2, 3, 64).bfloat16()
+    keys, values = torch.randn(2, 5, 90, 2, 64).bfloat16()
+    runs = []
+    for module, cast in ((cpu, torch.bfloat16), (reference, torch.bfloat16), (reference, torch.float64)):
+        caches = [x.to(cast, copy=True) for x in (keys, values)]
+        inputs = [x.to(cast) for x in (q, k, v, cos, sin)]
+        runs.append((module.attention_step(*inputs, *caches, [4, 0, 2], [80, 0, 33], 0.125, window), *caches))
+    for found, naive, truth in zip(*runs, strict=True):
+        assert relative(found, truth) <= 1.05 * relative(naive, truth)

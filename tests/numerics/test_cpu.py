@@ -93,6 +93,15 @@ def test_products_are_as_exact_as_a_bf16_product(path, threads, rows, shape):
         assert (found.double() - truth).norm() <= 1.1 * naive
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(96, 64), (33, 576), (3, 4096), (1, 32), (5, 40)])
+def test_few_rows_times_a_dense_weight(path, threads, rows, shape):
+    x, w = torch.randn(rows, shape[1]).bfloat16(), torch.randn(shape).bfloat16()
+    truth = x.double() @ w.double().T
+    error = (cpu.dense_linear(x, w).double() - truth).norm()
+    assert error <= 1.1 * ((x @ w.T).double() - truth).norm() + 1e-9
+
+
 def test_products_do_not_depend_on_the_number_of_threads(path):
     q, before = ops.quantize(torch.randn(300, 576)), torch.get_num_threads()
     x = torch.randn(9, 576).bfloat16()

@@ -17,9 +17,12 @@ from transformers.masking_utils import sdpa_mask
 
 from twinlora.numerics import ops
 
-__all__ = ["NAME", "Layout", "register"]
+__all__ = ["NAME", "NO_MASK_SHAPE", "Layout", "Rotation", "register"]
 
 NAME = "twinlora"
+# transformers passes a four-dimensional mask on untouched; ours is empty, since the layout says who sees whom.
+NO_MASK_SHAPE = (1, 1, 1, 0)
+Rotation = tuple[Tensor, Tensor]  # cos and sin [T, D]
 
 
 class Layout:
@@ -29,6 +32,7 @@ class Layout:
         self.lengths = lengths
         self.device = torch.device(device)
         self.starts = [0, *itertools.accumulate(lengths)]
+        self.seen: dict[str, Any] = {}  # scale and window of the last pass through transformers' interface
 
     @property
     def tokens(self) -> int:
@@ -39,6 +43,12 @@ class Layout:
         """Position of each token in its sequence, int64 [1, T]."""
         return torch.cat([torch.arange(length) for length in self.lengths])[None].to(self.device)
 
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, scale: float, window: int | None
+    ) -> Tensor:
+        """Attention of model layer `layer`: q [T, H, D], k and v [T, K, D], before rotation -> [T, H, D]."""
+        return ops.attention(q, k, v, self.starts, scale, window, rotation)
+
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -48,10 +58,12 @@ def _attention(
     if layout is None:
         out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return out
+    assert type(layout) is Layout, "a cache is filled by our own attention blocks only"
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    scale = kwargs.get("scaling")
+    scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return ops.attention(q, k, v, layout.starts, scale, kwargs.get("sliding_window"))[None], None
+    layout.seen = {"scale": scale, "window": window}
+    return ops.attention(q, k, v, layout.starts, scale, window)[None], None
 
 
 def register() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twinlora.model.attention import Layout
 from twinlora.numerics import ops  # noqa: F401  (declares the ops)
 
-__all__ = ["RMSNorm", "SwiGLU"]
+__all__ = ["Attention", "RMSNorm", "SwiGLU"]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -47,7 +48,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        out: Tensor = _RMSNorm.apply(x, self.weight, self.eps, self.offset, self.wide)
+        arguments = (x, self.weight, self.eps, self.offset, self.wide)
+        if not torch.is_grad_enabled():
+            y: Tensor = torch.ops.twinlora.rms_norm(*arguments)[0]
+            return y
+        out: Tensor = _RMSNorm.apply(*arguments)
         return out
 
 
@@ -77,9 +82,9 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
         g, u = self.gate_proj(x), self.up_proj(x)
-        y = _SwiGLU.apply(g, u)
         if not torch.is_grad_enabled():
-            return self._down(y)
+            return self._down(torch.ops.twinlora.swiglu(g, u))
+        y = _SwiGLU.apply(g, u)
         gate, up, place, count = g.detach(), u.detach(), y.data_ptr(), y.numel()
 
         # What down_proj keeps of its input is computed again: it is the widest activation of a layer.
@@ -95,3 +100,47 @@ class SwiGLU(nn.Module):
     def _down(self, y: Tensor) -> Tensor:
         out: Tensor = self.down_proj(y)
         return out
+
+
+class Attention(nn.Module):
+    """Projections, rotation and attention over a `Layout`; calls without one go to the stock block it stands for.
+
+    Both see the same children. `scale` and `window` are those the stock block gives to its attention.
+    """
+
+    stock: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    o_proj: nn.Module
+
+    def __init__(self, stock: nn.Module, scale: float, window: int | None) -> None:
+        super().__init__()
+        self._modules = stock._modules  # one dict: a layer wrapped later is wrapped in both
+        self.__dict__["stock"] = stock  # not a child: its parameters are ours
+        self.size, self.layer = int(getattr(stock, "head_dim")), int(getattr(stock, "layer_idx"))  # noqa: B009
+        self.scale, self.window = scale, window
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [1, T, hidden] -> [1, T, hidden], and no weights; arguments as transformers gives them."""
+        layout: Layout | None = kwargs.get("layout")
+        if layout is None or position_embeddings is None or position_embeddings[0].shape[-1] != self.size:
+            self.stock.training = self.training
+            out: tuple[Tensor, Tensor | None] = self.stock(
+                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
+            )
+            return out
+        q, k, v = (
+            getattr(self, name)(hidden_states).view(layout.tokens, -1, self.size)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        if "q_norm" in self._modules:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = (table.view(layout.tokens, self.size) for table in position_embeddings)
+        attended = layout.attend(self.layer, q, k, v, (cos, sin), self.scale, self.window)
+        return self.o_proj(attended.flatten(1)[None]), None

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from twinlora.model.attention import NAME, Layout
+from twinlora.model.attention import NAME, NO_MASK_SHAPE, Layout
+from twinlora.model.linear import DenseLinear
+from twinlora.numerics import ops
 from twinlora.numerics.loss import linear_cross_entropy
 
 __all__ = ["has_plain_head", "hidden_states", "loss_sum", "packing_refusal"]
-
-# transformers passes a four-dimensional mask on untouched; ours is empty, since the layout says who sees whom.
-_NO_MASK_SHAPE = (1, 1, 1, 0)
 
 
 def _arguments(micro: Any) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def _arguments(micro: Any) -> dict[str, Any]:
     if micro.layout is None:
         return arguments | {"attention_mask": micro.attention_mask}
     return arguments | {
-        "attention_mask": torch.empty(_NO_MASK_SHAPE, device=micro.input_ids.device),
+        "attention_mask": torch.empty(NO_MASK_SHAPE, device=micro.input_ids.device),
         "layout": micro.layout,
     }
 
@@ -50,12 +49,12 @@ def loss_sum(model: PreTrainedModel, micro: Any, *, plain_head: bool) -> Tensor:
 def has_plain_head(model: PreTrainedModel) -> bool:
     """Whether logits are just `hidden @ W.T`: no bias, no soft-capping, no scaling. Found by trying two tokens."""
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None or model.base_model is model:
+    if not isinstance(head, (nn.Linear, DenseLinear)) or head.bias is not None or model.base_model is model:
         return False
     ids = torch.tensor([[1, 2]], device=head.weight.device)
     with torch.no_grad():
         hidden = model.base_model(input_ids=ids, use_cache=False)[0]
-        expected = F.linear(hidden, head.weight)
+        expected = (ops.dense_linear if isinstance(head, DenseLinear) else F.linear)(hidden, head.weight)
         logits = model(input_ids=ids, use_cache=False).logits
     return torch.equal(logits, expected)
 
@@ -91,7 +90,7 @@ def _packed_hidden(model: PreTrainedModel, sequences: list[Tensor], device: torc
     out: Tensor = model.base_model(
         input_ids=torch.cat(sequences)[None].to(device),
         position_ids=layout.positions(),
-        attention_mask=torch.empty(_NO_MASK_SHAPE, device=device),
+        attention_mask=torch.empty(NO_MASK_SHAPE, device=device),
         layout=layout,
         use_cache=False,
     )[0][0]

@@ -66,11 +66,13 @@ class DenseLinear(FrozenLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """The stock linear layer."""
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias) if torch.is_grad_enabled() else self.multiply(x)
 
     def multiply(self, x: Tensor) -> Tensor:
         """See FrozenLinear."""
-        return F.linear(x, self.weight.to(x.dtype), self.bias)
+        if self.bias is not None:
+            return F.linear(x, self.weight.to(x.dtype), self.bias)
+        return ops.dense_linear(x, self.weight.to(x.dtype))
 
     def multiply_transposed(self, dy: Tensor) -> Tensor:
         """See FrozenLinear."""
@@ -119,8 +121,13 @@ class QuantLinear(FrozenLinear):
     @property
     def quantized(self) -> ops.NF4Tensor:
         """The weight as the ops take it (a view, nothing is copied)."""
-        shape = (self.out_features, self.in_features)
-        return ops.NF4Tensor(self.packed, self.scales, self.nested_scales, self.nested_offset, shape, self.format)
+        kept: ops.NF4Tensor | None = self.__dict__.get("_quantized")
+        packed = self.packed
+        if kept is None or kept.packed is not packed:
+            shape = (self.out_features, self.in_features)
+            kept = ops.NF4Tensor(packed, self.scales, self.nested_scales, self.nested_offset, shape, self.format)
+            self.__dict__["_quantized"] = kept
+        return kept
 
     def forward(self, x: Tensor) -> Tensor:
         """Differentiable in x."""

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from twinlora.errors import ModelError
 from twinlora.model import attention
-from twinlora.model.linear import QuantLinear
+from twinlora.model.linear import FrozenLinear, QuantLinear
 from twinlora.numerics.nf4 import NF4Format
 
 __all__ = ["Source", "load_model", "load_tokenizer", "pick_device", "precision_by_layer", "resolve", "weight_bytes"]
@@ -259,7 +259,7 @@ def precision_by_layer(model: nn.Module) -> dict[str, int]:
     """How many linear layers are stored how: `{"nf4-64-dq256": 210, "bfloat16": 1}`."""
     counts: dict[str, int] = {}
     for module in model.modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, FrozenLinear):
             counts[module.precision] = counts.get(module.precision, 0) + 1
         elif isinstance(module, nn.Linear):
             name = str(module.weight.dtype).removeprefix("torch.")

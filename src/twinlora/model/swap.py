@@ -7,50 +7,116 @@ Nothing outside of the model's instances is touched.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from twinlora.model.blocks import RMSNorm, SwiGLU
+from twinlora.model.attention import NO_MASK_SHAPE, Layout
+from twinlora.model.blocks import Attention, RMSNorm, SwiGLU
+from twinlora.model.linear import DenseLinear
 
 __all__ = ["replace_blocks"]
 
 _ROWS = 5
 _GATED = ("gate_proj", "up_proj", "down_proj")
+_HEADS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
-def _candidates(module: nn.Module) -> Iterator[tuple[int, nn.Module]]:
-    """Input width and replacement, for each that `module` might be equal to."""
-    if isinstance(module, (RMSNorm, SwiGLU)):
+@dataclass(frozen=True)
+class _Candidate:
+    """What might stand for a stock block, and how both act on an input [rows, width] of type `dtype`."""
+
+    block: nn.Module
+    width: int
+    dtype: torch.dtype
+    ours: Callable[[Tensor], Tensor]
+    stock: Callable[[Tensor], Tensor]
+
+
+def _candidates(module: nn.Module, rotary: nn.Module | None, dtype: torch.dtype) -> Iterator[_Candidate]:
+    """Replacements, for each kind that `module` might be equal to. `dtype` is the model's."""
+    if isinstance(module, (Attention, RMSNorm, SwiGLU)):
         return
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if type(module) is nn.Linear and not module.weight.requires_grad:
+        dense = DenseLinear(module)
+        yield _Candidate(dense, module.in_features, dtype, dense, module)
+    parts: dict[str, Any] = dict(module.named_children())
     if type(module).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and isinstance(eps, float):
-        yield weight.numel(), RMSNorm(weight, eps)
-        yield weight.numel(), RMSNorm(weight, eps, offset=1.0, wide=True)
-    parts = dict(module.named_children())
+        for norm in (RMSNorm(weight, eps), RMSNorm(weight, eps, offset=1.0, wide=True)):
+            yield _Candidate(norm, weight.numel(), dtype, norm, module)
     if {*_GATED} <= set(parts) <= {*_GATED, "act_fn"}:
-        gate: Any = parts["gate_proj"]
-        yield int(getattr(gate, "base", gate).in_features), SwiGLU(*(parts[name] for name in _GATED))
+        gated = SwiGLU(*(parts[name] for name in _GATED))
+        yield _Candidate(gated, _shape(parts["gate_proj"])[1], dtype, gated, module)
+    if _HEADS <= set(parts) <= {*_HEADS, "q_norm", "k_norm"} and rotary is not None:
+        yield from _attention_candidate(module, rotary)
 
 
-def _run(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+def _shape(layer: Any) -> tuple[int, int]:
+    base = getattr(layer, "base", layer)
+    return int(base.out_features), int(base.in_features)
+
+
+def _attention_candidate(stock: nn.Module, rotary: nn.Module) -> Iterator[_Candidate]:
+    """Both are probed in float32 over random projections: on trained ones, 16-bit rounding is as large as an error.
+
+    The stock block runs once before, to show which scale and window it gives to its attention.
+    """
+    device = next(stock.parameters()).device
+    layout, mask = Layout([_ROWS - 2, 2], device), torch.empty(NO_MASK_SHAPE, device=device)
+    twin = copy.copy(stock)
+    twin._modules = {name: _float32(name, child) for name, child in stock.named_children()}
+    width = _shape(stock.q_proj)[1]
+
+    def call(block: nn.Module, x: Tensor) -> Tensor:
+        rotation = rotary(x[None], layout.positions())
+        out: Tensor = block(x[None], position_embeddings=rotation, attention_mask=mask, layout=layout)[0][0]
+        return out
+
+    x = torch.zeros(_ROWS, width, device=device)
+    try:
+        rotated = rotary(x[None], layout.positions())[0].shape[-1]
+        call(twin, x)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return  # called otherwise: a kind of block that ours does not stand for
+    # Nothing is seen if the model's attention is not the one registered by attention.py.
+    if layout.seen and rotated == getattr(stock, "head_dim", None):
+        ours = Attention(twin, **layout.seen)
+        block = Attention(stock, **layout.seen)
+        yield _Candidate(block, width, torch.float32, lambda x: call(ours, x), lambda x: call(twin, x))
+
+
+def _float32(name: str, child: nn.Module) -> nn.Module:
+    if name not in _HEADS:
+        return copy.deepcopy(child).float()
+    out, width = _shape(child)
+    weight = torch.randn(out, width, generator=torch.Generator().manual_seed(out + len(name)))
+    linear = nn.Linear(width, out, bias=False, device=next(child.parameters()).device)
+    with torch.no_grad():
+        linear.weight.copy_(weight.mul_(width**-0.5))
+    return linear
+
+
+def _run(block: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.clone().requires_grad_()
     with torch.enable_grad():
-        y = module(x)
-        (dx,) = torch.autograd.grad(y, x, dy.to(y.dtype))
+        y = block(x)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device, y.dtype)
+        (dx,) = torch.autograd.grad(y, x, dy)
     return y.detach().float(), dx.float()
 
 
-def _admitted(stock: nn.Module, ours: nn.Module, width: int, device: torch.device, dtype: torch.dtype) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(_ROWS, width, generator=generator).to(device, dtype) for _ in range(2))
+def _admitted(candidate: _Candidate, device: torch.device) -> bool:
+    x = torch.randn(_ROWS, candidate.width, generator=torch.Generator().manual_seed(0)).to(device, candidate.dtype)
     # Both round to `dtype`: they may differ by a few units in its last place, relative to the whole output.
-    bound = 4 * torch.finfo(dtype).eps
-    pairs = zip(_run(ours, x, dy), _run(stock, x, dy), strict=True)
+    bound = max(4 * torch.finfo(candidate.dtype).eps, 1e-5)
+    pairs = zip(_run(candidate.ours, x), _run(candidate.stock, x), strict=True)
     return all(a.shape == b.shape and bool((a - b).norm() <= bound * b.norm()) for a, b in pairs)
 
 
@@ -60,15 +126,16 @@ def replace_blocks(model: PreTrainedModel, note: Callable[[str], None] | None = 
     `note` gets a line for each kind of stock block whose candidates were declined.
     """
     embedding = model.get_input_embeddings().weight
+    rotary = getattr(model.base_model, "rotary_emb", None)
     replaced: dict[str, int] = {}
     declined: set[str] = set()
     for name, module in list(model.named_modules()):
-        candidates = list(_candidates(module))
-        for width, candidate in candidates:
-            if _admitted(module, candidate, width, embedding.device, embedding.dtype):
+        candidates = list(_candidates(module, rotary, embedding.dtype))
+        for candidate in candidates:
+            if _admitted(candidate, embedding.device):
                 parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, candidate.train(module.training))
-                kind = f"{type(module).__name__} → {type(candidate).__name__}"
+                setattr(model.get_submodule(parent), child, candidate.block.train(module.training))
+                kind = f"{type(module).__name__} → {type(candidate.block).__name__}"
                 replaced[kind] = replaced.get(kind, 0) + 1
                 break
         else:

@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "attention_backward"]
+__all__ = ["attention", "attention_backward", "attention_step", "rotate"]
 
 _CHUNK = 256  # queries per product
 _WASTE = 1.3  # a group's longest sequence over its shortest
@@ -92,7 +92,7 @@ def _chunks(longest: int, window: int, device: torch.device) -> list[tuple[int, 
     return out
 
 
-def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, *, back: bool = False) -> Tensor:
+def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, *, back: bool = False) -> Tensor:
     """x [T, heads, D] rotated by cos and sin [T, D] (rotate-half), in float32 or wider; `back`: the transpose."""
     if cos is None or sin is None:
         return x
@@ -118,7 +118,7 @@ def attention(
     window: int,
 ) -> tuple[Tensor, Tensor]:
     """See ops.py."""
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     group = q.shape[1] // k.shape[1]
     wide = _grids(tuple(starts), q.shape[1], group, q.device)
     narrow = _grids(tuple(starts), k.shape[1], 1, q.device)
@@ -153,7 +153,7 @@ def attention_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ops.py. Gathers serve both ways: every token has exactly one cell."""
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     group, size = q.shape[1] // k.shape[1], q.shape[-1]
     wide = _grids(tuple(starts), q.shape[1], group, q.device)
     narrow = _grids(tuple(starts), k.shape[1], 1, q.device)
@@ -183,7 +183,34 @@ def attention_backward(
         dks.append(dk3.to(k.dtype).view(-1, size))
         dvs.append(dv3.to(v.dtype).view(-1, size))
     dq, dk = _join(dqs, wide.back, q.shape), _join(dks, narrow.back, k.shape)
-    return _rotate(dq, cos, sin, back=True), _rotate(dk, cos, sin, back=True), _join(dvs, narrow.back, v.shape)
+    return rotate(dq, cos, sin, back=True), rotate(dk, cos, sin, back=True), _join(dvs, narrow.back, v.shape)
+
+
+def attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    rows: list[int],
+    lengths: list[int],
+    scale: float,
+    window: int,
+) -> Tensor:
+    """See ops.py."""
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    group, outputs = q.shape[1] // k.shape[1], []
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        keys[row, length], values[row, length] = k[i], v[i]
+        low = max(0, length + 1 - window) if window else 0
+        wide = torch.promote_types(q.dtype, torch.float32)
+        heads = q[i].view(-1, group, q.shape[-1]).to(wide)  # [K, G, D]
+        scores = heads @ keys[row, low : length + 1].permute(1, 2, 0).to(wide) * scale
+        p = torch.softmax(scores, dim=-1)
+        outputs.append((p @ values[row, low : length + 1].transpose(0, 1).to(wide)).flatten(0, 1).to(q.dtype))
+    return torch.stack(outputs)
 
 
 def _rows(x: Tensor, index: Tensor, *shape: int) -> Tensor:

@@ -29,11 +29,13 @@ except ImportError:
 __all__ = ["OPS", "path", "paths", "runtime", "use_path"]
 
 OPS = (
-    "nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linear_transposed",
-    "attention", "attention_backward", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "cross_entropy_",
+    "nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linear_transposed", "dense_linear",
+    "attention", "attention_backward", "attention_step",
+    "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "cross_entropy_",
 )  # fmt: skip
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FEW_DENSE_ROWS = 3  # more are bound by arithmetic, where oneDNN is better
 _FEW_ROWS = 32  # up to here weights are decoded into the product; above, into a buffer that a GEMM reads
 
 
@@ -165,6 +167,19 @@ def nf4_linear_transposed(
     return dy @ _weight(shape, dy.dtype, packed, scales, ns, no, block, nested_block)
 
 
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """See ops.py. Few rows are bound by reading the weight, which oneDNN does at half the rate."""
+    n, k = weight.shape
+    rows = x.numel() // k
+    few = 0 < rows <= _FEW_DENSE_ROWS and k % 32 == 0 and x.dtype == weight.dtype == torch.bfloat16
+    if not few or not weight.is_contiguous() or not _library().has_dense():
+        return torch.nn.functional.linear(x, weight)
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], n)
+    _library().multiply_dense(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, n, k, _threads())
+    return y
+
+
 def _attends(q: Tensor, cos: Tensor | None) -> bool:
     """Whether the kernels take it: bfloat16, heads of a multiple of 32, with AVX512-BF16."""
     same = q.dtype == torch.bfloat16 and (cos is None or (cos.dtype == q.dtype and cos.shape[-1] == q.shape[-1]))
@@ -190,7 +205,7 @@ def attention(
     if not _attends(q, cos):
         return reference_attention.attention(q, k, v, cos, sin, starts, scale, window)
     out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
-    _attend(_library().attend, (q, k, v, cos, sin), (out, lse), starts, scale, window)
+    _attend(_library().attend, (q, k, v, cos, sin), (out, lse), (starts,), scale, window)
     return out, lse
 
 
@@ -216,7 +231,7 @@ def attention_backward(
         torch.empty(v.shape, dtype=q.dtype),
     )
     rest = (out, lse, dout.contiguous(), *gradients)
-    _attend(_library().attend_backward, (q, k, v, cos, sin), rest, starts, scale, window)
+    _attend(_library().attend_backward, (q, k, v, cos, sin), rest, (starts,), scale, window)
     return gradients
 
 
@@ -224,15 +239,42 @@ def _attend(
     kernel: Any,
     heads: tuple[Tensor | None, ...],
     rest: tuple[Tensor, ...],
-    starts: list[int],
+    where: tuple[Any, ...],
     scale: float,
     window: int,
 ) -> None:
+    """Call `kernel`; `where` says what the sequences are, in its own terms."""
     q, k, v = (_by_token(x) for x in heads[:3] if x is not None)
     rotation = [None if x is None else x.contiguous() for x in heads[3:]]
     pointers = [0 if x is None else x.data_ptr() for x in (q, k, v, *rotation, *rest)]
     strides = [x.stride(0) for x in (q, k, v)]
-    kernel(pointers, strides, starts, q.shape[1], k.shape[1], q.shape[2], scale, window or 1 << 40, _threads())
+    kernel(pointers, strides, *where, q.shape[1], k.shape[1], q.shape[2], scale, window or 1 << 40, _threads())
+
+
+def attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    rows: list[int],
+    lengths: list[int],
+    scale: float,
+    window: int,
+) -> Tensor:
+    """See ops.py."""
+    if not _attends(q, cos) or keys.dtype != q.dtype:
+        return reference_attention.attention_step(q, k, v, cos, sin, keys, values, rows, lengths, scale, window)
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    assert max(lengths) < keys.shape[1]
+    assert max(rows) < keys.shape[0]
+    out = torch.empty(q.shape, dtype=q.dtype)
+    where = (rows, lengths, keys.shape[1])
+    _attend(_library().attend_step, (q, k, v, cos, sin), (keys, values, out), where, scale, window)
+    return out
 
 
 def _fits(*tensors: Tensor) -> bool:

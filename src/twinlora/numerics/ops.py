@@ -8,8 +8,10 @@ reference serves every device without one. Shapes: `weight` [N, K] in general an
     nf4_dequantize(packed, scales, …, shape, …, dtype) -> [*shape]
     nf4_linear(x, packed, …)                           -> x [..., K] @ W.T -> [..., N]; differentiable in x
     nf4_linear_transposed(dy, packed, …)               -> dy [..., N] @ W  -> [..., K]
+    dense_linear(x, weight)                            -> x [..., K] @ weight [N, K].T -> [..., N]; no gradient
     attention(q, k, v, cos, sin, starts, …)            -> out [T, H, D], lse f32 [T, H]; differentiable in q, k, v
     attention_backward(dout, q, …, out, lse, …)        -> dq, dk, dv
+    attention_step(q, k, v, …, keys, values, …)        -> out [n, H, D]; one new token of n sequences, see below
     rms_norm(x, weight, eps, offset, wide)             -> y [..., D], rstd f32 [...]
     rms_norm_backward(dy, x, weight, rstd, offset)     -> dx [..., D]
     swiglu(gate, up)                                   -> silu(gate) * up
@@ -20,12 +22,16 @@ Attention is causal within each sequence starts[i] .. starts[i + 1] of the T tok
 with key/value head h // (H / K). Given cos and sin [T, D], q and k are rotated first (rotate-half). A query sees its
 last `window` keys, itself included; 0 means all. lse is the log of the sum of exponentials of its scores.
 
+attention_step appends k (rotated) and v to the caches `keys` and `values` [rows, capacity, K, D], at row rows[i] behind
+the lengths[i] tokens that it holds, and attends from q [n, H, D] to all of that row.
+
 rms_norm is x / rms(x) · (weight + offset); unless `wide`, the normalised x is rounded to x's type before that product.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,7 +42,16 @@ from twinlora.numerics import attention as reference_attention
 from twinlora.numerics import cpu, elementwise, reference
 from twinlora.numerics.nf4 import NF4Format
 
-__all__ = ["NF4Tensor", "attention", "backend", "linear", "linear_transposed", "quantize"]
+__all__ = [
+    "NF4Tensor",
+    "attention",
+    "attention_step",
+    "backend",
+    "dense_linear",
+    "linear",
+    "linear_transposed",
+    "quantize",
+]
 
 _QUANT = (
     "Tensor packed, Tensor scales, Tensor? nested_scales, Tensor? nested_offset, "
@@ -50,8 +65,12 @@ _SCHEMAS = {
     "nf4_dequantize": f"({_QUANT}, ScalarType dtype) -> Tensor",
     "nf4_linear": f"(Tensor x, {_QUANT}) -> Tensor",
     "nf4_linear_transposed": f"(Tensor dy, {_QUANT}) -> Tensor",
+    "dense_linear": "(Tensor x, Tensor weight) -> Tensor",
     "attention": f"({_HEADS}, {_SEEN}) -> (Tensor, Tensor)",
     "attention_backward": f"(Tensor dout, {_HEADS}, Tensor out, Tensor lse, {_SEEN}) -> (Tensor, Tensor, Tensor)",
+    "attention_step": (
+        f"({_HEADS}, Tensor(a!) keys, Tensor(b!) values, int[] rows, int[] lengths, float scale, int window) -> Tensor"
+    ),
     "rms_norm": "(Tensor x, Tensor weight, float eps, float offset, bool wide) -> (Tensor, Tensor)",
     "rms_norm_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset) -> Tensor",
     "swiglu": "(Tensor gate, Tensor up) -> Tensor",
@@ -100,6 +119,11 @@ def _(dy: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[
     return dy.new_empty(*dy.shape[:-1], shape[1])
 
 
+@torch.library.register_fake("twinlora::dense_linear")
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 @torch.library.register_fake("twinlora::attention")
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -108,6 +132,11 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("twinlora::attention_backward")
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("twinlora::attention_step")
+def _(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 @torch.library.register_fake("twinlora::rms_norm")
@@ -175,7 +204,7 @@ class NF4Tensor:
     shape: tuple[int, ...]
     format: NF4Format = field(default_factory=NF4Format)
 
-    @property
+    @cached_property
     def arguments(self) -> tuple[Any, ...]:
         """The op arguments from `packed` to `nested_block_size`."""
         tensors = (self.packed, self.scales, self.nested_scales, self.nested_offset)
@@ -223,6 +252,12 @@ def linear_transposed(dy: Tensor, weight: NF4Tensor) -> Tensor:
     return out
 
 
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K] @ weight [N, K].T -> [..., N], in x's type; no gradient."""
+    out: Tensor = torch.ops.twinlora.dense_linear(x, weight)
+    return out
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -238,6 +273,24 @@ def attention(
     """
     cos, sin = rotation or (None, None)
     out: Tensor = torch.ops.twinlora.attention(q, k, v, cos, sin, starts, scale, window or 0)[0]
+    return out
+
+
+def attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    rows: list[int],
+    lengths: list[int],
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """One new token of n sequences: q [n, H, D], k and v [n, K, D] -> [n, H, D]. Appends to `keys` and `values`."""
+    arguments = (q, k, v, *rotation, keys, values, rows, lengths, scale, window or 0)
+    out: Tensor = torch.ops.twinlora.attention_step(*arguments)
     return out
 
 

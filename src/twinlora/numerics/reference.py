@@ -15,6 +15,7 @@ from torch import Tensor
 from twinlora.numerics.nf4 import codebook, dynamic_map, midpoints
 
 __all__ = [
+    "dense_linear",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_linear_transposed",
@@ -120,3 +121,8 @@ def nf4_linear_transposed(dy: Tensor, packed: Tensor, *quant: Any) -> Tensor:
     """dy [..., N] times the weight [N, K] -> [..., K], in dy's type: the input gradient of `nf4_linear`."""
     quant += (dy.dtype,)
     return dy @ nf4_dequantize(packed, *quant)
+
+
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K] @ weight [N, K].T -> [..., N]."""
+    return torch.nn.functional.linear(x, weight)

@@ -17,8 +17,9 @@ namespace {
 constexpr i64 block = 32;          // keys, and queries, of a square of scores
 constexpr i64 queries_at_once = 256;
 
-// One head of one token, rotated if there is a rotation -> out [D].
-inline void load_row(const Attention& a, const u16* x, i64 token, u16* out) {
+// One head of one token [D], rotated if there is a rotation -> out [D]. For the kernel of a pass and of a step.
+template <class A>
+inline void load_row(const A& a, const u16* x, i64 token, u16* out) {
     const i64 half = a.size / 2;
     if (!a.cos) {
         __builtin_memcpy(out, x, 2 * a.size);
@@ -313,10 +314,52 @@ void backward(const Attention& a, i64 sequence, i64 kv_head) {
     }
 }
 
+// Appends the token, then attends: scores of a query are sums of pairs, outputs sums of rows.
+void step(const AttentionStep& a, i64 token, i64 kv_head) {
+    const i64 D = a.size, group = a.heads / a.kv_heads, between = a.kv_heads * D, length = a.lengths[token] + 1;
+    const i64 base = a.rows[token] * a.capacity * between + kv_head * D;
+    load_row(a, a.k + token * a.k_stride + kv_head * D, token, a.keys + base + (length - 1) * between);
+    __builtin_memcpy(a.values + base + (length - 1) * between, a.v + token * a.v_stride + kv_head * D, 2 * D);
+    const i64 first = length > a.window ? length - a.window : 0, seen = length - first;
+    const u16 *keys = a.keys + base + first * between, *values = a.values + base + first * between;
+    thread_local Kept<float> kept;
+    float* scores = kept.at_least(round_up(seen, 16));
+    alignas(64) u16 q[256];
+    for (i64 head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        load_row(a, a.q + token * a.q_stride + head * D, token, q);
+        float top = -3.0e38f;
+        for (i64 t = 0; t < seen; ++t) {
+            __m512 sum = _mm512_setzero_ps();
+            for (i64 d = 0; d < D; d += 32)
+                sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_load_si512(q + d),
+                                       (__m512bh)_mm512_loadu_si512(keys + t * between + d));
+            scores[t] = a.scale * _mm512_reduce_add_ps(sum);
+            top = scores[t] > top ? scores[t] : top;
+        }
+        __m512 total = _mm512_setzero_ps();
+        for (i64 t = 0; t < seen; t += 16) {
+            const __mmask16 mask = static_cast<__mmask16>(mask32(seen - t));
+            const __m512 p = exponential(_mm512_sub_ps(_mm512_load_ps(scores + t), _mm512_set1_ps(top)));
+            total = _mm512_mask_add_ps(total, mask, total, p);
+            _mm512_store_ps(scores + t, p);
+        }
+        const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+        for (i64 d = 0; d < D; d += 32) {
+            __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+            for (i64 t = 0; t < seen; ++t)
+                for (i64 h = 0; h < 2; ++h)
+                    sums[h] = _mm512_fmadd_ps(_mm512_set1_ps(scores[t]), load_bf16(values + t * between + d + 16 * h), sums[h]);
+            for (i64 h = 0; h < 2; ++h)
+                store_bf16(a.out + (token * a.heads + head) * D + d + 16 * h, _mm512_mul_ps(sums[h], inverse));
+        }
+    }
+}
+
 }  // namespace
 
 AttentionItem* const attention_forward = forward;
 AttentionItem* const attention_backward = backward;
+AttentionStepItem* const attention_step = step;
 
 }  // namespace twinlora
 
@@ -325,6 +368,7 @@ AttentionItem* const attention_backward = backward;
 namespace twinlora {
 AttentionItem* const attention_forward = nullptr;
 AttentionItem* const attention_backward = nullptr;
+AttentionStepItem* const attention_step = nullptr;
 }  // namespace twinlora
 
 #endif

@@ -24,8 +24,23 @@ struct Attention {
 // One item of work: the queries of one key/value head in one sequence. Items are independent.
 using AttentionItem = void(const Attention&, std::int64_t sequence, std::int64_t kv_head);
 
+// One new token of several sequences against cached keys and values.
+struct AttentionStep {
+    const std::uint16_t *q, *k, *v;  // [n, H, D], [n, K, D], [n, K, D]; the new tokens
+    std::int64_t q_stride, k_stride, v_stride;
+    const std::uint16_t *cos, *sin;  // [n, D] or nullptr
+    std::uint16_t *keys, *values;    // caches [rows, capacity, K, D]; keys are cached rotated
+    const std::int64_t *rows, *lengths;  // [n]: the sequence's row, and how many tokens it holds so far
+    std::int64_t count, capacity, heads, kv_heads, size;
+    float scale;
+    std::int64_t window;
+    std::uint16_t* out;  // [n, H, D]
+};
+using AttentionStepItem = void(const AttentionStep&, std::int64_t token, std::int64_t kv_head);
+
 // nullptr where the compiler cannot; needs what the path avx512-bf16 needs.
 extern AttentionItem* const attention_forward;
 extern AttentionItem* const attention_backward;
+extern AttentionStepItem* const attention_step;
 
 }  // namespace twinlora

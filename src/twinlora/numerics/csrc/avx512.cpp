@@ -101,30 +101,42 @@ inline void accumulate(const Product& p, std::int64_t n, std::int64_t from, std:
 #pragma GCC unroll 16
         for (int m = 0; m < Rows; ++m) local[c][m] = sums[c * Rows + m];
     for (std::int64_t b = from / p.block; b < to / p.block; ++b) {
+        __m512i table[Cols];
+        __m512 part[Cols][Rows];
 #pragma GCC unroll 16
         for (int c = 0; c < Cols; ++c) {
-            const float scale = p.scales[(n + c) * blocks + b];
-            const __m512i table = scale_sums ? unscaled : table_bf16(scale, levels);
-            __m512 part[Rows];
+            table[c] = scale_sums ? unscaled : table_bf16(p.scales[(n + c) * blocks + b], levels);
 #pragma GCC unroll 16
-            for (int m = 0; m < Rows; ++m) part[m] = scale_sums ? _mm512_setzero_ps() : local[c][m];
-            for (std::int64_t k = b * p.block; k < (b + 1) * p.block; k += 64) {
+            for (int m = 0; m < Rows; ++m) part[c][m] = scale_sums ? _mm512_setzero_ps() : local[c][m];
+        }
+        for (std::int64_t k = b * p.block; k < (b + 1) * p.block; k += 64) {
+            __m512bh even[Cols], odd[Cols];
+#pragma GCC unroll 16
+            for (int c = 0; c < Cols; ++c) {
                 const auto* codes = reinterpret_cast<const __m256i*>(p.packed + ((n + c) * p.K + k) / 2);
                 const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes));
                 // The next rows: the processor does not guess streams as short as ours.
                 _mm_prefetch(reinterpret_cast<const char*>(codes) + Cols * p.K / 2, _MM_HINT_T0);
-                const __m512bh even = as_bf16(_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
-                const __m512bh odd = as_bf16(_mm512_permutexvar_epi16(bytes, table));
-#pragma GCC unroll 16
-                for (int m = 0; m < Rows; ++m) {
-                    const std::uint16_t* x = p.x + m * p.K + k;
-                    part[m] = _mm512_dpbf16_ps(part[m], even, as_bf16(_mm512_load_si512(x)));
-                    part[m] = _mm512_dpbf16_ps(part[m], odd, as_bf16(_mm512_load_si512(x + 32)));
-                }
+                even[c] = as_bf16(_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table[c]));
+                odd[c] = as_bf16(_mm512_permutexvar_epi16(bytes, table[c]));
             }
 #pragma GCC unroll 16
+            for (int m = 0; m < Rows; ++m) {
+                const std::uint16_t* x = p.x + m * p.K + k;
+                const __m512bh first = as_bf16(_mm512_load_si512(x)), second = as_bf16(_mm512_load_si512(x + 32));
+#pragma GCC unroll 16
+                for (int c = 0; c < Cols; ++c) {
+                    part[c][m] = _mm512_dpbf16_ps(part[c][m], even[c], first);
+                    part[c][m] = _mm512_dpbf16_ps(part[c][m], odd[c], second);
+                }
+            }
+        }
+#pragma GCC unroll 16
+        for (int c = 0; c < Cols; ++c) {
+            const __m512 scale = _mm512_set1_ps(p.scales[(n + c) * blocks + b]);
+#pragma GCC unroll 16
             for (int m = 0; m < Rows; ++m)
-                local[c][m] = scale_sums ? _mm512_fmadd_ps(part[m], _mm512_set1_ps(scale), local[c][m]) : part[m];
+                local[c][m] = scale_sums ? _mm512_fmadd_ps(part[c][m], scale, local[c][m]) : part[c][m];
         }
     }
 #pragma GCC unroll 16
@@ -145,6 +157,24 @@ void split(const std::uint16_t* x, std::int64_t count, std::uint16_t* out) {
     }
 }
 
+// The sum of each of 16 vectors, `stride` apart.
+inline __m512 sums_of(const __m512* v, int stride) {
+    __m512 t[16];
+    for (int i = 0; i < 8; ++i) {
+        const __m512 a = v[2 * i * stride], b = v[(2 * i + 1) * stride];
+        t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    // t[i] has, in each quarter, two halves of v[2i] and two of v[2i + 1], in turn.
+    for (int i = 0; i < 4; ++i) {
+        const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+        t[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    // t[i] has, in each quarter, one part of v[4i] to v[4i + 3].
+    for (int i = 0; i < 2; ++i)
+        t[i] = _mm512_add_ps(_mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0x88), _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[1], 0x88), _mm512_shuffle_f32x4(t[0], t[1], 0xdd));
+}
+
 // `Rows` rows of x against `rows` rows of a panel -> y [Rows, N]. Ranges of k keep this part of x in the first cache.
 template <int Rows>
 void multiply(const Product& p, std::int64_t rows, std::uint16_t* y, std::int64_t N) {
@@ -158,8 +188,9 @@ void multiply(const Product& p, std::int64_t rows, std::uint16_t* y, std::int64_
         for (; n + Cols <= rows; n += Cols) accumulate<Rows, Cols>(p, n, from, to, sums + n * Rows);
         for (; n < rows; ++n) accumulate<Rows, 1>(p, n, from, to, sums + n * Rows);
     }
-    for (std::int64_t n = 0; n < rows; ++n)
-        for (int m = 0; m < Rows; ++m) y[m * N + n] = to_bfloat16(_mm512_reduce_add_ps(sums[n * Rows + m]));
+    const auto mask = static_cast<__mmask16>((1u << rows) - 1);
+    for (int m = 0; m < Rows; ++m)
+        _mm256_mask_storeu_epi16(y + m * N, mask, (__m256i)_mm512_cvtneps_pbh(sums_of(sums + m, Rows)));
 }
 
 void multiply_rows(const std::uint16_t* x, const std::uint8_t* packed, const Scales& scales, std::uint16_t* y,
@@ -183,16 +214,61 @@ void multiply_rows(const std::uint16_t* x, const std::uint8_t* packed, const Sca
     }
 }
 
+// `Rows` rows of x against rows [first, last) of a dense W: bound by reading W, `Cols` of its rows at a time.
+template <int Rows>
+void multiply_dense_rows(const std::uint16_t* x, const std::uint16_t* w, std::uint16_t* y, std::int64_t N, std::int64_t K,
+                         std::int64_t first, std::int64_t last) {
+    constexpr int Cols = Rows >= 4 ? 2 : 8 / Rows;
+    for (std::int64_t n = first; n < last; n += Cols) {
+        // The last rows are multiplied twice rather than apart.
+        const std::int64_t start = n + Cols <= last ? n : last - Cols > first ? last - Cols : first;
+        const int valid = static_cast<int>(last - start < Cols ? last - start : Cols);
+        __m512 sums[Cols][Rows];
+        for (auto& column : sums)
+            for (auto& sum : column) sum = _mm512_setzero_ps();
+        for (std::int64_t k = 0; k < K; k += 32) {
+            __m512bh rows[Rows];
+#pragma GCC unroll 8
+            for (int m = 0; m < Rows; ++m) rows[m] = as_bf16(_mm512_loadu_si512(x + m * K + k));
+#pragma GCC unroll 8
+            for (int c = 0; c < Cols; ++c) {
+                const __m512bh weight = as_bf16(_mm512_loadu_si512(w + (start + (c < valid ? c : 0)) * K + k));
+#pragma GCC unroll 8
+                for (int m = 0; m < Rows; ++m) sums[c][m] = _mm512_dpbf16_ps(sums[c][m], weight, rows[m]);
+            }
+        }
+        for (int c = 0; c < valid; ++c)
+            for (int m = 0; m < Rows; ++m) y[m * N + start + c] = to_bfloat16(_mm512_reduce_add_ps(sums[c][m]));
+    }
+}
+
+void multiply_dense(const std::uint16_t* x, const std::uint16_t* w, std::uint16_t* y, std::int64_t M, std::int64_t N,
+                    std::int64_t K, std::int64_t first, std::int64_t last) {
+    constexpr std::int64_t chunk = 64;  // rows of W that all rows of x pass over while they are in the cache
+    for (std::int64_t start = first; start < last; start += chunk) {
+        const std::int64_t stop = start + chunk < last ? start + chunk : last;
+        std::int64_t m = 0;
+        auto run = [&](auto kernel, int count) {
+            kernel(x + m * K, w, y + m * N, N, K, start, stop);
+            m += count;
+        };
+        while (M - m >= 8) run(multiply_dense_rows<8>, 8);
+        if (M - m >= 4) run(multiply_dense_rows<4>, 4);
+        if (M - m >= 2) run(multiply_dense_rows<2>, 2);
+        if (M - m >= 1) run(multiply_dense_rows<1>, 1);
+    }
+}
+
 }  // namespace
 
-const Path avx512{"avx512-bf16", supported, dequantize, quantize, multiply_rows};
+const Path avx512{"avx512-bf16", supported, dequantize, quantize, multiply_rows, multiply_dense};
 
 }  // namespace twinlora
 
 #else
 
 namespace twinlora {
-const Path avx512{"avx512-bf16", [] { return false; }, nullptr, nullptr, nullptr};
+const Path avx512{"avx512-bf16", [] { return false; }, nullptr, nullptr, nullptr, nullptr};
 }
 
 #endif

@@ -125,8 +125,19 @@ void multiply_rows(Address x, Address packed, Address scales, Address nested, fl
     });
 }
 
+void multiply_dense(Address x, Address w, Address y, std::int64_t rows, std::int64_t n, std::int64_t k, int threads) {
+    parallel_for(threads, n, std::max<std::int64_t>(1, grain / k), [&](std::int64_t first, std::int64_t last) {
+        path->multiply_dense(pointer<const std::uint16_t>(x), pointer<const std::uint16_t>(w), pointer<std::uint16_t>(y),
+                             rows, n, k, first, last);
+    });
+}
+
+bool has_dense() { return path->multiply_dense; }
+
 // For attention and what stands between the products: one path or none.
 bool has_blocks() { return path == &avx512 && attention_forward && elementwise; }
+
+constexpr std::int64_t element_grain = 1 << 13;  // values of a thread's share, at least
 
 // Items by falling cost, taken by the threads one by one: every item has the same result wherever it runs.
 void run_attention(AttentionItem* item, const Attention& a, int threads) {
@@ -173,7 +184,26 @@ void attend_backward(const std::vector<Address>& tensors, const std::vector<std:
     run_attention(attention_backward, a, threads);
 }
 
-constexpr std::int64_t element_grain = 1 << 13;  // values of a thread's share, at least
+// Tensors: q, k, v, cos, sin, keys, values, out.
+void attend_step(const std::vector<Address>& tensors, const std::vector<std::int64_t>& strides,
+                 const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& lengths, std::int64_t capacity,
+                 std::int64_t heads, std::int64_t kv_heads, std::int64_t size, float scale, std::int64_t window,
+                 int threads) {
+    using T = std::uint16_t;
+    AttentionStep a{};
+    a.q = pointer<const T>(tensors[0]), a.k = pointer<const T>(tensors[1]), a.v = pointer<const T>(tensors[2]);
+    a.q_stride = strides[0], a.k_stride = strides[1], a.v_stride = strides[2];
+    a.cos = pointer<const T>(tensors[3]), a.sin = pointer<const T>(tensors[4]);
+    a.keys = pointer<T>(tensors[5]), a.values = pointer<T>(tensors[6]), a.out = pointer<T>(tensors[7]);
+    a.rows = rows.data(), a.lengths = lengths.data(), a.count = static_cast<std::int64_t>(rows.size());
+    a.capacity = capacity, a.heads = heads, a.kv_heads = kv_heads, a.size = size, a.scale = scale, a.window = window;
+    const std::int64_t items = a.count * kv_heads;
+    const std::int64_t seen = std::accumulate(lengths.begin(), lengths.end(), a.count);
+    const std::int64_t each = std::max<std::int64_t>(1, seen * heads * size / items);  // multiplications of an item
+    parallel_for(threads, items, (element_grain + each - 1) / each, [&](std::int64_t first, std::int64_t last) {
+        for (std::int64_t i = first; i < last; ++i) attention_step(a, i / kv_heads, i % kv_heads);
+    });
+}
 
 void rms_norm(Address x, Address weight, std::int64_t rows, std::int64_t width, float eps, float offset, bool wide,
               Address out, Address rstd, int threads) {
@@ -226,9 +256,12 @@ NB_MODULE(_cpu, m) {
     m.def("quantize", &quantize, release());
     m.def("quantize_scales", &quantize_scales, release());
     m.def("multiply_rows", &multiply_rows, release());
+    m.def("multiply_dense", &multiply_dense, release());
+    m.def("has_dense", &has_dense, "Whether the path in use multiplies few rows with a dense weight.");
     m.def("has_blocks", &has_blocks, "Whether the path in use has kernels for attention, norms, SwiGLU and the loss.");
     m.def("attend", &attend, release());
     m.def("attend_backward", &attend_backward, release());
+    m.def("attend_step", &attend_step, release());
     m.def("rms_norm", &rms_norm, release());
     m.def("rms_norm_backward", &rms_norm_backward, release());
     m.def("swiglu", &swiglu, release());
