@@ -75,6 +75,7 @@ def peer_step(args: argparse.Namespace, workload: str, *, quantized: bool, tuned
 
 def our_step(args: argparse.Namespace, workload: str, method: str) -> Callable[[], int]:
     """One step as `train.loop` runs it, batch preparation included."""
+    from twinlora import machine
     from twinlora.adapters.lora import LoraConfig, attach, trainable_parameters
     from twinlora.config import OptimizerOptions
     from twinlora.data.packing import make_batch
@@ -86,6 +87,7 @@ def our_step(args: argparse.Namespace, workload: str, method: str) -> Callable[[
     from twinlora.train.step import train_step
 
     source, recipe = resolve(args.model), peers.Recipe()
+    machine.keep_freed_memory()
     model = load_model(source, quantize=NF4Format() if method == "qlora" else None)
     attach(model, LoraConfig(recipe.rank, recipe.alpha))
     model.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -13,7 +14,7 @@ import transformers
 
 import twinlora
 
-__all__ = ["describe", "peak_device_bytes", "peak_rss_bytes", "reset_peaks"]
+__all__ = ["describe", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes", "reset_peaks"]
 
 
 def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -31,6 +32,17 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
         "transformers": transformers.__version__,
         "twinlora": twinlora.__version__,
     }
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: a step frees and asks for the same sizes again, and fresh pages cost time.
+
+    For this process, and only where the C library is glibc; the peak stays what it was.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        c = ctypes.CDLL(None)
+        c.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, bytes
+        c.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, bytes: the most that glibc takes
 
 
 def _cpu_name() -> str:

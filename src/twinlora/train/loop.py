@@ -158,6 +158,7 @@ class _Trainer:
     ) -> None:
         self.options, self.inputs, self.run, self.reporter, self.device = options, inputs, run, reporter, device
         machine.reset_peaks(device)
+        machine.keep_freed_memory()
         torch.manual_seed(options.seed)  # dropout draws from the global generators
         self.notes: list[str] = []
         self.model = self._load()
