@@ -64,6 +64,6 @@ def open_model(
         for line in passport.check(adapter.directory, fingerprint=identity, base=options.model, precision=stored):
             reporter.note(line)
         bank.add(name, adapter)
-    swap.replace_blocks(model.requires_grad_(False), reporter.note)
+    swap.replace_blocks(model, reporter.note)
     bank.use(next(iter(read), None))
     return Opened(model, load_tokenizer(source, trust_remote_code=options.trust_remote_code), bank, passports)

@@ -22,7 +22,7 @@ from twinlora.model.linear import DenseLinear
 
 __all__ = ["replace_blocks"]
 
-_ROWS = 5
+_ROWS, _WIDTH = 5, 32  # of a probe's input; a block with weights of its own takes what they take
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _HEADS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
@@ -53,14 +53,13 @@ def _candidates(module: nn.Module, rotary: nn.Module | None, dtype: torch.dtype)
             yield _Candidate(norm, weight.numel(), dtype, norm, module)
     if {*_GATED} <= set(parts) <= {*_GATED, "act_fn"}:
         gated = SwiGLU(*(parts[name] for name in _GATED))
-        yield _Candidate(gated, _shape(parts["gate_proj"])[1], dtype, gated, module)
+        yield _Candidate(gated, _base(parts["gate_proj"]).in_features, dtype, gated, module)
     if _HEADS <= set(parts) <= {*_HEADS, "q_norm", "k_norm"} and rotary is not None:
         yield from _attention_candidate(module, rotary)
 
 
-def _shape(layer: Any) -> tuple[int, int]:
-    base = getattr(layer, "base", layer)
-    return int(base.out_features), int(base.in_features)
+def _base(layer: Any) -> Any:
+    return getattr(layer, "base", layer)
 
 
 def _attention_candidate(stock: nn.Module, rotary: nn.Module) -> Iterator[_Candidate]:
@@ -71,15 +70,15 @@ def _attention_candidate(stock: nn.Module, rotary: nn.Module) -> Iterator[_Candi
     device = next(stock.parameters()).device
     layout, mask = Layout([_ROWS - 2, 2], device), torch.empty(NO_MASK_SHAPE, device=device)
     twin = copy.copy(stock)
-    twin._modules = {name: _float32(name, child) for name, child in stock.named_children()}
-    width = _shape(stock.q_proj)[1]
+    generator = torch.Generator().manual_seed(0)
+    twin._modules = {name: _float32(name, child, generator).to(device) for name, child in stock.named_children()}
 
     def call(block: nn.Module, x: Tensor) -> Tensor:
         rotation = rotary(x[None], layout.positions())
         out: Tensor = block(x[None], position_embeddings=rotation, attention_mask=mask, layout=layout)[0][0]
         return out
 
-    x = torch.zeros(_ROWS, width, device=device)
+    x = torch.zeros(_ROWS, _WIDTH, device=device)
     try:
         rotated = rotary(x[None], layout.positions())[0].shape[-1]
         call(twin, x)
@@ -89,17 +88,17 @@ def _attention_candidate(stock: nn.Module, rotary: nn.Module) -> Iterator[_Candi
     if layout.seen and rotated == getattr(stock, "head_dim", None):
         ours = Attention(twin, **layout.seen)
         block = Attention(stock, **layout.seen)
-        yield _Candidate(block, width, torch.float32, lambda x: call(ours, x), lambda x: call(twin, x))
+        yield _Candidate(block, _WIDTH, torch.float32, lambda x: call(ours, x), lambda x: call(twin, x))
 
 
-def _float32(name: str, child: nn.Module) -> nn.Module:
+def _float32(name: str, child: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copied norm; or a random projection with `child`'s heads and a small hidden size, which neither block reads."""
     if name not in _HEADS:
         return copy.deepcopy(child).float()
-    out, width = _shape(child)
-    weight = torch.randn(out, width, generator=torch.Generator().manual_seed(out + len(name)))
-    linear = nn.Linear(width, out, bias=False, device=next(child.parameters()).device)
+    out, width = (_WIDTH, _base(child).in_features) if name == "o_proj" else (_base(child).out_features, _WIDTH)
+    linear = nn.Linear(width, out, bias=False)
     with torch.no_grad():
-        linear.weight.copy_(weight.mul_(width**-0.5))
+        linear.weight.normal_(std=width**-0.5, generator=generator)
     return linear
 
 
