@@ -21,14 +21,6 @@ from pathlib import Path
 
 import harness  # puts src on the path
 
-PEERS = {
-    "peft-lora": {"quantized": False, "tuned": False},
-    "peft-qlora": {"quantized": True, "tuned": False},
-    "peft-lora-tuned": {"quantized": False, "tuned": True},
-    "peft-qlora-tuned": {"quantized": True, "tuned": True},
-}
-OURS = {"twinlora-lora": "lora", "twinlora-qlora": "qlora"}
-
 
 def rows_of(path: Path, count: int) -> list[dict]:
     with path.open(encoding="utf-8") as file:
@@ -78,8 +70,8 @@ def run_ours(method: str, args: argparse.Namespace, train_rows: list[dict], test
 def run_one(way: str, args: argparse.Namespace) -> dict:
     train_rows = rows_of(args.data / "train.jsonl", args.rows)
     test_rows = rows_of(args.data / "test.jsonl", args.test_rows)
-    if way in OURS:
-        return run_ours(OURS[way], args, train_rows, test_rows)
+    if way in harness.OUR_WAYS:
+        return run_ours(harness.OUR_WAYS[way], args, train_rows, test_rows)
     import peers
 
     return peers.train_and_test(
@@ -89,7 +81,7 @@ def run_one(way: str, args: argparse.Namespace) -> dict:
         test_rows,
         peers.Recipe(),
         progress=lambda text: print(f"[{way}] {text}", file=sys.stderr, flush=True),
-        **PEERS[way],
+        **harness.PEER_WAYS[way],
     )
 
 
@@ -98,7 +90,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--ways", default=",".join([*PEERS, *OURS]))
+    parser.add_argument("--ways", default=",".join([*harness.PEER_WAYS, *harness.OUR_WAYS]))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--test-rows", type=int, default=1500)

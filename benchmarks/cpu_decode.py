@@ -44,7 +44,7 @@ def ours(model_dir: str, *, quantized: bool) -> Callable[[list[list[int]]], Any]
     from twinlora.numerics.nf4 import NF4Format
 
     model = load_model(resolve(model_dir), quantize=NF4Format() if quantized else None).eval()
-    swap.replace_blocks(model.requires_grad_(False))
+    swap.replace_blocks(model)
     return lambda prompts: generate(model, prompts, max_new_tokens=NEW, stop=set())
 
 

@@ -24,13 +24,6 @@ import harness  # puts src on the path
 import peers
 import torch
 
-PEERS = {
-    "peft-lora": {"quantized": False, "tuned": False},
-    "peft-lora-tuned": {"quantized": False, "tuned": True},
-    "peft-qlora": {"quantized": True, "tuned": False},
-    "peft-qlora-tuned": {"quantized": True, "tuned": True},
-}
-OURS = {"twinlora-lora": "lora", "twinlora-qlora": "qlora"}
 ROWS = 400  # of banking77: 25 batches, taken in turn
 
 
@@ -114,7 +107,11 @@ def worker(connection: Any, args: argparse.Namespace, workload: str, way: str) -
     """Steps on demand: sends (tokens, seconds) for each message, the peak for None."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    step = our_step(args, workload, OURS[way]) if way in OURS else peer_step(args, workload, **PEERS[way])
+    step = (
+        our_step(args, workload, harness.OUR_WAYS[way])
+        if way in harness.OUR_WAYS
+        else peer_step(args, workload, **harness.PEER_WAYS[way])
+    )
     connection.send(None)
     while connection.recv():
         start = time.perf_counter()
@@ -160,7 +157,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--workloads", default="2x512,banking77")
-    parser.add_argument("--ways", default=",".join([*PEERS, *OURS]))
+    parser.add_argument("--ways", default=",".join([*harness.PEER_WAYS, *harness.OUR_WAYS]))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -14,6 +14,15 @@ sys.path.insert(0, str(ROOT / "src"))  # runs without installing, too
 
 PEERS = ("torch", "transformers", "peft", "bitsandbytes", "xllamacpp")
 
+# Ways to fine-tune by name: arguments of peers.py, or our method.
+PEER_WAYS = {
+    "peft-lora": {"quantized": False, "tuned": False},
+    "peft-lora-tuned": {"quantized": False, "tuned": True},
+    "peft-qlora": {"quantized": True, "tuned": False},
+    "peft-qlora-tuned": {"quantized": True, "tuned": True},
+}
+OUR_WAYS = {"twinlora-lora": "lora", "twinlora-qlora": "qlora"}
+
 
 def facts() -> dict:
     """The machine, the versions of what is compared, and the commit."""
