@@ -7,7 +7,7 @@ torch (`torch.set_num_threads`, OMP_NUM_THREADS): the extension borrows the Open
 from __future__ import annotations
 
 import threading
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -205,7 +205,7 @@ def attention(
     if not _attends(q, cos):
         return reference_attention.attention(q, k, v, cos, sin, starts, scale, window)
     out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
-    _attend(_library().attend, (q, k, v, cos, sin), (out, lse), (starts,), scale, window)
+    _attend(partial(_library().attend, False), (q, k, v, cos, sin), (out, lse), (starts,), scale, window)
     return out, lse
 
 
@@ -231,7 +231,7 @@ def attention_backward(
         torch.empty(v.shape, dtype=q.dtype),
     )
     rest = (out, lse, dout.contiguous(), *gradients)
-    _attend(_library().attend_backward, (q, k, v, cos, sin), rest, (starts,), scale, window)
+    _attend(partial(_library().attend, True), (q, k, v, cos, sin), rest, (starts,), scale, window)
     return gradients
 
 
@@ -273,7 +273,7 @@ def attention_step(
     assert max(rows) < keys.shape[0]
     out = torch.empty(q.shape, dtype=q.dtype)
     where = (rows, lengths, keys.shape[1])
-    _attend(_library().attend_step, (q, k, v, cos, sin), (keys, values, out), where, scale, window)
+    _attend(_library().attend_step, (q, k, v, cos, sin), (out, keys, values), where, scale, window)
     return out
 
 

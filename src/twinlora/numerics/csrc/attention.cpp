@@ -17,9 +17,8 @@ namespace {
 constexpr i64 block = 32;          // keys, and queries, of a square of scores
 constexpr i64 queries_at_once = 256;
 
-// One head of one token [D], rotated if there is a rotation -> out [D]. For the kernel of a pass and of a step.
-template <class A>
-inline void load_row(const A& a, const u16* x, i64 token, u16* out) {
+// One head of one token [D], rotated if there is a rotation -> out [D].
+inline void load_row(const Heads& a, const u16* x, i64 token, u16* out) {
     const i64 half = a.size / 2;
     if (!a.cos) {
         __builtin_memcpy(out, x, 2 * a.size);
@@ -72,7 +71,7 @@ void transpose_rows(const u16* rows, i64 size, i64 count, u32* scratch, u16* out
                                            0x00320030, 0x00360034, 0x003a0038, 0x003e003c);
     const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
     for (i64 first = 0; first < count; first += 32) {
-        pack_rows(rows + first * size, size, 32, size, scratch);
+        pack_rows(rows + first * size, size, size, scratch);
         for (i64 d = 0; d < size; d += 2) {
             const u32* pairs = scratch + d / step_depth * step_pairs + d % step_depth / 2 * 16;
             const __m512i low = _mm512_load_si512(pairs), high = _mm512_load_si512(pairs + 256);
@@ -137,7 +136,7 @@ void forward(const Attention& a, i64 sequence, i64 kv_head) {
     for (i64 head = kv_head * group; head < (kv_head + 1) * group; ++head)
         for (i64 query = 0; query < length; query += block) {
             load_rows(a, a.q + head * D, a.q_stride, start, length, query, block, true, rows);
-            pack_rows(rows, D, block, D, panel);
+            pack_rows(rows, D, D, panel);
             const i64 first = first_block(a, query), count = query / block + 1 - first;
             __m512 top[2] = {lowest, lowest};
             for (i64 j = 0; j < count; ++j) {
@@ -261,13 +260,13 @@ void backward(const Attention& a, i64 sequence, i64 kv_head) {
                 delta[i] = _mm512_reduce_add_ps(sum);
             }
             for (i64 i = 0; i < q.blocks; ++i) {
-                pack_rows(q_rows + i * block * D, D, block, D, q.across + i * panel);
-                pack_rows(d_rows + i * block * D, D, block, D, q.d_across + i * panel);
+                pack_rows(q_rows + i * block * D, D, D, q.across + i * panel);
+                pack_rows(d_rows + i * block * D, D, D, q.d_across + i * panel);
             }
             const i64 depth = q.blocks * step_pairs;  // words of a panel down
             for (i64 d = 0; d < steps; ++d) {
-                pack_columns(q_rows + d * 32, D, count, 32, q.down + d * depth);
-                pack_columns(d_rows + d * 32, D, count, 32, q.d_down + d * depth);
+                pack_columns(q_rows + d * 32, D, count, q.down + d * depth);
+                pack_columns(d_rows + d * 32, D, count, q.d_down + d * depth);
             }
             for (i64 j = first_block(a, q.first); j < (q.first + count) / block; ++j) {
                 const i64 key = j * block, from = key > q.first ? (key - q.first) / block : 0;
@@ -338,7 +337,7 @@ void step(const AttentionStep& a, i64 token, i64 kv_head) {
         }
         __m512 total = _mm512_setzero_ps();
         for (i64 t = 0; t < seen; t += 16) {
-            const __mmask16 mask = static_cast<__mmask16>(mask32(seen - t));
+            const __mmask16 mask = mask16(seen - t);
             const __m512 p = exponential(_mm512_sub_ps(_mm512_load_ps(scores + t), _mm512_set1_ps(top)));
             total = _mm512_mask_add_ps(total, mask, total, p);
             _mm512_store_ps(scores + t, p);

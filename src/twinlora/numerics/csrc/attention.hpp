@@ -6,16 +6,20 @@
 namespace twinlora {
 
 // Shapes: T tokens, H query heads, K key/value heads, D head size (a multiple of 32, at most 256). All bfloat16.
-struct Attention {
-    const std::uint16_t *q, *k, *v;          // [T, H, D], [T, K, D], [T, K, D]
+struct Heads {
+    const std::uint16_t *q, *k, *v;             // [T, H, D], [T, K, D], [T, K, D]
     std::int64_t q_stride, k_stride, v_stride;  // between tokens
-    const std::uint16_t *cos, *sin;          // [T, D]: q and k are rotated by them (rotate-half); or nullptr
-    const std::int64_t* starts;              // [sequences + 1]
-    std::int64_t sequences, heads, kv_heads, size;
+    const std::uint16_t *cos, *sin;             // [T, D]: q and k are rotated by them (rotate-half); or nullptr
+    std::int64_t heads, kv_heads, size;
     float scale;
     std::int64_t window;  // keys a query sees, itself included
     std::uint16_t* out;   // [T, H, D]
-    float* lse;           // [T, H]: log of the sum of exponentials
+};
+
+struct Attention : Heads {
+    const std::int64_t* starts;  // [sequences + 1]
+    std::int64_t sequences;
+    float* lse;  // [T, H]: log of the sum of exponentials
     // Backward only.
     const std::uint16_t* dout;     // [T, H, D]
     std::uint16_t *dq, *dk, *dv;   // as q, k, v, but contiguous
@@ -25,16 +29,10 @@ struct Attention {
 using AttentionItem = void(const Attention&, std::int64_t sequence, std::int64_t kv_head);
 
 // One new token of several sequences against cached keys and values.
-struct AttentionStep {
-    const std::uint16_t *q, *k, *v;  // [n, H, D], [n, K, D], [n, K, D]; the new tokens
-    std::int64_t q_stride, k_stride, v_stride;
-    const std::uint16_t *cos, *sin;  // [n, D] or nullptr
-    std::uint16_t *keys, *values;    // caches [rows, capacity, K, D]; keys are cached rotated
-    const std::int64_t *rows, *lengths;  // [n]: the sequence's row, and how many tokens it holds so far
-    std::int64_t count, capacity, heads, kv_heads, size;
-    float scale;
-    std::int64_t window;
-    std::uint16_t* out;  // [n, H, D]
+struct AttentionStep : Heads {
+    std::uint16_t *keys, *values;        // caches [rows, capacity, K, D]; keys are cached rotated
+    const std::int64_t *rows, *lengths;  // [T]: the sequence's row, and how many tokens it holds so far
+    std::int64_t capacity;
 };
 using AttentionStepItem = void(const AttentionStep&, std::int64_t token, std::int64_t kv_head);
 

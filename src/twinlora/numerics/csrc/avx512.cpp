@@ -1,5 +1,5 @@
 // AVX-512 with BF16: one permutation looks up 32 codes, one instruction multiplies 32 pairs.
-#include "lookup.hpp"
+#include "bf16.hpp"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
 
@@ -12,6 +12,47 @@ bool supported() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bf16");
+}
+
+// The block's 16 values in 16 bit, twice: a permutation looks at five bits of an index, and any fifth bit will do.
+inline __m512i table16(float scale, Type type, __m512 levels) {
+    const __m512 products = _mm512_mul_ps(levels, _mm512_set1_ps(scale));
+    __m256i values;
+    if (type == Type::bfloat16) {
+        const __m512i bits = _mm512_castps_si512(products);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        values = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    } else {
+        values = _mm512_cvtps_ph(products, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
+    return _mm512_broadcast_i64x4(values);
+}
+
+// 32 values of the codes in 16 bytes, in order.
+inline __m512i look_up(const std::uint8_t* packed, __m512i table) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    const __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+    return _mm512_permutexvar_epi16(index, table);
+}
+
+// Scales of blocks [first, last) as float32.
+void decode_scales(const Scales& scales, std::int64_t first, std::int64_t last, float* out) {
+    std::int64_t b = first;
+    if (!scales.plain) {
+        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (; b + 16 <= last; b += 16) {
+            const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales.codes + b)));
+            const std::int64_t base = b >> scales.nested_shift;
+            const __m512i offset = _mm512_set1_epi32(static_cast<int>(b - (base << scales.nested_shift)));
+            const __m512i which = _mm512_srl_epi32(_mm512_add_epi32(lane, offset), _mm_cvtsi32_si128(scales.nested_shift));
+            const __m512 value = _mm512_i32gather_ps(code, tables.dynamic_map, 4);
+            const __m512 nested = _mm512_i32gather_ps(which, scales.nested + base, 4);
+            const __m512 product = _mm512_mul_ps(value, nested);
+            _mm512_storeu_ps(out + (b - first), _mm512_add_ps(product, _mm512_set1_ps(scales.offset)));
+        }
+    }
+    for (; b < last; ++b) out[b - first] = scale_of(scales, b);
 }
 
 void dequantize(const std::uint8_t* packed, const Scales& scales, std::int64_t first, std::int64_t last, int block,
@@ -188,9 +229,7 @@ void multiply(const Product& p, std::int64_t rows, std::uint16_t* y, std::int64_
         for (; n + Cols <= rows; n += Cols) accumulate<Rows, Cols>(p, n, from, to, sums + n * Rows);
         for (; n < rows; ++n) accumulate<Rows, 1>(p, n, from, to, sums + n * Rows);
     }
-    const auto mask = static_cast<__mmask16>((1u << rows) - 1);
-    for (int m = 0; m < Rows; ++m)
-        _mm256_mask_storeu_epi16(y + m * N, mask, (__m256i)_mm512_cvtneps_pbh(sums_of(sums + m, Rows)));
+    for (int m = 0; m < Rows; ++m) store_bf16(y + m * N, mask16(rows), sums_of(sums + m, Rows));
 }
 
 void multiply_rows(const std::uint16_t* x, const std::uint8_t* packed, const Scales& scales, std::uint16_t* y,
@@ -216,13 +255,11 @@ void multiply_rows(const std::uint16_t* x, const std::uint8_t* packed, const Sca
 
 // `Rows` rows of x against rows [first, last) of a dense W: bound by reading W, `Cols` of its rows at a time.
 template <int Rows>
-void multiply_dense_rows(const std::uint16_t* x, const std::uint16_t* w, std::uint16_t* y, std::int64_t N, std::int64_t K,
-                         std::int64_t first, std::int64_t last) {
-    constexpr int Cols = Rows >= 4 ? 2 : 8 / Rows;
+void multiply_dense_rows(const u16* x, const u16* w, u16* y, std::int64_t N, std::int64_t K, std::int64_t first,
+                         std::int64_t last) {
+    constexpr int Cols = Rows == 1 ? 8 : 4;
     for (std::int64_t n = first; n < last; n += Cols) {
-        // The last rows are multiplied twice rather than apart.
-        const std::int64_t start = n + Cols <= last ? n : last - Cols > first ? last - Cols : first;
-        const int valid = static_cast<int>(last - start < Cols ? last - start : Cols);
+        const int valid = static_cast<int>(last - n < Cols ? last - n : Cols);
         __m512 sums[Cols][Rows];
         for (auto& column : sums)
             for (auto& sum : column) sum = _mm512_setzero_ps();
@@ -232,31 +269,19 @@ void multiply_dense_rows(const std::uint16_t* x, const std::uint16_t* w, std::ui
             for (int m = 0; m < Rows; ++m) rows[m] = as_bf16(_mm512_loadu_si512(x + m * K + k));
 #pragma GCC unroll 8
             for (int c = 0; c < Cols; ++c) {
-                const __m512bh weight = as_bf16(_mm512_loadu_si512(w + (start + (c < valid ? c : 0)) * K + k));
+                const __m512bh weight = as_bf16(_mm512_loadu_si512(w + (n + (c < valid ? c : 0)) * K + k));
 #pragma GCC unroll 8
                 for (int m = 0; m < Rows; ++m) sums[c][m] = _mm512_dpbf16_ps(sums[c][m], weight, rows[m]);
             }
         }
         for (int c = 0; c < valid; ++c)
-            for (int m = 0; m < Rows; ++m) y[m * N + start + c] = to_bfloat16(_mm512_reduce_add_ps(sums[c][m]));
+            for (int m = 0; m < Rows; ++m) y[m * N + n + c] = to_bfloat16(_mm512_reduce_add_ps(sums[c][m]));
     }
 }
 
-void multiply_dense(const std::uint16_t* x, const std::uint16_t* w, std::uint16_t* y, std::int64_t M, std::int64_t N,
-                    std::int64_t K, std::int64_t first, std::int64_t last) {
-    constexpr std::int64_t chunk = 64;  // rows of W that all rows of x pass over while they are in the cache
-    for (std::int64_t start = first; start < last; start += chunk) {
-        const std::int64_t stop = start + chunk < last ? start + chunk : last;
-        std::int64_t m = 0;
-        auto run = [&](auto kernel, int count) {
-            kernel(x + m * K, w, y + m * N, N, K, start, stop);
-            m += count;
-        };
-        while (M - m >= 8) run(multiply_dense_rows<8>, 8);
-        if (M - m >= 4) run(multiply_dense_rows<4>, 4);
-        if (M - m >= 2) run(multiply_dense_rows<2>, 2);
-        if (M - m >= 1) run(multiply_dense_rows<1>, 1);
-    }
+void multiply_dense(const u16* x, const u16* w, u16* y, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t first,
+                    std::int64_t last) {
+    (M == 1 ? multiply_dense_rows<1> : M == 2 ? multiply_dense_rows<2> : multiply_dense_rows<3>)(x, w, y, N, K, first, last);
 }
 
 }  // namespace

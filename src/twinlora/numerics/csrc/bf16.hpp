@@ -29,6 +29,17 @@ using i64 = std::int64_t;
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrow(values));
 }
 
+// The first `count` of 16 values.
+[[maybe_unused]] inline __mmask16 mask16(i64 count) {
+    return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+}
+
+[[maybe_unused]] inline __m512 load_bf16(const u16* x, __mmask16 mask) { return widen(_mm256_maskz_loadu_epi16(mask, x)); }
+
+[[maybe_unused]] inline void store_bf16(u16* out, __mmask16 mask, __m512 values) {
+    _mm256_mask_storeu_epi16(out, mask, narrow(values));
+}
+
 // e^x; below 2^-126 the least normal number. Relative error under 3e-7.
 [[maybe_unused]] inline __m512 exponential(__m512 x) {
     const __m512 t = _mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _mm512_set1_ps(-126.0f));

@@ -152,53 +152,43 @@ void run_attention(AttentionItem* item, const Attention& a, int threads) {
     });
 }
 
-Attention attention_of(const std::vector<Address>& tensors, const std::vector<std::int64_t>& strides,
-                       const std::vector<std::int64_t>& starts, std::int64_t heads, std::int64_t kv_heads,
-                       std::int64_t size, float scale, std::int64_t window) {
+// What is common to the passes; tensors: q, k, v, cos, sin, out.
+void set_heads(Heads& a, const std::vector<Address>& tensors, const std::vector<std::int64_t>& strides, std::int64_t heads,
+               std::int64_t kv_heads, std::int64_t size, float scale, std::int64_t window) {
     using T = std::uint16_t;
-    Attention a{};
     a.q = pointer<const T>(tensors[0]), a.k = pointer<const T>(tensors[1]), a.v = pointer<const T>(tensors[2]);
     a.q_stride = strides[0], a.k_stride = strides[1], a.v_stride = strides[2];
-    a.cos = pointer<const T>(tensors[3]), a.sin = pointer<const T>(tensors[4]);
-    a.out = pointer<T>(tensors[5]), a.lse = pointer<float>(tensors[6]);
-    a.starts = starts.data(), a.sequences = static_cast<std::int64_t>(starts.size()) - 1;
+    a.cos = pointer<const T>(tensors[3]), a.sin = pointer<const T>(tensors[4]), a.out = pointer<T>(tensors[5]);
     a.heads = heads, a.kv_heads = kv_heads, a.size = size, a.scale = scale, a.window = window;
-    return a;
 }
 
-// Tensors: q, k, v, cos, sin, out, lse.
-void attend(const std::vector<Address>& tensors, const std::vector<std::int64_t>& strides,
+// Tensors: those, then lse, and for the backward pass dout, dq, dk, dv.
+void attend(bool backward, const std::vector<Address>& tensors, const std::vector<std::int64_t>& strides,
             const std::vector<std::int64_t>& starts, std::int64_t heads, std::int64_t kv_heads, std::int64_t size,
             float scale, std::int64_t window, int threads) {
-    run_attention(attention_forward, attention_of(tensors, strides, starts, heads, kv_heads, size, scale, window), threads);
-}
-
-// Tensors: those, then dout, dq, dk, dv.
-void attend_backward(const std::vector<Address>& tensors, const std::vector<std::int64_t>& strides,
-                     const std::vector<std::int64_t>& starts, std::int64_t heads, std::int64_t kv_heads,
-                     std::int64_t size, float scale, std::int64_t window, int threads) {
     using T = std::uint16_t;
-    Attention a = attention_of(tensors, strides, starts, heads, kv_heads, size, scale, window);
-    a.dout = pointer<const T>(tensors[7]);
-    a.dq = pointer<T>(tensors[8]), a.dk = pointer<T>(tensors[9]), a.dv = pointer<T>(tensors[10]);
-    run_attention(attention_backward, a, threads);
+    Attention a{};
+    set_heads(a, tensors, strides, heads, kv_heads, size, scale, window);
+    a.starts = starts.data(), a.sequences = static_cast<std::int64_t>(starts.size()) - 1;
+    a.lse = pointer<float>(tensors[6]);
+    if (backward) {
+        a.dout = pointer<const T>(tensors[7]);
+        a.dq = pointer<T>(tensors[8]), a.dk = pointer<T>(tensors[9]), a.dv = pointer<T>(tensors[10]);
+    }
+    run_attention(backward ? attention_backward : attention_forward, a, threads);
 }
 
-// Tensors: q, k, v, cos, sin, keys, values, out.
+// Tensors: those, then keys, values.
 void attend_step(const std::vector<Address>& tensors, const std::vector<std::int64_t>& strides,
                  const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& lengths, std::int64_t capacity,
                  std::int64_t heads, std::int64_t kv_heads, std::int64_t size, float scale, std::int64_t window,
                  int threads) {
-    using T = std::uint16_t;
     AttentionStep a{};
-    a.q = pointer<const T>(tensors[0]), a.k = pointer<const T>(tensors[1]), a.v = pointer<const T>(tensors[2]);
-    a.q_stride = strides[0], a.k_stride = strides[1], a.v_stride = strides[2];
-    a.cos = pointer<const T>(tensors[3]), a.sin = pointer<const T>(tensors[4]);
-    a.keys = pointer<T>(tensors[5]), a.values = pointer<T>(tensors[6]), a.out = pointer<T>(tensors[7]);
-    a.rows = rows.data(), a.lengths = lengths.data(), a.count = static_cast<std::int64_t>(rows.size());
-    a.capacity = capacity, a.heads = heads, a.kv_heads = kv_heads, a.size = size, a.scale = scale, a.window = window;
-    const std::int64_t items = a.count * kv_heads;
-    const std::int64_t seen = std::accumulate(lengths.begin(), lengths.end(), a.count);
+    set_heads(a, tensors, strides, heads, kv_heads, size, scale, window);
+    a.keys = pointer<std::uint16_t>(tensors[6]), a.values = pointer<std::uint16_t>(tensors[7]);
+    a.rows = rows.data(), a.lengths = lengths.data(), a.capacity = capacity;
+    const std::int64_t count = static_cast<std::int64_t>(rows.size()), items = count * kv_heads;
+    const std::int64_t seen = std::accumulate(lengths.begin(), lengths.end(), count);
     const std::int64_t each = std::max<std::int64_t>(1, seen * heads * size / items);  // multiplications of an item
     parallel_for(threads, items, (element_grain + each - 1) / each, [&](std::int64_t first, std::int64_t last) {
         for (std::int64_t i = first; i < last; ++i) attention_step(a, i / kv_heads, i % kv_heads);
@@ -260,7 +250,6 @@ NB_MODULE(_cpu, m) {
     m.def("has_dense", &has_dense, "Whether the path in use multiplies few rows with a dense weight.");
     m.def("has_blocks", &has_blocks, "Whether the path in use has kernels for attention, norms, SwiGLU and the loss.");
     m.def("attend", &attend, release());
-    m.def("attend_backward", &attend_backward, release());
     m.def("attend_step", &attend_step, release());
     m.def("rms_norm", &rms_norm, release());
     m.def("rms_norm_backward", &rms_norm_backward, release());

@@ -13,8 +13,7 @@
 namespace twinlora {
 namespace {
 
-constexpr i64 panel_width = 32;      // columns of a panel, rows and columns of a block
-constexpr i64 step_depth = 32;       // values of k in a step
+constexpr i64 step_depth = 32;       // values of k in a step; depth is a multiple of it
 constexpr i64 step_pairs = 2 * 256;  // packed pairs of a step of a panel
 
 [[maybe_unused]] inline i64 round_up(i64 n, i64 multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -50,48 +49,28 @@ constexpr i64 step_pairs = 2 * 256;  // packed pairs of a step of a panel
     }
 }
 
-// One tile: 16 columns of the panel, each given as its 32 values of k.
-[[maybe_unused]] inline void store_columns(__m512i* columns, u32* tile) {
-    transpose16(columns);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 16 * i, columns[i]);
-}
-
-// One pair row of both tiles: the values of k and k + 1 in 32 columns.
-[[maybe_unused]] inline void store_pair(__m512i even, __m512i odd, u32* pairs) {
-    alignas(64) static constexpr u16 low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-    _mm512_store_si512(pairs, _mm512_permutex2var_epi16(even, first, odd));
-    _mm512_store_si512(pairs + 256, _mm512_permutex2var_epi16(even, second, odd));
-}
-
-[[maybe_unused]] inline __mmask32 mask32(i64 count) {
-    return count >= 32 ? ~__mmask32(0) : count <= 0 ? 0 : (__mmask32(1) << count) - 1;
-}
-
-// Panel of rows: column j of the panel is row j of src [columns, depth]. Missing columns are zeros; depth % 32 == 0.
-[[maybe_unused]] inline void pack_rows(const u16* src, i64 stride, i64 columns, i64 depth, u32* out) {
+// Panel of rows: column j of the panel is row j of src [32, depth].
+[[maybe_unused]] inline void pack_rows(const u16* src, i64 stride, i64 depth, u32* out) {
     for (i64 k = 0; k < depth; k += step_depth, out += step_pairs)
         for (i64 half = 0; half < 2; ++half) {
             __m512i column[16];
-            for (i64 j = 0; j < 16; ++j) {
-                const i64 row = 16 * half + j;
-                column[j] = row < columns ? _mm512_loadu_si512(src + row * stride + k) : _mm512_setzero_si512();
-            }
-            store_columns(column, out + 256 * half);
+            for (i64 j = 0; j < 16; ++j) column[j] = _mm512_loadu_si512(src + (16 * half + j) * stride + k);
+            transpose16(column);
+            for (i64 i = 0; i < 16; ++i) _mm512_store_si512(out + 256 * half + 16 * i, column[i]);
         }
 }
 
-// Panel of columns: column j of the panel is column j of src [depth, columns]. What is missing is zeros.
-[[maybe_unused]] inline void pack_columns(const u16* src, i64 stride, i64 depth, i64 columns, u32* out) {
-    const __mmask32 valid = mask32(columns);
+// Panel of columns: column j of the panel is column j of src [depth, 32].
+[[maybe_unused]] inline void pack_columns(const u16* src, i64 stride, i64 depth, u32* out) {
+    alignas(64) static constexpr u16 low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     for (i64 k = 0; k < depth; k += step_depth, out += step_pairs)
         for (i64 pair = 0; pair < 16; ++pair) {
-            const i64 row = k + 2 * pair;
-            const __m512i even = _mm512_maskz_loadu_epi16(row < depth ? valid : 0, src + row * stride);
-            const __m512i odd = _mm512_maskz_loadu_epi16(row + 1 < depth ? valid : 0, src + (row + 1) * stride);
-            store_pair(even, odd, out + 16 * pair);
+            const u16* row = src + (k + 2 * pair) * stride;
+            const __m512i even = _mm512_loadu_si512(row), odd = _mm512_loadu_si512(row + stride);
+            _mm512_store_si512(out + 16 * pair, _mm512_permutex2var_epi16(even, first, odd));
+            _mm512_store_si512(out + 16 * pair + 256, _mm512_permutex2var_epi16(even, second, odd));
         }
 }
 
