@@ -1,6 +1,8 @@
+import gc
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +55,34 @@ def test_biases_survive_quantisation(tmp_path, tokenizer):
     model.save_pretrained(tmp_path)
     loaded = load_model(resolve(str(tmp_path)), quantize=NF4Format())
     assert torch.equal(loaded.model.layers[1].self_attn.q_proj.bias, model.model.layers[1].self_attn.q_proj.bias)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_quantised_checkpoint_is_not_left_mapped(tmp_path):
+    """What stays is what the model still reads of it: here the embedding, and norms as copies."""
+    LlamaForCausalLM(tiny_config(vocab_size=10_000)).to(torch.bfloat16).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    model = load_model(resolve(str(tmp_path)), quantize=NF4Format())
+    assert model.get_input_embeddings().weight.nbytes > 1 << 20
+    assert Path("/proc/self/maps").read_text().count(str(file)) == 1
+    del model
+    gc.collect()
+    assert str(file) not in Path("/proc/self/maps").read_text()
+
+
+def test_quantising_keeps_the_generation_config(tiny, tmp_path):
+    directory = _copy(tiny, tmp_path / "m")
+    (directory / "generation_config.json").write_text('{"eos_token_id": [257, 3]}')
+    for quantize in (None, NF4Format()):
+        assert load_model(resolve(str(directory)), quantize=quantize).generation_config.eos_token_id == [257, 3]
+
+
+def test_a_missing_shard_is_named(tiny, tmp_path):
+    LlamaForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path, max_shard_size="60KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ModelError, match=shard.name):
+        resolve(str(tmp_path)).weight_files()
 
 
 @pytest.mark.parametrize(

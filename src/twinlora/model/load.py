@@ -13,9 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -29,6 +36,7 @@ from twinlora.numerics.nf4 import NF4Format
 __all__ = ["Source", "load_model", "load_tokenizer", "pick_device", "precision_by_layer", "resolve", "weight_bytes"]
 
 _METHOD = "twinlora_nf4"
+_SMALL = 1 << 20  # bytes; a mapping each would be hundreds for the norms
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -52,8 +60,20 @@ class Source:
         return {"pretrained_model_name_or_path": str(self.path.parent), "gguf_file": self.path.name}
 
     def weight_files(self) -> list[Path]:
-        """The files that hold the weights, sorted."""
-        return [self.path] if self.is_gguf else sorted(self.path.glob("*.safetensors"))
+        """The files that transformers reads weights from, sorted. Raises ModelError for a broken index."""
+        single, index = self.path / "model.safetensors", self.path / "model.safetensors.index.json"
+        if self.is_gguf or single.is_file():
+            return [self.path if self.is_gguf else single]
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(
+                f"model {self.given}: neither model.safetensors nor a readable {index.name} ({error}); fetch it again"
+            ) from error
+        missing = sorted(name for name in names if not (self.path / name).is_file())
+        if missing:
+            raise ModelError(f"model {self.given}: {index.name} names files that are not here: {', '.join(missing)}")
+        return sorted(self.path / name for name in names)
 
 
 def resolve(model: str) -> Source:
@@ -196,8 +216,10 @@ def load_model(
         arguments |= _gguf_arguments()
     elif quantize is not None:
         arguments["quantization_config"] = config
+    by_tensor = quantize is not None and not source.is_gguf
+    load = _load_by_tensor if by_tensor else AutoModelForCausalLM.from_pretrained
     try:
-        model, info = _quiet(AutoModelForCausalLM.from_pretrained, **arguments)
+        model, info = _quiet(load, **arguments)
     except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model {source.given}: could not be loaded: {error}") from error
     _refuse_incomplete(source, info, config.problems)
@@ -208,6 +230,38 @@ def load_model(
         model.set_attn_implementation(attention.NAME)
     model.to(device)
     return model.requires_grad_(False).eval()
+
+
+class _Lazy:
+    """A tensor of a checkpoint, mapped when it is asked for and unmapped with its last use.
+
+    transformers keeps every shard mapped while it loads, and one tensor that lives on keeps its shard mapped: each page
+    ever read would count as this process's memory.
+    """
+
+    def __init__(self, file: Path, name: str) -> None:
+        self.file, self.name = file, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        with safe_open(self.file, framework="pt") as file:
+            tensor: Tensor = file.get_slice(self.name)[index]
+        return tensor.clone() if tensor.nbytes < _SMALL else tensor
+
+
+def _load_by_tensor(pretrained_model_name_or_path: str, *, trust_remote_code: bool, **arguments: Any) -> Any:
+    """What AutoModelForCausalLM.from_pretrained does, over _Lazy tensors."""
+    path, trust = Path(pretrained_model_name_or_path), {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(path, **trust)
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config, **trust))
+    tensors = {}
+    for name in Source(path, str(path)).weight_files():
+        with safe_open(name, framework="pt") as file:
+            tensors |= {key: _Lazy(name, key) for key in file.keys()}  # noqa: SIM118  # not a dict
+    loaded = kind.from_pretrained(None, config=config, state_dict=tensors, **arguments)
+    if (path / "generation_config.json").is_file():
+        loaded[0].generation_config = GenerationConfig.from_pretrained(path)
+    return loaded
 
 
 def _gguf_arguments() -> dict[str, Any]:
