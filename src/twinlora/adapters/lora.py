@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,41 +48,50 @@ class LoraConfig:
 
 
 class _Lora(torch.autograd.Function):
-    """x [..., in], z (x after dropout, or x itself), A [r, in], B [out, r] -> base(x) + scale · z Aᵀ Bᵀ [..., out].
+    """Layers that share an input: x [..., in], z (x after dropout, or None for x itself), A and B of each layer
+    -> base(x) + scale · z Aᵀ Bᵀ [..., out] of each.
 
-    One rounding of A and B to x's type per call; the base is multiplied again, not stored, for the input gradient.
+    One product for all A, and one for all of their gradients. A and B are rounded to x's type once a call; the base is
+    multiplied again, not stored, for the input gradient.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, z: Tensor | None, a: Tensor, b: Tensor, scale: float, base: FrozenLinear
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, z: Tensor | None, layers: Sequence[LoraLinear], *ab: Tensor) -> tuple[Tensor, ...]:
         ctx.same = z is None
         z = x if z is None else z
-        a16, b16 = a.to(x.dtype), b.to(x.dtype)
-        h = z.reshape(-1, z.shape[-1]) @ a16.T
-        y = base.multiply(x)
-        y.view(-1, y.shape[-1]).addmm_(h, b16.T, alpha=scale)
-        ctx.save_for_backward(z, h, a16, b16)
-        ctx.base, ctx.scale, ctx.x_shape = base, scale, x.shape
-        return y
+        a = torch.cat(ab[: len(layers)]).to(x.dtype)
+        h = z.reshape(-1, z.shape[-1]) @ a.T
+        bs = [b.to(x.dtype) for b in ab[len(layers) :]]
+        ys = []
+        for layer, b, part in zip(layers, bs, h.split([b.shape[1] for b in bs], dim=1), strict=True):
+            y = layer.base.multiply(x)
+            y.view(-1, y.shape[-1]).addmm_(part, b.T, alpha=layer.scale)
+            ys.append(y)
+        ctx.save_for_backward(z, h, a, *bs)
+        ctx.layers, ctx.x_shape = layers, x.shape
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        z, h, a16, b16 = ctx.saved_tensors
-        dy = grads[0].reshape(-1, grads[0].shape[-1])
-        dh = (dy @ b16).mul_(ctx.scale)
-        da = (dh.T @ z.reshape(-1, z.shape[-1])).float()
-        db = (dy.T @ h).float().mul_(ctx.scale)
+        z, h, a, *bs = ctx.saved_tensors
+        dys = [dy.reshape(-1, dy.shape[-1]) for dy in grads]
+        ranks = [b.shape[1] for b in bs]
+        dh, dbs = torch.empty_like(h), []
+        for layer, dy, b, part, dpart in zip(ctx.layers, dys, bs, h.split(ranks, 1), dh.split(ranks, 1), strict=True):
+            dpart.copy_(torch.mul(dy @ b, layer.scale))
+            dbs.append((dy.T @ part).float().mul_(layer.scale))
+        das = (dh.T @ z.reshape(-1, z.shape[-1])).float().split(ranks)
         dx = dz = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.base.multiply_transposed(dy)
+            dx = ctx.layers[0].base.multiply_transposed(dys[0])
+            for layer, dy in zip(ctx.layers[1:], dys[1:], strict=True):
+                dx += layer.base.multiply_transposed(dy)
             if ctx.same:
-                dx.addmm_(dh, a16)
+                dx.addmm_(dh, a)
             dx = dx.view(ctx.x_shape)
         if not ctx.same and ctx.needs_input_grad[1]:
-            dz = (dh @ a16).view(ctx.x_shape)
-        return dx, dz, da, db, None, None
+            dz = (dh @ a).view(ctx.x_shape)
+        return dx, dz, None, *das, *dbs
 
 
 class LoraLinear(nn.Module):
@@ -109,8 +119,17 @@ class LoraLinear(nn.Module):
             out: Tensor = self.base(x)
             return out
         z = F.dropout(x, self.dropout) if self.training and self.dropout else None
-        result: Tensor = _Lora.apply(x, z, self.lora_A, self.lora_B, self.scale, self.base)
-        return result
+        result: tuple[Tensor] = _Lora.apply(x, z, (self,), self.lora_A, self.lora_B)
+        return result[0]
+
+    @staticmethod
+    def together(x: Tensor, layers: Sequence[LoraLinear]) -> tuple[Tensor, ...]:
+        """What each layer makes of the same x [..., in]; see `model.linear.project`."""
+        if any(not layer.enabled or (layer.training and layer.dropout) for layer in layers):
+            return tuple(layer(x) for layer in layers)
+        factors = [layer.lora_A for layer in layers] + [layer.lora_B for layer in layers]
+        results: tuple[Tensor, ...] = _Lora.apply(x, None, tuple(layers), *factors)
+        return results
 
     def update(self) -> Tensor:
         """scale · B A, float32 [out, in]."""

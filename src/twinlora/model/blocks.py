@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from twinlora.model.attention import Layout
+from twinlora.model.linear import project
 from twinlora.numerics import ops  # noqa: F401  (declares the ops)
 
 __all__ = ["Attention", "RMSNorm", "SwiGLU"]
@@ -81,7 +82,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        g, u = self.gate_proj(x), self.up_proj(x)
+        g, u = project(x, self.gate_proj, self.up_proj)
         if not torch.is_grad_enabled():
             return self._down(torch.ops.twinlora.swiglu(g, u))
         y = _SwiGLU.apply(g, u)
@@ -109,6 +110,9 @@ class Attention(nn.Module):
     """
 
     stock: nn.Module
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
     q_norm: nn.Module
     k_norm: nn.Module
     o_proj: nn.Module
@@ -135,10 +139,8 @@ class Attention(nn.Module):
                 hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
             )
             return out
-        q, k, v = (
-            getattr(self, name)(hidden_states).view(layout.tokens, -1, self.size)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
+        projected = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (x.view(layout.tokens, -1, self.size) for x in projected)
         if "q_norm" in self._modules:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = (table.view(layout.tokens, self.size) for table in position_embeddings)

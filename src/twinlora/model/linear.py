@@ -17,7 +17,16 @@ from torch.nn import functional as F
 from twinlora.numerics import ops
 from twinlora.numerics.nf4 import NF4Format
 
-__all__ = ["DenseLinear", "FrozenLinear", "QuantLinear"]
+__all__ = ["DenseLinear", "FrozenLinear", "QuantLinear", "project"]
+
+
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """Each layer's own product with the same x [..., in]. A class with a method `together` does it for several."""
+    together = getattr(layers[0], "together", None)
+    if together is not None and len({type(layer) for layer in layers}) == 1:
+        out: tuple[Tensor, ...] = together(x, layers)
+        return out
+    return tuple(layer(x) for layer in layers)
 
 
 class FrozenLinear(nn.Module):
