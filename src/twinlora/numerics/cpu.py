@@ -35,8 +35,8 @@ OPS = (
 )  # fmt: skip
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FEW_DENSE_ROWS = 3  # more are bound by arithmetic, where oneDNN is better
-_FEW_ROWS = 32  # up to here weights are decoded into the product; above, into a buffer that a GEMM reads
+_FEW_DENSE_ROWS = 12  # more are bound by arithmetic, where oneDNN is better
+_FEW_ROWS = 64  # up to here weights are decoded into the product or just before it; above, into a buffer that a GEMM reads
 
 
 @cache
@@ -171,7 +171,7 @@ def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     """See ops.py. Few rows are bound by reading the weight, which oneDNN does at half the rate."""
     n, k = weight.shape
     rows = x.numel() // k
-    few = 0 < rows <= _FEW_DENSE_ROWS and k % 32 == 0 and x.dtype == weight.dtype == torch.bfloat16
+    few = 0 < rows <= _FEW_DENSE_ROWS and k % 64 == 0 and x.dtype == weight.dtype == torch.bfloat16
     if not few or not weight.is_contiguous() or not _library().has_dense():
         return torch.nn.functional.linear(x, weight)
     x = x.contiguous()

@@ -313,7 +313,24 @@ void backward(const Attention& a, i64 sequence, i64 kv_head) {
     }
 }
 
-// Appends the token, then attends: scores of a query are sums of pairs, outputs sums of rows.
+// The sum of `count` rows [16 * Width], `between` apart, each times its weight, times `scale` -> out.
+template <int Width>
+void weighted_sum(const u16* rows, i64 between, const float* weights, i64 count, __m512 scale, u16* out) {
+    __m512 sums[2][Width];  // of even and odd rows: they hide each other's latency
+    for (auto& part : sums)
+        for (auto& sum : part) sum = _mm512_setzero_ps();
+    const auto add = [&](i64 t, __m512* part) {
+        const __m512 weight = _mm512_set1_ps(weights[t]);
+#pragma GCC unroll 4
+        for (int i = 0; i < Width; ++i) part[i] = _mm512_fmadd_ps(weight, load_bf16(rows + t * between + 16 * i), part[i]);
+    };
+    i64 t = 0;
+    for (; t + 2 <= count; t += 2) add(t, sums[0]), add(t + 1, sums[1]);
+    if (t < count) add(t, sums[0]);
+    for (int i = 0; i < Width; ++i) store_bf16(out + 16 * i, _mm512_mul_ps(_mm512_add_ps(sums[0][i], sums[1][i]), scale));
+}
+
+// Appends the token, then attends with the heads of a key/value head.
 void step(const AttentionStep& a, i64 token, i64 kv_head) {
     const i64 D = a.size, group = a.heads / a.kv_heads, between = a.kv_heads * D, length = a.lengths[token] + 1;
     const i64 base = a.rows[token] * a.capacity * between + kv_head * D;
@@ -326,31 +343,32 @@ void step(const AttentionStep& a, i64 token, i64 kv_head) {
     alignas(64) u16 q[256];
     for (i64 head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         load_row(a, a.q + token * a.q_stride + head * D, token, q);
-        float top = -3.0e38f;
-        for (i64 t = 0; t < seen; ++t) {
-            __m512 sum = _mm512_setzero_ps();
-            for (i64 d = 0; d < D; d += 32)
-                sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_load_si512(q + d),
-                                       (__m512bh)_mm512_loadu_si512(keys + t * between + d));
-            scores[t] = a.scale * _mm512_reduce_add_ps(sum);
-            top = scores[t] > top ? scores[t] : top;
+        __m512 top = _mm512_set1_ps(-3.0e38f);
+        for (i64 t = 0; t < seen; t += 16) {
+            __m512 products[16];
+            for (i64 i = 0; i < 16; ++i) {
+                const u16* key = keys + (t + i < seen ? t + i : seen - 1) * between;
+                products[i] = _mm512_setzero_ps();
+                for (i64 d = 0; d < D; d += 32)
+                    products[i] = _mm512_dpbf16_ps(products[i], (__m512bh)_mm512_load_si512(q + d),
+                                                   (__m512bh)_mm512_loadu_si512(key + d));
+            }
+            const __m512 s = _mm512_mul_ps(sums_of(products, 1), _mm512_set1_ps(a.scale));
+            top = _mm512_max_ps(top, s);
+            _mm512_store_ps(scores + t, s);
         }
+        top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
         __m512 total = _mm512_setzero_ps();
         for (i64 t = 0; t < seen; t += 16) {
-            const __mmask16 mask = mask16(seen - t);
-            const __m512 p = exponential(_mm512_sub_ps(_mm512_load_ps(scores + t), _mm512_set1_ps(top)));
-            total = _mm512_mask_add_ps(total, mask, total, p);
+            const __m512 p = exponential(_mm512_sub_ps(_mm512_load_ps(scores + t), top));
+            total = _mm512_mask_add_ps(total, mask16(seen - t), total, p);
             _mm512_store_ps(scores + t, p);
         }
         const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-        for (i64 d = 0; d < D; d += 32) {
-            __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-            for (i64 t = 0; t < seen; ++t)
-                for (i64 h = 0; h < 2; ++h)
-                    sums[h] = _mm512_fmadd_ps(_mm512_set1_ps(scores[t]), load_bf16(values + t * between + d + 16 * h), sums[h]);
-            for (i64 h = 0; h < 2; ++h)
-                store_bf16(a.out + (token * a.heads + head) * D + d + 16 * h, _mm512_mul_ps(sums[h], inverse));
-        }
+        u16* out = a.out + (token * a.heads + head) * D;
+        i64 d = 0;
+        for (; d + 64 <= D; d += 64) weighted_sum<4>(values + d, between, scores, seen, inverse, out + d);
+        if (d < D) weighted_sum<2>(values + d, between, scores, seen, inverse, out + d);
     }
 }
 

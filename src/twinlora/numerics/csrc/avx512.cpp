@@ -6,7 +6,8 @@
 namespace twinlora {
 namespace {
 
-constexpr std::int64_t panel = 16;  // rows of W that all rows of x pass over while they are in the cache
+constexpr i64 panel = 16;
+constexpr i64 from_decoded = 17;  // rows of x from which on a panel is decoded once for all of them
 
 bool supported() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -36,23 +37,28 @@ inline __m512i look_up(const std::uint8_t* packed, __m512i table) {
     return _mm512_permutexvar_epi16(index, table);
 }
 
-// Scales of blocks [first, last) as float32.
-void decode_scales(const Scales& scales, std::int64_t first, std::int64_t last, float* out) {
-    std::int64_t b = first;
-    if (!scales.plain) {
-        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        for (; b + 16 <= last; b += 16) {
-            const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales.codes + b)));
-            const std::int64_t base = b >> scales.nested_shift;
-            const __m512i offset = _mm512_set1_epi32(static_cast<int>(b - (base << scales.nested_shift)));
-            const __m512i which = _mm512_srl_epi32(_mm512_add_epi32(lane, offset), _mm_cvtsi32_si128(scales.nested_shift));
-            const __m512 value = _mm512_i32gather_ps(code, tables.dynamic_map, 4);
-            const __m512 nested = _mm512_i32gather_ps(which, scales.nested + base, 4);
-            const __m512 product = _mm512_mul_ps(value, nested);
-            _mm512_storeu_ps(out + (b - first), _mm512_add_ps(product, _mm512_set1_ps(scales.offset)));
+// Scales of blocks [first, last) as float32. Looked up one by one: a gather takes several times as long.
+void decode_scales(const Scales& scales, i64 first, i64 last, float* out) {
+    if (scales.plain) {
+        __builtin_memcpy(out, scales.plain + first, 4 * (last - first));
+        return;
+    }
+    const __m512 offset = _mm512_set1_ps(scales.offset);
+    for (i64 b = first, stop; b < last; b = stop) {
+        const i64 nested = b >> scales.nested_shift, end = (nested + 1) << scales.nested_shift;
+        stop = end < last ? end : last;
+        const __m512 scale = _mm512_set1_ps(scales.nested[nested]);
+        for (i64 i = b; i < stop; i += 16) {
+            alignas(64) float values[16];
+            const __mmask16 mask = mask16(stop - i);
+            u8 codes[16];
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm_maskz_loadu_epi8(mask, scales.codes + i));
+#pragma GCC unroll 16
+            for (int j = 0; j < 16; ++j) values[j] = tables.dynamic_map[codes[j]];
+            const __m512 product = _mm512_mul_ps(_mm512_load_ps(values), scale);
+            _mm512_mask_storeu_ps(out + (i - first), mask, _mm512_add_ps(product, offset));
         }
     }
-    for (; b < last; ++b) out[b - first] = scale_of(scales, b);
 }
 
 void dequantize(const std::uint8_t* packed, const Scales& scales, std::int64_t first, std::int64_t last, int block,
@@ -117,171 +123,213 @@ inline __m512i table_bf16(float scale, __m512 levels) {
     return _mm512_broadcast_i64x4((__m256i)values);
 }
 
-// Some rows of x against a panel of rows of W.
-struct Product {
-    const std::uint16_t* x;      // [M, K], split
-    const std::uint8_t* packed;  // the panel's codes
-    const float* scales;         // the panel's scales, [rows, K / block]
-    std::int64_t K;
-    int block;
-};
+// A panel is `panel` rows of W, fewer at the end; all rows of x pass over it while it is in the cache. In each kind of
+// panel, `accumulate` adds the products of rows [0, Rows) of x with rows [n, n + Cols) of the panel, over k in
+// [from, to), to `sums` [Cols][Rows]: a weight vector serves all rows of x, and Cols of them hide each other's latency.
 
-// Sums of rows [0, Rows) of x with rows [n, n + Cols) of the panel over k in [from, to): a weight vector serves all rows
-// of x, and Cols of them hide each other's latency. `sums` [Cols][Rows] carries what earlier ranges of k have added.
-// Codes are looked up 32 at a time without being unpacked into order: x is `split` instead.
+// Codes, looked up 32 at a time without being unpacked into order: x is `split` instead.
 // For one or two rows the scale is applied to a block's sum, for more to the table of its values.
-template <int Rows, int Cols>
-inline void accumulate(const Product& p, std::int64_t n, std::int64_t from, std::int64_t to, __m512* sums) {
-    constexpr bool scale_sums = Rows <= 2;
-    const __m512 levels = _mm512_loadu_ps(tables.levels);
-    const __m512i unscaled = table_bf16(1.0f, levels);
-    const std::int64_t blocks = p.K / p.block;
-    __m512 local[Cols][Rows];
+struct Codes {
+    const u8* packed;     // the panel's codes
+    const float* scales;  // the panel's scales, [rows, K / block]
+    i64 K;
+    int block;
+
+    template <int Rows, int Cols>
+    inline void accumulate(const u16* x, i64 n, i64 from, i64 to, __m512* sums) const {
+        constexpr bool scale_sums = Rows <= 2;
+        const __m512 levels = _mm512_loadu_ps(tables.levels);
+        const __m512i unscaled = table_bf16(1.0f, levels);
+        const i64 blocks = K / block;
+        __m512 local[Cols][Rows];
 #pragma GCC unroll 16
-    for (int c = 0; c < Cols; ++c)
+        for (int c = 0; c < Cols; ++c)
 #pragma GCC unroll 16
-        for (int m = 0; m < Rows; ++m) local[c][m] = sums[c * Rows + m];
-    for (std::int64_t b = from / p.block; b < to / p.block; ++b) {
-        __m512i table[Cols];
-        __m512 part[Cols][Rows];
-#pragma GCC unroll 16
-        for (int c = 0; c < Cols; ++c) {
-            table[c] = scale_sums ? unscaled : table_bf16(p.scales[(n + c) * blocks + b], levels);
-#pragma GCC unroll 16
-            for (int m = 0; m < Rows; ++m) part[c][m] = scale_sums ? _mm512_setzero_ps() : local[c][m];
-        }
-        for (std::int64_t k = b * p.block; k < (b + 1) * p.block; k += 64) {
-            __m512bh even[Cols], odd[Cols];
+            for (int m = 0; m < Rows; ++m) local[c][m] = sums[c * Rows + m];
+        for (i64 b = from / block; b < to / block; ++b) {
+            __m512i table[Cols];
+            __m512 part[Cols][Rows];
 #pragma GCC unroll 16
             for (int c = 0; c < Cols; ++c) {
-                const auto* codes = reinterpret_cast<const __m256i*>(p.packed + ((n + c) * p.K + k) / 2);
-                const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes));
-                // The next rows: the processor does not guess streams as short as ours.
-                _mm_prefetch(reinterpret_cast<const char*>(codes) + Cols * p.K / 2, _MM_HINT_T0);
-                even[c] = as_bf16(_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table[c]));
-                odd[c] = as_bf16(_mm512_permutexvar_epi16(bytes, table[c]));
+                table[c] = scale_sums ? unscaled : table_bf16(scales[(n + c) * blocks + b], levels);
+#pragma GCC unroll 16
+                for (int m = 0; m < Rows; ++m) part[c][m] = scale_sums ? _mm512_setzero_ps() : local[c][m];
+            }
+            for (i64 k = b * block; k < (b + 1) * block; k += 64) {
+                __m512bh even[Cols], odd[Cols];
+#pragma GCC unroll 16
+                for (int c = 0; c < Cols; ++c) {
+                    const auto* codes = reinterpret_cast<const __m256i*>(packed + ((n + c) * K + k) / 2);
+                    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes));
+                    // The next rows: the processor does not guess streams as short as ours.
+                    _mm_prefetch(reinterpret_cast<const char*>(codes) + Cols * K / 2, _MM_HINT_T0);
+                    even[c] = as_bf16(_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table[c]));
+                    odd[c] = as_bf16(_mm512_permutexvar_epi16(bytes, table[c]));
+                }
+#pragma GCC unroll 16
+                for (int m = 0; m < Rows; ++m) {
+                    const u16* at = x + k * Rows + m * 64;
+                    const __m512bh first = as_bf16(_mm512_load_si512(at)), second = as_bf16(_mm512_load_si512(at + 32));
+#pragma GCC unroll 16
+                    for (int c = 0; c < Cols; ++c) {
+                        part[c][m] = _mm512_dpbf16_ps(part[c][m], even[c], first);
+                        part[c][m] = _mm512_dpbf16_ps(part[c][m], odd[c], second);
+                    }
+                }
+            }
+#pragma GCC unroll 16
+            for (int c = 0; c < Cols; ++c) {
+                const __m512 scale = _mm512_set1_ps(scales[(n + c) * blocks + b]);
+#pragma GCC unroll 16
+                for (int m = 0; m < Rows; ++m)
+                    local[c][m] = scale_sums ? _mm512_fmadd_ps(part[c][m], scale, local[c][m]) : part[c][m];
+            }
+        }
+#pragma GCC unroll 16
+        for (int c = 0; c < Cols; ++c)
+#pragma GCC unroll 16
+            for (int m = 0; m < Rows; ++m) sums[c * Rows + m] = local[c][m];
+    }
+};
+
+// bfloat16, in the order of x.
+struct Dense {
+    const u16* w;  // [rows, K], `stride` apart
+    i64 K, stride;
+    const void* ahead;  // what will be read next, [rows, K] of 2^width half-bytes: fetched while this is multiplied
+    int width;
+
+    template <int Rows, int Cols>
+    inline void accumulate(const u16* x, i64 n, i64 from, i64 to, __m512* sums) const {
+        __m512 local[Cols][Rows];
+#pragma GCC unroll 16
+        for (int c = 0; c < Cols; ++c)
+#pragma GCC unroll 16
+            for (int m = 0; m < Rows; ++m) local[c][m] = sums[c * Rows + m];
+        for (i64 k = from; k < to; k += 64) {
+            __m512bh first[Cols], second[Cols];
+#pragma GCC unroll 16
+            for (int c = 0; c < Cols; ++c) {
+                const u16* at = w + (n + c) * stride + k;
+                first[c] = as_bf16(_mm512_loadu_si512(at)), second[c] = as_bf16(_mm512_loadu_si512(at + 32));
+                if (ahead) _mm_prefetch(static_cast<const char*>(ahead) + (((n + c) * K + k) << width) / 2, _MM_HINT_T0);
             }
 #pragma GCC unroll 16
             for (int m = 0; m < Rows; ++m) {
-                const std::uint16_t* x = p.x + m * p.K + k;
-                const __m512bh first = as_bf16(_mm512_load_si512(x)), second = as_bf16(_mm512_load_si512(x + 32));
+                const u16* at = x + k * Rows + m * 64;
+                const __m512bh even = as_bf16(_mm512_load_si512(at)), odd = as_bf16(_mm512_load_si512(at + 32));
 #pragma GCC unroll 16
                 for (int c = 0; c < Cols; ++c) {
-                    part[c][m] = _mm512_dpbf16_ps(part[c][m], even[c], first);
-                    part[c][m] = _mm512_dpbf16_ps(part[c][m], odd[c], second);
+                    local[c][m] = _mm512_dpbf16_ps(local[c][m], first[c], even);
+                    local[c][m] = _mm512_dpbf16_ps(local[c][m], second[c], odd);
                 }
             }
         }
 #pragma GCC unroll 16
-        for (int c = 0; c < Cols; ++c) {
-            const __m512 scale = _mm512_set1_ps(p.scales[(n + c) * blocks + b]);
+        for (int c = 0; c < Cols; ++c)
 #pragma GCC unroll 16
-            for (int m = 0; m < Rows; ++m)
-                local[c][m] = scale_sums ? _mm512_fmadd_ps(part[c][m], scale, local[c][m]) : part[c][m];
-        }
+            for (int m = 0; m < Rows; ++m) sums[c * Rows + m] = local[c][m];
     }
-#pragma GCC unroll 16
-    for (int c = 0; c < Cols; ++c)
-#pragma GCC unroll 16
-        for (int m = 0; m < Rows; ++m) sums[c * Rows + m] = local[c][m];
+};
+
+// How many rows of x go together, of `left`: at most 6, and groups of one size as far as possible.
+inline i64 together(i64 left) {
+    const i64 groups = (left + 5) / 6;
+    return (left + groups - 1) / groups;
 }
 
-// Every 64 values of x [count] as the 32 with even index, then the 32 with odd index.
-void split(const std::uint16_t* x, std::int64_t count, std::uint16_t* out) {
-    alignas(64) std::uint16_t index[32];
-    for (int i = 0; i < 32; ++i) index[i] = static_cast<std::uint16_t>(2 * i);
+// x [M, K] -> for each group of rows that go together, its parts [64] of each row side by side, k by k: read in one
+// stream. `Split`: of every part the 32 values with even index, then the 32 with odd index.
+template <bool Split>
+void arrange(const u16* x, i64 M, i64 K, u16* out) {
+    alignas(64) u16 index[32];
+    for (int i = 0; i < 32; ++i) index[i] = static_cast<u16>(2 * i);
     const __m512i even = _mm512_load_si512(index), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
-    for (std::int64_t i = 0; i < count; i += 64) {
-        const __m512i low = _mm512_loadu_si512(x + i), high = _mm512_loadu_si512(x + i + 32);
-        _mm512_storeu_si512(out + i, _mm512_permutex2var_epi16(low, even, high));
-        _mm512_storeu_si512(out + i + 32, _mm512_permutex2var_epi16(low, odd, high));
+    for (i64 rows; M; M -= rows, x += rows * K, out += rows * K) {
+        rows = together(M);
+        for (i64 m = 0; m < rows; ++m)
+            for (i64 k = 0; k < K; k += 64) {
+                const u16* at = x + m * K + k;
+                u16* to = out + k * rows + m * 64;
+                const __m512i low = _mm512_loadu_si512(at), high = _mm512_loadu_si512(at + 32);
+                _mm512_store_si512(to, Split ? _mm512_permutex2var_epi16(low, even, high) : low);
+                _mm512_store_si512(to + 32, Split ? _mm512_permutex2var_epi16(low, odd, high) : high);
+            }
     }
 }
 
-// The sum of each of 16 vectors, `stride` apart.
-inline __m512 sums_of(const __m512* v, int stride) {
-    __m512 t[16];
-    for (int i = 0; i < 8; ++i) {
-        const __m512 a = v[2 * i * stride], b = v[(2 * i + 1) * stride];
-        t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    }
-    // t[i] has, in each quarter, two halves of v[2i] and two of v[2i + 1], in turn.
-    for (int i = 0; i < 4; ++i) {
-        const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
-        t[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    }
-    // t[i] has, in each quarter, one part of v[4i] to v[4i + 3].
-    for (int i = 0; i < 2; ++i)
-        t[i] = _mm512_add_ps(_mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0x88), _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[1], 0x88), _mm512_shuffle_f32x4(t[0], t[1], 0xdd));
-}
-
-// `Rows` rows of x against `rows` rows of a panel -> y [Rows, N]. Ranges of k keep this part of x in the first cache.
-template <int Rows>
-void multiply(const Product& p, std::int64_t rows, std::uint16_t* y, std::int64_t N) {
-    constexpr int Cols = Rows >= 8 ? 2 : 4;
-    const std::int64_t range = 8192 / Rows / p.block > 0 ? 8192 / Rows / p.block * p.block : p.block;
+// `Rows` rows of x against `rows` rows of a panel -> y [Rows, N]. Ranges of k keep their part of x in the first cache.
+template <int Rows, class Panel>
+void multiply(const Panel& w, const u16* x, i64 rows, i64 unit, u16* y, i64 N) {
+    constexpr int Cols = 4;
+    const i64 range = 8192 / Rows / unit > 0 ? 8192 / Rows / unit * unit : unit;
     __m512 sums[panel * Rows];
     for (auto& sum : sums) sum = _mm512_setzero_ps();
-    for (std::int64_t from = 0; from < p.K; from += range) {
-        const std::int64_t to = from + range < p.K ? from + range : p.K;
-        std::int64_t n = 0;
-        for (; n + Cols <= rows; n += Cols) accumulate<Rows, Cols>(p, n, from, to, sums + n * Rows);
-        for (; n < rows; ++n) accumulate<Rows, 1>(p, n, from, to, sums + n * Rows);
+    for (i64 from = 0; from < w.K; from += range) {
+        const i64 to = from + range < w.K ? from + range : w.K;
+        i64 n = 0;
+        for (; n + Cols <= rows; n += Cols) w.template accumulate<Rows, Cols>(x, n, from, to, sums + n * Rows);
+        for (; n < rows; ++n) w.template accumulate<Rows, 1>(x, n, from, to, sums + n * Rows);
     }
     for (int m = 0; m < Rows; ++m) store_bf16(y + m * N, mask16(rows), sums_of(sums + m, Rows));
 }
 
-void multiply_rows(const std::uint16_t* x, const std::uint8_t* packed, const Scales& scales, std::uint16_t* y,
-                   std::int64_t M, std::int64_t N, std::int64_t K, int block, std::int64_t first, std::int64_t last) {
-    const std::int64_t blocks = K / block;
-    Scratch<std::uint16_t> halves(M * K);
-    Scratch<float> decoded(panel * blocks);
-    split(x, M * K, halves.values);
-    for (std::int64_t start = first; start < last; start += panel) {
-        const std::int64_t rows = start + panel < last ? panel : last - start;
-        decode_scales(scales, start * blocks, (start + rows) * blocks, decoded.values);
-        std::int64_t m = 0;
-        auto run = [&](auto kernel, int count) {
-            kernel(Product{halves.values + m * K, packed + start * K / 2, decoded.values, K, block}, rows, y + m * N + start, N);
-            m += count;
-        };
-        while (M - m >= 8) run(multiply<8>, 8);
-        if (M - m >= 4) run(multiply<4>, 4);
-        if (M - m >= 2) run(multiply<2>, 2);
-        if (M - m >= 1) run(multiply<1>, 1);
+// All M rows of x, arranged, against a panel. k is cut at multiples of `unit`.
+template <class Panel>
+void multiply_panel(const Panel& w, const u16* x, i64 M, i64 rows, i64 unit, u16* y, i64 N) {
+    for (i64 count; M; M -= count, x += count * w.K, y += count * N) {
+        count = together(M);
+        constexpr decltype(&multiply<1, Panel>) kernels[] = {multiply<1, Panel>, multiply<2, Panel>, multiply<3, Panel>,
+                                                             multiply<4, Panel>, multiply<5, Panel>, multiply<6, Panel>};
+        kernels[count - 1](w, x, rows, unit, y, N);
     }
 }
 
-// `Rows` rows of x against rows [first, last) of a dense W: bound by reading W, `Cols` of its rows at a time.
-template <int Rows>
-void multiply_dense_rows(const u16* x, const u16* w, u16* y, std::int64_t N, std::int64_t K, std::int64_t first,
-                         std::int64_t last) {
-    constexpr int Cols = Rows == 1 ? 8 : 4;
-    for (std::int64_t n = first; n < last; n += Cols) {
-        const int valid = static_cast<int>(last - n < Cols ? last - n : Cols);
-        __m512 sums[Cols][Rows];
-        for (auto& column : sums)
-            for (auto& sum : column) sum = _mm512_setzero_ps();
-        for (std::int64_t k = 0; k < K; k += 32) {
-            __m512bh rows[Rows];
-#pragma GCC unroll 8
-            for (int m = 0; m < Rows; ++m) rows[m] = as_bf16(_mm512_loadu_si512(x + m * K + k));
-#pragma GCC unroll 8
-            for (int c = 0; c < Cols; ++c) {
-                const __m512bh weight = as_bf16(_mm512_loadu_si512(w + (n + (c < valid ? c : 0)) * K + k));
-#pragma GCC unroll 8
-                for (int m = 0; m < Rows; ++m) sums[c][m] = _mm512_dpbf16_ps(sums[c][m], weight, rows[m]);
-            }
+// Blocks of codes -> bfloat16, split as x is.
+void decode_split(const u8* packed, const float* scales, i64 blocks, int block, u16* out) {
+    const __m512 levels = _mm512_loadu_ps(tables.levels);
+    for (i64 b = 0; b < blocks; ++b) {
+        const __m512i table = table_bf16(scales[b], levels);
+        for (int i = 0; i < block; i += 64, packed += 32, out += 64) {
+            const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+            _mm512_store_si512(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
+            _mm512_store_si512(out + 32, _mm512_permutexvar_epi16(bytes, table));
         }
-        for (int c = 0; c < valid; ++c)
-            for (int m = 0; m < Rows; ++m) y[m * N + n + c] = to_bfloat16(_mm512_reduce_add_ps(sums[c][m]));
     }
 }
 
-void multiply_dense(const u16* x, const u16* w, u16* y, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t first,
-                    std::int64_t last) {
-    (M == 1 ? multiply_dense_rows<1> : M == 2 ? multiply_dense_rows<2> : multiply_dense_rows<3>)(x, w, y, N, K, first, last);
+void multiply_rows(const u16* x, const u8* packed, const Scales& scales, u16* y, i64 M, i64 N, i64 K, int block, i64 first,
+                   i64 last) {
+    const i64 blocks = K / block, stride = K + 64;  // rows of a power of two would share few sets of the cache
+    thread_local Kept<float> kept_scales;
+    thread_local Kept<u16> kept_x, kept_values;
+    float* decoded = kept_scales.at_least(panel * blocks);
+    u16* arranged = kept_x.at_least(M * K);
+    u16* values = M < from_decoded ? nullptr : kept_values.at_least(panel * stride);
+    arrange<true>(x, M, K, arranged);
+    for (i64 start = first; start < last; start += panel) {
+        const i64 rows = start + panel < last ? panel : last - start;
+        const u8* codes = packed + start * K / 2;
+        decode_scales(scales, start * blocks, (start + rows) * blocks, decoded);
+        if (values) {
+            for (i64 n = 0; n < rows; ++n)
+                decode_split(codes + n * K / 2, decoded + n * blocks, blocks, block, values + n * stride);
+            multiply_panel(Dense{values, K, stride, codes + panel * K / 2, 0}, arranged, M, rows, 64, y + start, N);
+        } else {
+            multiply_panel(Codes{codes, decoded, K, block}, arranged, M, rows, block, y + start, N);
+        }
+    }
+}
+
+void multiply_dense(const u16* x, const u16* w, u16* y, i64 M, i64 N, i64 K, i64 first, i64 last) {
+    thread_local Kept<u16> kept;
+    u16* arranged = kept.at_least(M * K);
+    arrange<false>(x, M, K, arranged);
+    for (i64 start = first; start < last; start += panel) {
+        const i64 rows = start + panel < last ? panel : last - start;
+        const u16* ahead = M < 4 ? nullptr : w + (start + 4) * K;
+        multiply_panel(Dense{w + start * K, K, K, ahead, 2}, arranged, M, rows, 64, y + start, N);
+    }
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 namespace twinlora {
 namespace {
 
+using u8 = std::uint8_t;
 using u16 = std::uint16_t;
 using u32 = std::uint32_t;
 using i64 = std::int64_t;
@@ -49,6 +50,24 @@ using i64 = std::int64_t;
     for (const float c : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f})
         p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
     return _mm512_scalef_ps(p, n);
+}
+
+// The sum of each of 16 vectors, `stride` apart.
+[[maybe_unused]] inline __m512 sums_of(const __m512* v, int stride) {
+    __m512 t[16];
+    for (int i = 0; i < 8; ++i) {
+        const __m512 a = v[2 * i * stride], b = v[(2 * i + 1) * stride];
+        t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    // t[i] has, in each quarter, two halves of v[2i] and two of v[2i + 1], in turn.
+    for (int i = 0; i < 4; ++i) {
+        const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+        t[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    // t[i] has, in each quarter, one part of v[4i] to v[4i + 3].
+    for (int i = 0; i < 2; ++i)
+        t[i] = _mm512_add_ps(_mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0x88), _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[1], 0x88), _mm512_shuffle_f32x4(t[0], t[1], 0xdd));
 }
 
 }  // namespace
