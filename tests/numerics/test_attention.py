@@ -118,7 +118,7 @@ def test_declared_as_it_behaves(dtype, rotated):
 def test_step_kernel(window):
     q, k, v = (torch.randn(3, h, 64).bfloat16() for h in (6, 2, 2))
     cos, sin = torch.randn(2, 3, 64).bfloat16()
-    keys, values = torch.randn(2, 5, 90, 2, 64).bfloat16()
+    keys, values = torch.randn(2, 5, 2, 90, 64).bfloat16()
     runs = []
     for module, cast in ((cpu, torch.bfloat16), (reference, torch.bfloat16), (reference, torch.float64)):
         caches = [x.to(cast, copy=True) for x in (keys, values)]

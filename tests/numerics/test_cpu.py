@@ -78,7 +78,7 @@ def test_not_finite_shows(path):
             ops.quantize(w, name="layer.weight")
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 100])
+@pytest.mark.parametrize("rows", [*range(1, 9), 12, 15, 16, 17, 18, 31, 63, 64, 65, 100])
 @pytest.mark.parametrize("shape", [(96, 64), (33, 576), (576, 1536), (1, 128)])
 def test_products_are_as_exact_as_a_bf16_product(path, threads, rows, shape):
     q = ops.quantize(torch.randn(shape))
@@ -93,13 +93,22 @@ def test_products_are_as_exact_as_a_bf16_product(path, threads, rows, shape):
         assert (found.double() - truth).norm() <= 1.1 * naive
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
-@pytest.mark.parametrize("shape", [(96, 64), (33, 576), (3, 4096), (1, 32), (5, 40)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 12, 13])
+@pytest.mark.parametrize("shape", [(96, 64), (33, 576), (3, 4096), (1, 64), (5, 40)])
 def test_few_rows_times_a_dense_weight(path, threads, rows, shape):
     x, w = torch.randn(rows, shape[1]).bfloat16(), torch.randn(shape).bfloat16()
     truth = x.double() @ w.double().T
     error = (cpu.dense_linear(x, w).double() - truth).norm()
     assert error <= 1.1 * ((x @ w.T).double() - truth).norm() + 1e-9
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40, 100])
+@pytest.mark.parametrize("nested", [0, 256])
+def test_weights_together_are_weights_alone(path, threads, rows, nested):
+    weights = [ops.quantize(torch.randn(n, 192), NF4Format(64, nested)) for n in (130, 7, 64)]
+    x = torch.randn(2, rows, 192).bfloat16()
+    for found, weight in zip(ops.linears(x, weights), weights, strict=True):
+        assert torch.equal(found, ops.linear(x, weight))
 
 
 def test_products_do_not_depend_on_the_number_of_threads(path):

@@ -18,6 +18,8 @@ def test_opcheck(shape, nested):
     opcheck(library.nf4_dequantize.default, (*quantized.arguments, torch.float32))
     x = torch.randn(3, shape[1], requires_grad=True)
     opcheck(library.nf4_linear.default, (x, *quantized.arguments))
+    plain = x.detach()
+    opcheck(library.nf4_linears.default, (plain, quantized.tensors * 2, [shape[0]] * 2, 32, nested))
     opcheck(library.nf4_linear_transposed.default, (torch.randn(3, shape[0]), *quantized.arguments))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twinlora.errors import AdapterError
-from twinlora.model.linear import DenseLinear, FrozenLinear
+from twinlora.model.linear import DenseLinear, FrozenLinear, multiply_each
 
 __all__ = [
     "ALL_LINEAR",
@@ -62,14 +62,12 @@ class _Lora(torch.autograd.Function):
         a = torch.cat(ab[: len(layers)]).to(x.dtype)
         h = z.reshape(-1, z.shape[-1]) @ a.T
         bs = [b.to(x.dtype) for b in ab[len(layers) :]]
-        ys = []
-        for layer, b, part in zip(layers, bs, h.split([b.shape[1] for b in bs], dim=1), strict=True):
-            y = layer.base.multiply(x)
+        ys = multiply_each(x, [layer.base for layer in layers])
+        for layer, y, b, part in zip(layers, ys, bs, h.split([b.shape[1] for b in bs], dim=1), strict=True):
             y.view(-1, y.shape[-1]).addmm_(part, b.T, alpha=layer.scale)
-            ys.append(y)
         ctx.save_for_backward(z, h, a, *bs)
         ctx.layers, ctx.x_shape = layers, x.shape
-        return tuple(ys)
+        return ys
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

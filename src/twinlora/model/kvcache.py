@@ -19,7 +19,7 @@ __all__ = ["KVCache", "Prefill", "Step"]
 
 
 class KVCache:
-    """Rotated keys and values [R, C, K, D] of each layer, made on first use; row i holds `lengths[i]` tokens."""
+    """Rotated keys and values [R, K, C, D] of each layer, made on first use; row i holds `lengths[i]` tokens."""
 
     def __init__(self, rows: int, capacity: int) -> None:
         self.rows, self.capacity = rows, capacity
@@ -29,7 +29,7 @@ class KVCache:
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, made for keys like `like` [n, K, D]."""
         if index not in self._layers:
-            shape = (self.rows, self.capacity, *like.shape[1:])
+            shape = (self.rows, like.shape[1], self.capacity, like.shape[2])
             self._layers[index] = (like.new_empty(shape), like.new_empty(shape))
         return self._layers[index]
 
@@ -40,8 +40,8 @@ class Prefill(Layout):
     def __init__(self, cache: KVCache, lengths: list[int], device: torch.device | str = "cpu") -> None:
         super().__init__(lengths, device)
         self.cache = cache
-        starts = torch.arange(cache.rows).repeat_interleave(torch.tensor(lengths)) * cache.capacity
-        self.cells = (starts + self.positions().cpu()[0]).to(self.device)  # of each token, in [R · C]
+        self.row = torch.arange(cache.rows).repeat_interleave(torch.tensor(lengths)).to(self.device)  # of each token
+        self.position = self.positions()[0]
         cache.lengths = list(lengths)
 
     def attend(
@@ -49,8 +49,8 @@ class Prefill(Layout):
     ) -> Tensor:
         """See Layout; keeps the keys and values."""
         keys, values = self.cache.layer(layer, k)
-        keys.view(-1, *k.shape[1:]).index_copy_(0, self.cells, rotate(k, *rotation))
-        values.view(-1, *v.shape[1:]).index_copy_(0, self.cells, v)
+        keys.transpose(1, 2)[self.row, self.position] = rotate(k, *rotation)
+        values.transpose(1, 2)[self.row, self.position] = v
         return super().attend(layer, q, k, v, rotation, scale, window)
 
 

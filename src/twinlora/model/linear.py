@@ -7,7 +7,7 @@ differentiable layer. DenseLinear shares the parameters of the nn.Linear it was 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from twinlora.numerics import ops
 from twinlora.numerics.nf4 import NF4Format
 
-__all__ = ["DenseLinear", "FrozenLinear", "QuantLinear", "project"]
+__all__ = ["DenseLinear", "FrozenLinear", "QuantLinear", "multiply_each", "project"]
 
 
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -61,9 +61,24 @@ class FrozenLinear(nn.Module):
     def stored_bytes(self) -> int:
         """Bytes W takes, scales included."""
 
+    @staticmethod
+    def together(x: Tensor, layers: Sequence[FrozenLinear]) -> tuple[Tensor, ...]:
+        """What each layer makes of the same x [..., in]; see `project`."""
+        if torch.is_grad_enabled():
+            return tuple(layer(x) for layer in layers)
+        return multiply_each(x, layers)
+
     def extra_repr(self) -> str:
         """Shape and precision, as printed by `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, precision={self.precision}"
+
+
+def multiply_each(x: Tensor, layers: Sequence[FrozenLinear]) -> tuple[Tensor, ...]:
+    """`multiply` of each layer with the same x, in one call where they are quantised alike."""
+    quantized = [layer.quantized for layer in layers if isinstance(layer, QuantLinear) and layer.bias is None]
+    if len(quantized) == len(layers) > 1 and len({weight.format for weight in quantized}) == 1:
+        return ops.linears(x, quantized)
+    return tuple(layer.multiply(x) for layer in layers)
 
 
 class DenseLinear(FrozenLinear):

@@ -254,7 +254,7 @@ def _load_by_tensor(pretrained_model_name_or_path: str, *, trust_remote_code: bo
     config = AutoConfig.from_pretrained(path, **trust)
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config, **trust))
-    tensors = {}
+    tensors: dict[str, _Lazy] = {}
     for name in Source(path, str(path)).weight_files():
         with safe_open(name, framework="pt") as file:
             tensors |= {key: _Lazy(name, key) for key in file.keys()}  # noqa: SIM118  # not a dict

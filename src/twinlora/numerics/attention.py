@@ -203,13 +203,13 @@ def attention_step(
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     group, outputs = q.shape[1] // k.shape[1], []
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        keys[row, length], values[row, length] = k[i], v[i]
+        keys[row, :, length], values[row, :, length] = k[i], v[i]
         low = max(0, length + 1 - window) if window else 0
         wide = torch.promote_types(q.dtype, torch.float32)
         heads = q[i].view(-1, group, q.shape[-1]).to(wide)  # [K, G, D]
-        scores = heads @ keys[row, low : length + 1].permute(1, 2, 0).to(wide) * scale
+        scores = heads @ keys[row, :, low : length + 1].transpose(1, 2).to(wide) * scale
         p = torch.softmax(scores, dim=-1)
-        outputs.append((p @ values[row, low : length + 1].transpose(0, 1).to(wide)).flatten(0, 1).to(q.dtype))
+        outputs.append((p @ values[row, :, low : length + 1].to(wide)).flatten(0, 1).to(q.dtype))
     return torch.stack(outputs)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from functools import cache, partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -15,28 +16,29 @@ import torch
 from torch import Tensor
 
 from twinlora.numerics import attention as reference_attention
-from twinlora.numerics import elementwise
+from twinlora.numerics import elementwise, reference
 from twinlora.numerics.nf4 import codebook, dynamic_map, midpoints
 
 _native: ModuleType | None
 try:
-    from twinlora.numerics import _cpu
-
-    _native = _cpu
+    _native = import_module("twinlora.numerics._cpu")
 except ImportError:
     _native = None
 
 __all__ = ["OPS", "path", "paths", "runtime", "use_path"]
 
 OPS = (
-    "nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linear_transposed", "dense_linear",
+    "nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linears",
+    "nf4_linear_transposed", "dense_linear",
     "attention", "attention_backward", "attention_step",
     "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "cross_entropy_",
 )  # fmt: skip
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FEW_DENSE_ROWS = 12  # more are bound by arithmetic, where oneDNN is better
-_FEW_ROWS = 64  # up to here weights are decoded into the product or just before it; above, into a buffer that a GEMM reads
+_FEW_ROWS = (
+    64  # up to here weights are decoded into the product or just before it; above, into a buffer that a GEMM reads
+)
 
 
 @cache
@@ -150,14 +152,39 @@ def nf4_linear(
     x: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], block: int, nested_block: int
 ) -> Tensor:
     """See ops.py."""
-    rows = x.numel() // shape[1]
-    if rows <= _FEW_ROWS and x.dtype == torch.bfloat16 and block >= 64 and shape[1] % block == 0:
-        x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], shape[0])
-        pointers = _pointers(packed, scales, ns, no, nested_block)
-        _library().multiply_rows(x.data_ptr(), *pointers, y.data_ptr(), rows, *shape, block, _threads())
-        return y
+    if _few_rows(x, shape[1], block):
+        return _multiply_rows(x, [(packed, scales, ns, no)], [shape[0]], block, nested_block)[0]
     return torch.nn.functional.linear(x, _weight(shape, x.dtype, packed, scales, ns, no, block, nested_block))
+
+
+def nf4_linears(x: Tensor, tensors: list[Tensor], rows: list[int], block: int, nested_block: int) -> list[Tensor]:
+    """See ops.py."""
+    weights = reference.by_weight(tensors, len(rows))
+    if _few_rows(x, x.shape[-1], block):
+        return _multiply_rows(x, weights, rows, block, nested_block)
+    shapes = ([n, x.shape[-1]] for n in rows)
+    return [
+        nf4_linear(x, packed, scales, ns, no, shape, block, nested_block)
+        for (packed, scales, ns, no), shape in zip(weights, shapes, strict=True)
+    ]
+
+
+def _few_rows(x: Tensor, k: int, block: int) -> bool:
+    return x.numel() <= _FEW_ROWS * k and x.dtype == torch.bfloat16 and block >= 64 and k % block == 0
+
+
+def _multiply_rows(
+    x: Tensor, weights: list[reference.Weight], rows: list[int], block: int, nested_block: int
+) -> list[Tensor]:
+    x = x.contiguous()
+    k = x.shape[-1]
+    ys = [x.new_empty(*x.shape[:-1], n) for n in rows]
+    described = [
+        (*_pointers(packed, scales, ns, no, nested_block), n, y.data_ptr())
+        for (packed, scales, ns, no), n, y in zip(weights, rows, ys, strict=True)
+    ]
+    _library().multiply_rows(x.data_ptr(), described, x.numel() // k, k, block, _threads())
+    return ys
 
 
 def nf4_linear_transposed(
@@ -269,10 +296,10 @@ def attention_step(
         return reference_attention.attention_step(q, k, v, cos, sin, keys, values, rows, lengths, scale, window)
     assert keys.is_contiguous()
     assert values.is_contiguous()
-    assert max(lengths) < keys.shape[1]
+    assert max(lengths) < keys.shape[2]
     assert max(rows) < keys.shape[0]
     out = torch.empty(q.shape, dtype=q.dtype)
-    where = (rows, lengths, keys.shape[1])
+    where = (rows, lengths, keys.shape[2])
     _attend(_library().attend_step, (q, k, v, cos, sin), (out, keys, values), where, scale, window)
     return out
 

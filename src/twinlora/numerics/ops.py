@@ -7,6 +7,7 @@ reference serves every device without one. Shapes: `weight` [N, K] in general an
     scales_quantize(scales, block_size)                -> codes u8 [m], nested_scales f32 [ceil(m/bs)], offset f32 []
     nf4_dequantize(packed, scales, …, shape, …, dtype) -> [*shape]
     nf4_linear(x, packed, …)                           -> x [..., K] @ W.T -> [..., N]; differentiable in x
+    nf4_linears(x, tensors, rows, …)                   -> nf4_linear of several weights of one format; no gradient
     nf4_linear_transposed(dy, packed, …)               -> dy [..., N] @ W  -> [..., K]
     dense_linear(x, weight)                            -> x [..., K] @ weight [N, K].T -> [..., N]; no gradient
     attention(q, k, v, cos, sin, starts, …)            -> out [T, H, D], lse f32 [T, H]; differentiable in q, k, v
@@ -22,7 +23,7 @@ Attention is causal within each sequence starts[i] .. starts[i + 1] of the T tok
 with key/value head h // (H / K). Given cos and sin [T, D], q and k are rotated first (rotate-half). A query sees its
 last `window` keys, itself included; 0 means all. lse is the log of the sum of exponentials of its scores.
 
-attention_step appends k (rotated) and v to the caches `keys` and `values` [rows, capacity, K, D], at row rows[i] behind
+attention_step appends k (rotated) and v to the caches `keys` and `values` [rows, K, capacity, D], at row rows[i] behind
 the lengths[i] tokens that it holds, and attends from q [n, H, D] to all of that row.
 
 rms_norm is x / rms(x) · (weight + offset); unless `wide`, the normalised x is rounded to x's type before that product.
@@ -30,6 +31,7 @@ rms_norm is x / rms(x) · (weight + offset); unless `wide`, the normalised x is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -50,6 +52,7 @@ __all__ = [
     "dense_linear",
     "linear",
     "linear_transposed",
+    "linears",
     "quantize",
 ]
 
@@ -64,6 +67,7 @@ _SCHEMAS = {
     "scales_quantize": "(Tensor scales, int block_size) -> (Tensor, Tensor, Tensor)",
     "nf4_dequantize": f"({_QUANT}, ScalarType dtype) -> Tensor",
     "nf4_linear": f"(Tensor x, {_QUANT}) -> Tensor",
+    "nf4_linears": "(Tensor x, Tensor[] tensors, int[] rows, int block_size, int nested_block_size) -> Tensor[]",
     "nf4_linear_transposed": f"(Tensor dy, {_QUANT}) -> Tensor",
     "dense_linear": "(Tensor x, Tensor weight) -> Tensor",
     "attention": f"({_HEADS}, {_SEEN}) -> (Tensor, Tensor)",
@@ -112,6 +116,11 @@ def _(
 @torch.library.register_fake("twinlora::nf4_linear")
 def _(x: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], b: int, nb: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], shape[0])
+
+
+@torch.library.register_fake("twinlora::nf4_linears")
+def _(x: Tensor, tensors: list[Tensor], rows: list[int], block: int, nested_block: int) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], n) for n in rows]
 
 
 @torch.library.register_fake("twinlora::nf4_linear_transposed")
@@ -210,11 +219,16 @@ class NF4Tensor:
         tensors = (self.packed, self.scales, self.nested_scales, self.nested_offset)
         return *tensors, list(self.shape), self.format.block_size, self.format.nested_block_size
 
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """What is stored: two tensors, or four with nested scales."""
+        stored = (self.packed, self.scales, self.nested_scales, self.nested_offset)
+        return [tensor for tensor in stored if tensor is not None]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""
-        tensors = (self.packed, self.scales, self.nested_scales, self.nested_offset)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The weight [*shape] in `dtype`."""
@@ -244,6 +258,14 @@ def linear(x: Tensor, weight: NF4Tensor) -> Tensor:
     """x [..., K] @ weight [N, K].T -> [..., N]; differentiable in x."""
     out: Tensor = torch.ops.twinlora.nf4_linear(x, *weight.arguments)
     return out
+
+
+def linears(x: Tensor, weights: Sequence[NF4Tensor]) -> tuple[Tensor, ...]:
+    """x [..., K] times each weight [N, K].T, all of one format, -> [..., N] of each; no gradient."""
+    tensors = [tensor for weight in weights for tensor in weight.tensors]
+    fmt = weights[0].format
+    rows = [weight.shape[0] for weight in weights]
+    return tuple(torch.ops.twinlora.nf4_linears(x, tensors, rows, fmt.block_size, fmt.nested_block_size))
 
 
 def linear_transposed(dy: Tensor, weight: NF4Tensor) -> Tensor:

@@ -117,6 +117,23 @@ def nf4_linear(x: Tensor, packed: Tensor, *quant: Any) -> Tensor:
     return torch.nn.functional.linear(x, nf4_dequantize(packed, *quant))
 
 
+Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # packed, scales, nested scales, nested offset
+
+
+def by_weight(tensors: list[Tensor], count: int) -> list[Weight]:
+    """`count` weights from one flat list, in which those without nested scales have two tensors."""
+    each = len(tensors) // count
+    parts = (tensors[i : i + each] for i in range(0, len(tensors), each))
+    return [(p[0], p[1], p[2], p[3]) if each == 4 else (p[0], p[1], None, None) for p in parts]
+
+
+def nf4_linears(x: Tensor, tensors: list[Tensor], rows: list[int], block: int, nested_block: int) -> list[Tensor]:
+    """x [..., K] times each transposed weight [rows[i], K] -> [..., rows[i]]. `tensors` as for `by_weight`."""
+    shapes = ([n, x.shape[-1]] for n in rows)
+    weights = by_weight(tensors, len(rows))
+    return [nf4_linear(x, *w, shape, block, nested_block) for w, shape in zip(weights, shapes, strict=True)]
+
+
 def nf4_linear_transposed(dy: Tensor, packed: Tensor, *quant: Any) -> Tensor:
     """dy [..., N] times the weight [N, K] -> [..., K], in dy's type: the input gradient of `nf4_linear`."""
     quant += (dy.dtype,)

@@ -332,12 +332,12 @@ void weighted_sum(const u16* rows, i64 between, const float* weights, i64 count,
 
 // Appends the token, then attends with the heads of a key/value head.
 void step(const AttentionStep& a, i64 token, i64 kv_head) {
-    const i64 D = a.size, group = a.heads / a.kv_heads, between = a.kv_heads * D, length = a.lengths[token] + 1;
-    const i64 base = a.rows[token] * a.capacity * between + kv_head * D;
-    load_row(a, a.k + token * a.k_stride + kv_head * D, token, a.keys + base + (length - 1) * between);
-    __builtin_memcpy(a.values + base + (length - 1) * between, a.v + token * a.v_stride + kv_head * D, 2 * D);
+    const i64 D = a.size, group = a.heads / a.kv_heads, length = a.lengths[token] + 1;
+    const i64 base = (a.rows[token] * a.kv_heads + kv_head) * a.capacity * D;
+    load_row(a, a.k + token * a.k_stride + kv_head * D, token, a.keys + base + (length - 1) * D);
+    __builtin_memcpy(a.values + base + (length - 1) * D, a.v + token * a.v_stride + kv_head * D, 2 * D);
     const i64 first = length > a.window ? length - a.window : 0, seen = length - first;
-    const u16 *keys = a.keys + base + first * between, *values = a.values + base + first * between;
+    const u16 *keys = a.keys + base + first * D, *values = a.values + base + first * D;
     thread_local Kept<float> kept;
     float* scores = kept.at_least(round_up(seen, 16));
     alignas(64) u16 q[256];
@@ -347,7 +347,7 @@ void step(const AttentionStep& a, i64 token, i64 kv_head) {
         for (i64 t = 0; t < seen; t += 16) {
             __m512 products[16];
             for (i64 i = 0; i < 16; ++i) {
-                const u16* key = keys + (t + i < seen ? t + i : seen - 1) * between;
+                const u16* key = keys + (t + i < seen ? t + i : seen - 1) * D;
                 products[i] = _mm512_setzero_ps();
                 for (i64 d = 0; d < D; d += 32)
                     products[i] = _mm512_dpbf16_ps(products[i], (__m512bh)_mm512_load_si512(q + d),
@@ -367,8 +367,8 @@ void step(const AttentionStep& a, i64 token, i64 kv_head) {
         const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
         u16* out = a.out + (token * a.heads + head) * D;
         i64 d = 0;
-        for (; d + 64 <= D; d += 64) weighted_sum<4>(values + d, between, scores, seen, inverse, out + d);
-        if (d < D) weighted_sum<2>(values + d, between, scores, seen, inverse, out + d);
+        for (; d + 64 <= D; d += 64) weighted_sum<4>(values + d, D, scores, seen, inverse, out + d);
+        if (d < D) weighted_sum<2>(values + d, D, scores, seen, inverse, out + d);
     }
 }
 

@@ -30,7 +30,7 @@ using AttentionItem = void(const Attention&, std::int64_t sequence, std::int64_t
 
 // One new token of several sequences against cached keys and values.
 struct AttentionStep : Heads {
-    std::uint16_t *keys, *values;        // caches [rows, capacity, K, D]; keys are cached rotated
+    std::uint16_t *keys, *values;        // caches [rows, K, capacity, D]; keys are cached rotated
     const std::int64_t *rows, *lengths;  // [T]: the sequence's row, and how many tokens it holds so far
     std::int64_t capacity;
 };

@@ -1,6 +1,7 @@
 // The Python module: checked by numerics/cpu.py, which hands over addresses of contiguous tensors.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "attention.hpp"
@@ -116,12 +118,24 @@ void quantize_scales(Address scales, float offset, std::int64_t count, std::int6
     });
 }
 
-void multiply_rows(Address x, Address packed, Address scales, Address nested, float offset, std::int64_t nested_block,
-                   Address y, std::int64_t rows, std::int64_t n, std::int64_t k, int block, int threads) {
-    const Scales by_block = scales_of(scales, nested, offset, nested_block);
-    parallel_for(threads, n, std::max<std::int64_t>(1, grain / k), [&](std::int64_t first, std::int64_t last) {
-        path->multiply_rows(pointer<const std::uint16_t>(x), pointer<const std::uint8_t>(packed), by_block,
-                            pointer<std::uint16_t>(y), rows, n, k, block, first, last);
+// packed, scales, nested scales or 0, offset, nested block, rows, and where its product goes.
+using Weight = std::tuple<Address, Address, Address, float, std::int64_t, std::int64_t, Address>;
+
+// Several weights times the same x [rows, k], in one parallel region.
+void multiply_rows(Address x, const std::vector<Weight>& weights, std::int64_t rows, std::int64_t k, int block,
+                   int threads) {
+    std::int64_t total = 0;
+    for (const Weight& w : weights) total += std::get<5>(w);
+    parallel_for(threads, total, std::max<std::int64_t>(1, grain / k), [&](std::int64_t first, std::int64_t last) {
+        std::int64_t start = 0;
+        for (const auto& [packed, scales, nested, offset, nested_block, n, y] : weights) {
+            const std::int64_t from = std::max<std::int64_t>(first - start, 0), to = std::min(last - start, n);
+            if (from < to)
+                path->multiply_rows(pointer<const std::uint16_t>(x), pointer<const std::uint8_t>(packed),
+                                    scales_of(scales, nested, offset, nested_block), pointer<std::uint16_t>(y), rows, n, k,
+                                    block, from, to);
+            start += n;
+        }
     });
 }
 
