@@ -41,7 +41,7 @@ class MasterAdamW:
             lr=options.lr,
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
-            foreach=True,
+            fused=True,
         )
 
     def step(self, lr: float, max_grad_norm: float) -> Tensor:
@@ -80,7 +80,6 @@ class MasterAdamW:
                 state: dict[str, Any] = {}
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     if f"{key}.{name}" in tensors:
-                        value = tensors[f"{key}.{name}"].clone()
-                        state[key] = value if key == "step" else value.to(master.device)
+                        state[key] = tensors[f"{key}.{name}"].to(master.device, copy=True)
                 if state:
                     self._adamw.state[master] = state
