@@ -1,4 +1,4 @@
-"""Greedy decoding on a CPU: twinlora's `generate` beside transformers', with a bfloat16 and a 4-bit base.
+"""Greedy decoding on a CPU: twinlora's `generate` beside transformers' and llama.cpp, bfloat16 and 4-bit.
 
     python benchmarks/cpu_decode.py --model DIR [--output benchmarks/results/cpu_decode.json]
 
@@ -11,14 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import harness  # puts src on the path
+import llama_cpp
 import peers
 import torch
+
+from twinlora import machine
 
 PROMPT, NEW = 32, 64
 
@@ -48,6 +52,16 @@ def ours(model_dir: str, *, quantized: bool) -> Callable[[list[list[int]]], Any]
     return lambda prompts: generate(model, prompts, max_new_tokens=NEW, stop=set())
 
 
+def llama(model_dir: str) -> Callable[[list[list[int]]], Any]:
+    """A server for one stream and one for eight: its batches are what it has slots for."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "model.gguf"
+        llama_cpp.write_q4_0(model_dir, path)
+        options = {"threads": torch.get_num_threads(), "new": NEW}
+        servers = {streams: llama_cpp.server(path, streams=streams, **options) for streams in (1, 8)}
+    return lambda prompts: servers[len(prompts)](prompts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -55,11 +69,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     document: dict[str, Any] = harness.facts() | {"limits": harness.limits(), "batches": {}}
+    machine.keep_freed_memory()  # as `twinlora chat` does
     ways = {
         "transformers bfloat16": peer(args.model, quantized=False),
         "transformers + bitsandbytes NF4": peer(args.model, quantized=True),
         "twinlora bfloat16": ours(args.model, quantized=False),
         "twinlora NF4": ours(args.model, quantized=True),
+        "llama.cpp Q4_0": llama(args.model),
     }
     for batch in (1, 8):
         generator = torch.Generator().manual_seed(0)

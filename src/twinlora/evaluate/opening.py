@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from twinlora import machine
 from twinlora.adapters import files, passport
 from twinlora.adapters.bank import AdapterBank
 from twinlora.config import ModelOptions
@@ -43,6 +44,7 @@ def open_model(
     `precision` auto follows the first adapter's passport; NF4 is used if it was trained on NF4. Raises ModelError,
     AdapterError.
     """
+    machine.keep_freed_memory()
     source = resolve(options.model)
     read = {name: files.read_adapter(path) for name, path in adapters.items()}
     passports = {name: passport.read(adapter.directory) for name, adapter in read.items()}
