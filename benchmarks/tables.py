@@ -115,7 +115,18 @@ def cpu_kernels() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"banking77": banking77, "cpu_train": cpu_train, "cpu_decode": cpu_decode, "cpu_kernels": cpu_kernels}
+def cpu_7b() -> str:
+    result = load("cpu_7b")
+    peak, steps = result["result"]["peak_rss_bytes"] / 2**30, result["step_seconds"]
+    return (
+        f"A random 7B llama (32 layers of 4,096) in NF4, rank 16 on all linear layers, one row of 256 tokens a step: it "
+        f"trains within {peak:.1f} GiB, {statistics.median(steps):.0f} s a step. " + machine_line(result)
+    )
+
+
+TABLES = {
+    "banking77": banking77, "cpu_train": cpu_train, "cpu_decode": cpu_decode, "cpu_7b": cpu_7b, "cpu_kernels": cpu_kernels,
+}  # fmt: skip
 
 
 def render(page: str) -> str:
