@@ -69,7 +69,8 @@ def peer_step(args: argparse.Namespace, workload: str, *, quantized: bool, tuned
 def our_step(args: argparse.Namespace, workload: str, method: str) -> Callable[[], int]:
     """One step as `train.loop` runs it, batch preparation included."""
     from twinlora import machine
-    from twinlora.adapters.lora import LoraConfig, attach, trainable_parameters
+    from twinlora.adapters.lora import attach, trainable_parameters
+    from twinlora.adapters.targets import LoraConfig
     from twinlora.config import OptimizerOptions
     from twinlora.data.packing import make_batch
     from twinlora.data.template import Example

@@ -24,6 +24,8 @@ __all__ = [
     "OptimizerOptions",
     "Options",
     "TrainOptions",
+    "parse_patterns",
+    "parse_ranges",
     "parse_size",
     "read_recipe",
     "validated",
@@ -44,6 +46,28 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
+def parse_ranges(text: str) -> tuple[int, ...]:
+    """`0-2,5` -> (0, 1, 2, 5). Raises ValueError."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"{part!r} is not a number or a range such as 0-7")
+        numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(numbers))
+
+
+def parse_patterns(entries: list[str]) -> dict[str, float]:
+    """`["q_proj=8"]` -> {"q_proj": 8.0}; names are regular expressions. Raises ValueError."""
+    patterns: dict[str, float] = {}
+    for entry in entries:
+        name, _, value = entry.rpartition("=")
+        if not name or not re.fullmatch(r"\d+(\.\d+)?", value) or float(value) <= 0:
+            raise ValueError(f"{entry!r} is not NAME=NUMBER, for example down_proj=32")
+        patterns[name] = float(value)
+    return patterns
+
+
 class Options(BaseModel):
     """What every verb shares."""
 
@@ -59,8 +83,10 @@ class ModelOptions(BaseModel):
 
     model: str = Field(description="Base model: a local directory, a GGUF file, or a hub id such as owner/name.")
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes the first GPU if there is one.")
-    dtype: Literal["bfloat16", "float32", "float16"] = Field(
-        "bfloat16", description="Type of computation and of weights that are not quantised."
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
+        "auto",
+        description="Type of computation and of weights that are not quantised. auto: bfloat16, unless this device is "
+        "slow at it (measured).",
     )
     block_size: int = Field(64, description="NF4: weights that share one scale.")
     double_quant: bool = Field(True, description="NF4: quantise the scales too (4.127 instead of 4.5 bits per weight).")
@@ -77,8 +103,38 @@ class AdapterOptions(BaseModel):
     dropout: Probability = Field(0.0, description="Dropout on the adapter's input while training.")
     target: list[str] = Field(
         ["all-linear"],
-        description="Layers that get an adapter: all-linear (the head excluded), or names such as q_proj.",
+        description="Layers that get an adapter: all-linear (the head excluded), names such as q_proj, or regular "
+        "expressions for whole names.",
     )
+    exclude: list[str] = Field([], description="Layers that get none, named like targets.")
+    layers: str | None = Field(None, description="Only these blocks, for example 0-7,12.")
+    rank_pattern: list[str] = Field([], description="NAME=RANK for layers of another rank, for example down_proj=32.")
+    alpha_pattern: list[str] = Field([], description="NAME=ALPHA for layers of another alpha.")
+    rslora: bool = Field(False, description="Scale by alpha / √rank: steadier at high ranks.")
+    dora: bool = Field(False, description="DoRA: also train the length of each row of the updated weight.")
+    init: Literal["default", "pissa", "loftq"] = Field(
+        "default",
+        description="default: B is 0; pissa: the weight's principal components; loftq: what NF4 lost (method qlora).",
+    )
+    modules_to_save: list[str] = Field([], description="Modules trained as a whole and saved, for example lm_head.")
+
+    @field_validator("layers")
+    @classmethod
+    def _ranges(cls, text: str | None) -> str | None:
+        parse_ranges(text or "0")
+        return text
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, entries: list[str]) -> list[str]:
+        parse_patterns(entries)
+        return entries
+
+    @model_validator(mode="after")
+    def _variant(self) -> Self:
+        if self.dora and self.dropout:
+            raise ValueError("dora with dropout is not supported: leave one out")
+        return self
 
 
 class DataOptions(BaseModel):
@@ -103,6 +159,9 @@ class OptimizerOptions(BaseModel):
 
     lr: Annotated[float, Field(gt=0)] = Field(2e-4, description="Peak learning rate.")
     scheduler: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
+    lora_plus_ratio: Annotated[float, Field(ge=1)] = Field(
+        1.0, description="LoRA+: B learns this many times as fast as A; 16 is usual."
+    )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(10, description="Steps of linear warm-up.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
     beta1: Probability = Field(0.9, description="AdamW first-moment decay.")
@@ -133,6 +192,10 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, DataOptions, Optimizer
             raise ValueError("resume and overwrite exclude each other: leave one out")
         if self.method == "full" and self.init_adapter:
             raise ValueError("init_adapter has no use with method full: leave it out or choose lora or qlora")
+        if self.init == "loftq" and self.method != "qlora":
+            raise ValueError("init loftq makes up for what quantising loses: it needs method qlora")
+        if self.init != "default" and self.init_adapter:
+            raise ValueError("init_adapter and init exclude each other: leave one out")
         return self
 
 

@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 
 from twinlora.adapters import files, passport
 from twinlora.adapters.bank import AdapterBank
-from twinlora.adapters.lora import LoraConfig, attach, lora_layers, trainable_parameters
+from twinlora.adapters.lora import attach, lora_layers, trainable_parameters
+from twinlora.adapters.targets import LoraConfig
 from twinlora.errors import AdapterError
 from twinlora.model.load import load_model, resolve
 from twinlora.numerics.nf4 import NF4Format
@@ -27,7 +28,7 @@ IDS = torch.arange(12)[None]
 def test_round_trip(tiny, tmp_path, quantize):
     config = LoraConfig(rank=4, alpha=8)
     model = model_with_adapter(tiny, config, quantize=quantize)
-    files.save_adapter(model, tmp_path / "a", config, str(tiny))
+    files.save_adapter(model, tmp_path / "a", str(tiny))
     again = load_model(resolve(str(tiny)), dtype=torch.float32, quantize=quantize)
     files.load_adapter(again, files.read_adapter(tmp_path / "a"))
     assert torch.equal(again(IDS).logits, model(IDS).logits)
@@ -47,7 +48,7 @@ def test_targets(tiny):
     model = load_model(resolve(str(tiny)))
     assert len(attach(model, LoraConfig(target=("q_proj", "v_proj")))) == 4
     assert all(name.endswith(("q_proj", "v_proj")) for name in lora_layers(model))
-    with pytest.raises(AdapterError, match=r"'qproj' matches no linear layer; did you mean .*q_proj"):
+    with pytest.raises(AdapterError, match=r"'qproj' matches no layer; did you mean .*q_proj"):
         attach(load_model(resolve(str(tiny))), LoraConfig(target=("qproj",)))
     whole = load_model(resolve(str(tiny)))
     attach(whole, LoraConfig(rank=2))
@@ -56,15 +57,16 @@ def test_targets(tiny):
 
 
 def _saved(tiny, tmp_path):
-    files.save_adapter(model_with_adapter(tiny), tmp_path / "a", LoraConfig(rank=4, alpha=8), "b")
+    files.save_adapter(model_with_adapter(tiny), tmp_path / "a", "b")
     return tmp_path / "a"
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"use_dora": True}, "use_dora = True"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"use_dora": True}, "expected lora_A, lora_B, lora_magnitude_vector"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, but there is no tensor of it"),
+        ({"trainable_token_indices": [3]}, r"trainable_token_indices = \[3\]: not supported"),
         ({"bias": "all"}, "bias 'all'"),
         ({"peft_type": "LOHA"}, "only LORA"),
         ({"init_lora_weights": "pissa"}, "pissa"),
@@ -89,7 +91,7 @@ def test_every_bad_tensor_is_named(tiny, tmp_path):
     save_file(tensors, directory / files.WEIGHTS)
     with pytest.raises(AdapterError) as caught:
         files.read_adapter(directory)
-    for part in ("NaN", "lm_head.weight: not a LoRA matrix", "only"):
+    for part in ("NaN", "lm_head.weight: not a LoRA matrix", "expected lora_A, lora_B"):
         assert part in str(caught.value)
 
 
@@ -100,7 +102,7 @@ def test_an_adapter_for_another_shape(tiny, tmp_path):
     save_file(wrong, directory / files.WEIGHTS)
     model = load_model(resolve(str(tiny)))
     with pytest.raises(
-        AdapterError, match=r"7 layer\(s\) do not fit[\s\S]*layers.7.mlp.down_proj: the model has no such"
+        AdapterError, match=r"7 part\(s\) do not fit[\s\S]*layers.7.mlp.down_proj: the model has no such"
     ):
         files.load_adapter(model, files.read_adapter(directory))
     assert not lora_layers(model)
@@ -118,7 +120,7 @@ def test_bank_switches_between_adapters_and_the_base(tiny, tmp_path):
     logits, configs = {}, {"a": LoraConfig(rank=4), "b": LoraConfig(rank=2, alpha=9, target=("q_proj",))}
     for seed, (name, config) in enumerate(configs.items()):
         model = model_with_adapter(tiny, config, seed=seed)
-        files.save_adapter(model, tmp_path / name, config, "b")
+        files.save_adapter(model, tmp_path / name, "b")
         logits[name] = model(IDS).logits
     base = load_model(resolve(str(tiny)), dtype=torch.float32)
     logits[None] = base(IDS).logits
@@ -143,8 +145,8 @@ def _passport(**changes):
 
 
 def test_passport(tiny, tmp_path):
-    model, config = model_with_adapter(tiny), LoraConfig(rank=4)
-    files.save_adapter(model, tmp_path / "a", config, "x", _passport())
+    model = model_with_adapter(tiny)
+    files.save_adapter(model, tmp_path / "a", "x", _passport())
     check = {"base": "mine", "fingerprint": "f" * 64, "precision": {"bfloat16": 15}}
     assert passport.check(tmp_path / "a", **check) == []
     (line,) = passport.check(tmp_path / "a", **(check | {"precision": {"nf4-64-dq256": 14}}))

@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, Qwen3Config
 
-from twinlora.adapters.lora import LoraConfig, attach
+from twinlora.adapters.lora import attach
+from twinlora.adapters.targets import LoraConfig
 from twinlora.data.packing import make_micro_batch
 from twinlora.data.template import Example
 from twinlora.model import swap
@@ -92,7 +93,7 @@ def test_a_model_without_our_blocks_trains_on_its_own(tmp_path):
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64, attn_pdrop=0.0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     model = load_model(resolve(str(tmp_path)), dtype=torch.float32)
-    assert swap.replace_blocks(model) == {"Linear → DenseLinear": 1}, "the head"
+    assert swap.replace_blocks(model) == {"Conv1D → DenseLinear": 4, "Linear → DenseLinear": 1}
     micro = make_micro_batch(examples(), packed=False, pad_id=0)
     assert torch.isfinite(loss_sum(model, micro, plain_head=has_plain_head(model)))
 

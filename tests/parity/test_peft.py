@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from twinlora.adapters import files
-from twinlora.adapters.lora import LoraConfig, attach, lora_layers, trainable_parameters
+from twinlora.adapters.lora import attach, lora_layers, trainable_parameters
+from twinlora.adapters.targets import LoraConfig
 from twinlora.config import OptimizerOptions
 from twinlora.data.packing import make_batch
 from twinlora.data.template import Example, encode_rows
@@ -53,7 +54,7 @@ def test_peft_computes_what_we_compute_from_our_adapter(tiny, tmp_path, target):
     attach(ours, config)
     for layer in lora_layers(ours).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
-    files.save_adapter(ours, tmp_path / "a", config, str(tiny))
+    files.save_adapter(ours, tmp_path / "a", str(tiny))
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "a")
     with torch.no_grad():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from twinlora.adapters.files import AdapterFile, require_fit
 from twinlora.adapters.lora import LoraLinear, lora_layers, wrap
@@ -18,7 +19,7 @@ class AdapterBank:
         if lora_layers(model):
             raise AdapterError("the model already has adapters: load it afresh")
         self._model = model
-        self._weights: dict[str, dict[str, tuple[nn.Parameter, nn.Parameter, float]]] = {}
+        self._weights: dict[str, dict[str, tuple[nn.Parameter, nn.Parameter, nn.Parameter | None, float]]] = {}
         self.active: str | None = None
 
     @property
@@ -31,13 +32,20 @@ class AdapterBank:
         if name in self._weights:
             raise AdapterError(f"adapter name {name!r} is taken by another one: choose a different name")
         require_fit(self._model, adapter)
+        if adapter.modules:
+            raise AdapterError(
+                f"adapter {name!r} trained whole modules ({', '.join(adapter.modules)}), which are not switched; "
+                "serve it from a model of its own"
+            )
         device = next(self._model.parameters()).device
         self._weights[name] = {}
         for layer, (a, b) in adapter.tensors.items():
             if not isinstance(self._model.get_submodule(layer), LoraLinear):
                 wrap(self._model, layer, adapter.configs[layer])
-            a, b = (nn.Parameter(t.float().to(device), requires_grad=False) for t in (a, b))
-            self._weights[name][layer] = (a, b, adapter.configs[layer].scale)
+            a, b = (_frozen(t, device) for t in (a, b))
+            magnitude = adapter.magnitudes.get(layer)
+            length = None if magnitude is None else _frozen(magnitude, device)
+            self._weights[name][layer] = (a, b, length, adapter.configs[layer].scale)
         self.use(self.active)
 
     def use(self, name: str | None) -> None:
@@ -49,5 +57,9 @@ class AdapterBank:
         for layer, module in lora_layers(self._model).items():
             module.enabled = layer in chosen
             if module.enabled:
-                module.lora_A, module.lora_B, module.scale = chosen[layer]
+                module.lora_A, module.lora_B, module.magnitude, module.scale = chosen[layer]
         self.active = name
+
+
+def _frozen(tensor: Tensor, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(tensor.float().to(device), requires_grad=False)

@@ -1,50 +1,26 @@
-"""LoRA (arXiv 2106.09685): y = base(x) + (alpha / r) · B A x; A [r, in] and B [out, r] are trained, the base frozen.
+"""LoRA (arXiv 2106.09685): y = base(x) + scale · B A x; A [r, in] and B [out, r] are trained, the base frozen.
 
-QLoRA is this class over a QuantLinear. A and B are float32 masters; products run in x's type.
+QLoRA is this class over a QuantLinear. A and B are float32 masters; products run in x's type. Two variants live in the
+same layer: DoRA (arXiv 2402.09353) has a trained length for each row of the updated weight, PiSSA (arXiv 2404.02948)
+a frozen pair of factors that is subtracted.
 """
 
 from __future__ import annotations
 
-import difflib
+import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from twinlora.adapters.targets import LayerConfig, LoraConfig, resolve_modules, resolve_targets
 from twinlora.errors import AdapterError
-from twinlora.model.linear import DenseLinear, FrozenLinear, multiply_each
+from twinlora.model.linear import FrozenLinear, QuantLinear, as_frozen, multiply_each
 
-__all__ = [
-    "ALL_LINEAR",
-    "LoraConfig",
-    "LoraLinear",
-    "attach",
-    "lora_layers",
-    "resolve_targets",
-    "trainable_parameters",
-    "wrap",
-]
-
-ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Rank, scale and place of an adapter."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target: tuple[str, ...] = (ALL_LINEAR,)
-
-    @property
-    def scale(self) -> float:
-        """What B·A is multiplied by."""
-        return self.alpha / self.rank
+__all__ = ["LoraLinear", "attach", "lora_layers", "trainable_parameters", "whole_modules", "wrap"]
 
 
 class _Lora(torch.autograd.Function):
@@ -95,7 +71,7 @@ class _Lora(torch.autograd.Function):
 class LoraLinear(nn.Module):
     """A frozen base layer and its trained low-rank update."""
 
-    def __init__(self, base: FrozenLinear, config: LoraConfig, generator: torch.Generator | None = None) -> None:
+    def __init__(self, base: FrozenLinear, config: LayerConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.base = base
         self.scale, self.dropout, self.enabled = config.scale, config.dropout, True
@@ -105,11 +81,22 @@ class LoraLinear(nn.Module):
         a = torch.empty(config.rank, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(a.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
+        # PiSSA: where training started; what has been learnt is the difference.
+        self.start_A: nn.Parameter | None = None
+        self.start_B: nn.Parameter | None = None
+        # DoRA: the length of each row of the updated weight, [out].
+        self.magnitude = nn.Parameter(self._base_norms().sqrt()) if config.dora else None
 
     @property
     def rank(self) -> int:
-        """r, the rows of A."""
+        """r, the rows of A that train."""
         return self.lora_A.shape[0]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] of the whole update, as a plain LoRA has them; r is twice the rank with PiSSA."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -117,90 +104,123 @@ class LoraLinear(nn.Module):
             out: Tensor = self.base(x)
             return out
         z = F.dropout(x, self.dropout) if self.training and self.dropout else None
-        result: tuple[Tensor] = _Lora.apply(x, z, (self,), self.lora_A, self.lora_B)
-        return result[0]
+        result: tuple[Tensor] = _Lora.apply(x, z, (self,), *self.factors())
+        return self._with_magnitude(result[0])
 
     @staticmethod
     def together(x: Tensor, layers: Sequence[LoraLinear]) -> tuple[Tensor, ...]:
         """What each layer makes of the same x [..., in]; see `model.linear.project`."""
         if any(not layer.enabled or (layer.training and layer.dropout) for layer in layers):
             return tuple(layer(x) for layer in layers)
-        factors = [layer.lora_A for layer in layers] + [layer.lora_B for layer in layers]
-        results: tuple[Tensor, ...] = _Lora.apply(x, None, tuple(layers), *factors)
-        return results
+        a, b = zip(*(layer.factors() for layer in layers), strict=True)
+        results: tuple[Tensor, ...] = _Lora.apply(x, None, tuple(layers), *a, *b)
+        return tuple(layer._with_magnitude(y) for layer, y in zip(layers, results, strict=True))
 
     def update(self) -> Tensor:
-        """scale · B A, float32 [out, in]."""
-        return self.scale * (self.lora_B @ self.lora_A)
+        """What is added to the base's weight, float32 [out, in]."""
+        a, b = self.factors()
+        added = self.scale * (b @ a)
+        if self.magnitude is None:
+            return added
+        dense = self.base.dense_weight(torch.float32)
+        return self._gain(torch.float32)[:, None] * (dense + added) - dense
+
+    def _base_norms(self) -> Tensor:
+        """Squared length of each row of the base's weight, float32 [out]; computed once."""
+        kept: Tensor | None = self.__dict__.get("_norms")
+        if kept is None:
+            kept = self.__dict__["_norms"] = self.base.dense_weight(torch.float32).square().sum(1)
+        return kept
+
+    @torch.no_grad()
+    def _row_norms(self, dtype: torch.dtype) -> Tensor:
+        """Length of each row of the updated weight, float32 [out]: |W + sBA|², without making it.
+
+        = |W|² + 2 s (W Aᵀ)·B + s² (B A Aᵀ)·B. The paper treats it as a constant in the backward pass.
+        """
+        a, b = self.factors()
+        projected = self.base.multiply(a.to(dtype)).float()  # (W Aᵀ)ᵀ, [r, out]
+        if self.base.bias is not None:
+            projected -= self.base.bias
+        crossed = 2 * self.scale * (projected.T * b).sum(1)
+        squared = self.scale**2 * ((b @ (a @ a.T)) * b).sum(1)
+        return (self._base_norms() + crossed + squared).clamp_(min=1e-12).sqrt_()
+
+    def _gain(self, dtype: torch.dtype) -> Tensor:
+        assert self.magnitude is not None
+        return self.magnitude / self._row_norms(dtype)
+
+    def _with_magnitude(self, y: Tensor) -> Tensor:
+        if self.magnitude is None:
+            return y
+        gain, bias = self._gain(y.dtype).to(y.dtype), self.base.bias
+        return y * gain if bias is None else (y - bias) * gain + bias
 
     def extra_repr(self) -> str:
         """Rank and scale, as printed by `print(model)`."""
-        return f"rank={self.rank}, scale={self.scale:g}"
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers by name, the output head excluded."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    kinds = (nn.Linear, FrozenLinear)
-    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m is not head}
-
-
-def resolve_targets(model: nn.Module, target: tuple[str, ...]) -> list[str]:
-    """Names of the layers that `target` means: `all-linear`, last name parts (`q_proj`) or whole names.
-
-    Raises AdapterError for an entry that matches nothing, with the nearest names.
-    """
-    linears = _linears(model)
-    chosen: set[str] = set()
-    for entry in target:
-        if entry == ALL_LINEAR:
-            chosen.update(linears)
-            continue
-        found = [name for name in linears if name == entry or name.endswith("." + entry)]
-        if not found:
-            kinds = sorted({name.rpartition(".")[2] for name in linears})
-            near = difflib.get_close_matches(entry, kinds, n=3) or kinds
-            raise AdapterError(
-                f"target {entry!r} matches no linear layer; did you mean {', '.join(near)}? (or all-linear)"
-            )
-        chosen.update(found)
-    return [name for name in linears if name in chosen]
+        kind = ", dora" if self.magnitude is not None else ", pissa" if self.start_A is not None else ""
+        return f"rank={self.rank}, scale={self.scale:g}{kind}"
 
 
 def attach(
-    model: nn.Module, config: LoraConfig, *, seed: int = 0, per_layer: dict[str, LoraConfig] | None = None
+    model: nn.Module,
+    config: LoraConfig,
+    *,
+    seed: int = 0,
+    per_layer: Mapping[str, LayerConfig] | None = None,
+    initial: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> list[str]:
-    """Freeze `model`, put a LoraLinear over every target and return their names.
+    """Freeze `model`, put a LoraLinear over every target, make copies of `modules_to_save` train; returns the targets.
 
-    `per_layer` overrides `config` for the layers it names.
-
+    `per_layer` gives the layers and their configurations itself; `initial` the A and B to start from.
     The initial A depends on `seed`, the layers' order and shapes alone, so that every base precision starts equal.
     Raises AdapterError if a target matches nothing or the model already has adapters.
     """
     if lora_layers(model):
         raise AdapterError("the model already has adapters: load it afresh")
-    names = resolve_targets(model, config.target)
+    names = resolve_targets(model, config) if per_layer is None else list(per_layer)
+    whole = resolve_modules(model, config)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
-        wrap(model, name, (per_layer or {}).get(name, config), generator)
+        layer = wrap(model, name, per_layer[name] if per_layer else config.layer(name), generator)
+        if initial is not None:
+            with torch.no_grad():
+                layer.lora_A.copy_(initial[name][0])
+                layer.lora_B.copy_(initial[name][1])
+    for name in whole:
+        _train_whole(model, name)
     return names
 
 
-def wrap(model: nn.Module, name: str, config: LoraConfig, generator: torch.Generator | None = None) -> LoraLinear:
+def wrap(model: nn.Module, name: str, config: LayerConfig, generator: torch.Generator | None = None) -> LoraLinear:
     """Put a fresh LoraLinear over the linear layer `name`."""
     parent, _, child = name.rpartition(".")
-    module = model.get_submodule(name)
-    base = DenseLinear(module) if isinstance(module, nn.Linear) else module
-    assert isinstance(base, FrozenLinear)
-    layer = LoraLinear(base, config, generator)
+    layer = LoraLinear(as_frozen(model.get_submodule(name)), config, generator)
     setattr(model.get_submodule(parent), child, layer)
     return layer
+
+
+def _train_whole(model: nn.Module, name: str) -> None:
+    """A trained copy in place of the module: what was tied to it stays as it was, as in PEFT."""
+    module = model.get_submodule(name)
+    if isinstance(module, QuantLinear):
+        raise AdapterError(f"modules_to_save {name}: its weight is quantised and cannot train; use --method lora")
+    trained = copy.deepcopy(module).requires_grad_(True)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, trained)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """Every LoraLinear by the name of the layer it stands for."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
+
+
+def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that train as a whole beside the adapters, by name."""
+    owners = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    layers = lora_layers(model)
+    return {name: model.get_submodule(name) for name in sorted(owners) if name not in layers}
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twinlora import machine
@@ -15,7 +14,7 @@ from twinlora.adapters.bank import AdapterBank
 from twinlora.config import ModelOptions
 from twinlora.model import swap
 from twinlora.model.fingerprint import fingerprint
-from twinlora.model.load import load_model, load_tokenizer, pick_device, precision_by_layer, resolve
+from twinlora.model.load import load_model, load_tokenizer, pick_device, pick_dtype, precision_by_layer, resolve
 from twinlora.numerics.nf4 import NF4Format
 from twinlora.reporter import Reporter
 
@@ -53,11 +52,15 @@ def open_model(
         precision = "nf4" if first and any(key.startswith("nf4") for key in first.base_precision) else "16bit"
     fmt = NF4Format(options.block_size, 256 if options.double_quant else 0) if precision == "nf4" else None
     identity = fingerprint(source) if read else ""
+    device = pick_device(options.device)
+    dtype, reason = pick_dtype(options.dtype, device)
+    if reason:
+        reporter.note(reason)
     model = load_model(
         source,
         quantize=fmt,
-        dtype=getattr(torch, options.dtype),
-        device=pick_device(options.device),
+        dtype=dtype,
+        device=device,
         trust_remote_code=options.trust_remote_code,
     )
     stored = precision_by_layer(model)

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from twinlora import machine
 from twinlora.config import CompareOptions, TrainOptions
 from twinlora.data.formats import read_rows
@@ -22,7 +20,15 @@ from twinlora.evaluate.report import BASE, CurvePoint, MethodResult, Score, Sear
 from twinlora.evaluate.stats import wilson_interval
 from twinlora.model import swap
 from twinlora.model.forward import has_plain_head, packing_refusal
-from twinlora.model.load import load_model, load_tokenizer, pick_device, precision_by_layer, resolve, weight_bytes
+from twinlora.model.load import (
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    precision_by_layer,
+    resolve,
+    weight_bytes,
+)
 from twinlora.numerics import ops
 from twinlora.reporter import ConsoleReporter
 from twinlora.train.loop import TrainResult, train
@@ -48,9 +54,8 @@ def measure_base(options: CompareOptions, test: Path) -> tuple[BaseMeasured, lis
     """Exact match and loss of the model as it is."""
     source, device = resolve(options.model), pick_device(options.device)
     machine.reset_peaks(device)
-    model = load_model(
-        source, dtype=getattr(torch, options.dtype), device=device, trust_remote_code=options.trust_remote_code
-    )
+    dtype, _ = pick_dtype(options.dtype, device)
+    model = load_model(source, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code)
     parameters, size, precision = (
         sum(p.numel() for p in model.parameters()),
         weight_bytes(model),

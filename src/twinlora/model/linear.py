@@ -13,11 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from twinlora.numerics import ops
 from twinlora.numerics.nf4 import NF4Format
 
-__all__ = ["DenseLinear", "FrozenLinear", "QuantLinear", "multiply_each", "project"]
+__all__ = ["DenseLinear", "FrozenLinear", "QuantLinear", "as_frozen", "is_linear", "multiply_each", "project"]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer of torch or transformers (GPT-2's Conv1D keeps its weight as [in, out])."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def as_frozen(module: nn.Module) -> FrozenLinear:
+    """The layer as a FrozenLinear: itself, or a DenseLinear that shares its parameters."""
+    return module if isinstance(module, FrozenLinear) else DenseLinear(module)
 
 
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -33,6 +44,7 @@ class FrozenLinear(nn.Module):
     """y = x @ W.T + bias with a frozen W [out_features, in_features]."""
 
     bias: nn.Parameter | None
+    fan_in_fan_out = False  # PEFT's name for a weight that is stored as [in, out]
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -82,29 +94,36 @@ def multiply_each(x: Tensor, layers: Sequence[FrozenLinear]) -> tuple[Tensor, ..
 
 
 class DenseLinear(FrozenLinear):
-    """A 16- or 32-bit weight, shared with the nn.Linear it replaces."""
+    """A 16- or 32-bit weight, shared with the layer it replaces; as [in, out] if that is a Conv1D."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.bias)
-        self.weight = linear.weight
+    def __init__(self, linear: Any) -> None:
+        transposed = isinstance(linear, Conv1D)
+        rows, columns = linear.weight.shape[:: -1 if transposed else 1]
+        super().__init__(columns, rows, linear.bias)
+        self.weight: nn.Parameter = linear.weight
+        self.fan_in_fan_out = transposed
+
+    def _matrix(self, dtype: torch.dtype) -> Tensor:
+        """W [out, in], not copied unless `dtype` is another one."""
+        return (self.weight.T if self.fan_in_fan_out else self.weight).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The stock linear layer."""
-        return F.linear(x, self.weight, self.bias) if torch.is_grad_enabled() else self.multiply(x)
+        return F.linear(x, self._matrix(x.dtype), self.bias) if torch.is_grad_enabled() else self.multiply(x)
 
     def multiply(self, x: Tensor) -> Tensor:
         """See FrozenLinear."""
         if self.bias is not None:
-            return F.linear(x, self.weight.to(x.dtype), self.bias)
-        return ops.dense_linear(x, self.weight.to(x.dtype))
+            return F.linear(x, self._matrix(x.dtype), self.bias.to(x.dtype))
+        return ops.dense_linear(x, self._matrix(x.dtype))
 
     def multiply_transposed(self, dy: Tensor) -> Tensor:
         """See FrozenLinear."""
-        return dy @ self.weight.to(dy.dtype)
+        return dy @ self._matrix(dy.dtype)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """See FrozenLinear."""
-        return self.weight.detach().to(dtype)
+        return self._matrix(dtype).detach()
 
     @property
     def precision(self) -> str:
@@ -138,9 +157,12 @@ class QuantLinear(FrozenLinear):
         self.nested_offset = None if nested_offset is None else _frozen(nested_offset)
 
     @classmethod
-    def from_dense(cls, weight: Tensor, bias: nn.Parameter | None, fmt: NF4Format, name: str) -> QuantLinear:
-        """Quantise `weight` [N, K]; `name` is what an error calls it."""
-        return cls(ops.quantize(weight, fmt, name=name), bias)
+    def from_dense(cls, linear: Any, weight: Tensor, fmt: NF4Format, name: str) -> QuantLinear:
+        """In place of `linear`, `weight` (of its shape) quantised; `name` is what an error calls it."""
+        transposed = isinstance(linear, Conv1D)
+        layer = cls(ops.quantize(weight.T.contiguous() if transposed else weight, fmt, name=name), linear.bias)
+        layer.fan_in_fan_out = transposed
+        return layer
 
     @property
     def quantized(self) -> ops.NF4Tensor:
@@ -156,7 +178,7 @@ class QuantLinear(FrozenLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Differentiable in x."""
         y = ops.linear(x, self.quantized)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def multiply(self, x: Tensor) -> Tensor:
         """See FrozenLinear."""

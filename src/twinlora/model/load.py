@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,22 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from twinlora import machine
 from twinlora.errors import ModelError
 from twinlora.model import attention
-from twinlora.model.linear import FrozenLinear, QuantLinear
+from twinlora.model.linear import FrozenLinear, QuantLinear, is_linear
 from twinlora.numerics.nf4 import NF4Format
 
-__all__ = ["Source", "load_model", "load_tokenizer", "pick_device", "precision_by_layer", "resolve", "weight_bytes"]
+__all__ = [
+    "Source",
+    "load_model",
+    "load_tokenizer",
+    "pick_device",
+    "pick_dtype",
+    "precision_by_layer",
+    "resolve",
+    "weight_bytes",
+]
 
 _METHOD = "twinlora_nf4"
 _SMALL = 1 << 20  # bytes; a mapping each would be hundreds for the norms
@@ -118,11 +129,24 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str | None]:
+    """The type `name`, or for `auto` the best one for `device`, and if that was a choice the reason in words."""
+    if name != "auto":
+        return getattr(torch, name), None
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return (torch.bfloat16, None) if native else (torch.float16, "float16: this GPU has no bfloat16 arithmetic")
+    narrow, wide = (machine.product_rate(dtype) for dtype in (torch.bfloat16, torch.float32))
+    if narrow >= wide:
+        return torch.bfloat16, None
+    return torch.float32, f"float32: this CPU multiplies at {wide / 1e9:.0f} GFLOP/s, in bfloat16 at {narrow / 1e9:.0f}"
+
+
 @register_quantization_config(_METHOD)
 class _Config(QuantizationConfigMixin):  # type: ignore[misc]
-    def __init__(self, fmt: NF4Format | None = None, **_: Any) -> None:
+    def __init__(self, fmt: NF4Format | None = None, on_quantized: Any = None, **_: Any) -> None:
         self.quant_method = _METHOD
-        self.fmt = fmt or NF4Format()
+        self.fmt, self.on_quantized = fmt or NF4Format(), on_quantized
         self.problems: list[str] = []  # transformers keeps only a summary of what its loop raises
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Config:
@@ -145,7 +169,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
             weight = value[0] if isinstance(value, list) else value
             missing_keys.discard(name)
             try:
-                _quantize_layer(model, name.removesuffix(".weight"), weight, self.config.fmt)
+                _quantize_layer(model, name.removesuffix(".weight"), weight, self.config)
             except ModelError as error:
                 self.config.problems.append(str(error))
         return {}
@@ -179,20 +203,22 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
 def quantizable(model: nn.Module) -> list[str]:
     """Names of the linear layers that NF4 is for: all but the output head."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return [name for name, m in model.named_modules() if type(m) is nn.Linear and m is not head]
+    return [name for name, m in model.named_modules() if is_linear(m) and m is not head]
 
 
-def _quantize_layer(model: nn.Module, name: str, weight: Tensor, fmt: NF4Format) -> None:
+def _quantize_layer(model: nn.Module, name: str, weight: Tensor, config: _Config) -> None:
     parent, _, child = name.rpartition(".")
     module: Any = model.get_submodule(name)
     if tuple(weight.shape) != tuple(module.weight.shape):
         raise ModelError(
             f"{name}.weight: checkpoint has {tuple(weight.shape)}, the model expects {tuple(module.weight.shape)}"
         )
-    replacement = QuantLinear.from_dense(weight, module.bias, fmt, f"{name}.weight")
+    replacement = QuantLinear.from_dense(module, weight, config.fmt, f"{name}.weight")
     for part in (replacement, *replacement.parameters()):
         setattr(part, "_is_hf_initialized", True)  # noqa: B010  # transformers must not initialise it anew
     setattr(model.get_submodule(parent), child, replacement)
+    if config.on_quantized is not None:
+        config.on_quantized(name, weight, replacement)
 
 
 def load_model(
@@ -202,16 +228,18 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    on_quantized: Callable[[str, Tensor, QuantLinear], None] | None = None,
 ) -> PreTrainedModel:
     """The causal language model of `source`, frozen, in eval mode, with our attention where the architecture takes it.
 
     With `quantize`, linear layers become QuantLinear while the checkpoint streams by; embeddings, norms and head keep
-    `dtype`. A GGUF file is dequantised to `dtype` first. Raises ModelError, with the tensors that are wrong.
+    `dtype`. A GGUF file is dequantised to `dtype` first. `on_quantized` sees each such layer's name, its weight before,
+    and what it became. Raises ModelError, with the tensors that are wrong.
     """
     attention.register()
     arguments: dict[str, Any] = source.load_arguments | {"dtype": dtype, "trust_remote_code": trust_remote_code}
     arguments |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # we refuse them ourselves, by name
-    config = _Config(quantize)
+    config = _Config(quantize, on_quantized)
     if source.is_gguf:
         arguments |= _gguf_arguments()
     elif quantize is not None:
@@ -225,7 +253,7 @@ def load_model(
     _refuse_incomplete(source, info, config.problems)
     if source.is_gguf and quantize is not None:
         for name in quantizable(model):
-            _quantize_layer(model, name, model.get_submodule(name).weight.detach(), quantize)
+            _quantize_layer(model, name, model.get_submodule(name).weight.detach(), config)
     if model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None:
         model.set_attn_implementation(attention.NAME)
     model.to(device)
@@ -315,7 +343,7 @@ def precision_by_layer(model: nn.Module) -> dict[str, int]:
     for module in model.modules():
         if isinstance(module, FrozenLinear):
             counts[module.precision] = counts.get(module.precision, 0) + 1
-        elif isinstance(module, nn.Linear):
+        elif is_linear(module):
             name = str(module.weight.dtype).removeprefix("torch.")
             counts[name] = counts.get(name, 0) + 1
     return counts

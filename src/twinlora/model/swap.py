@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from twinlora.model.attention import NO_MASK_SHAPE, Layout
 from twinlora.model.blocks import Attention, RMSNorm, SwiGLU
-from twinlora.model.linear import DenseLinear
+from twinlora.model.linear import DenseLinear, is_linear
 
 __all__ = ["replace_blocks"]
 
@@ -44,9 +44,9 @@ def _candidates(module: nn.Module, rotary: nn.Module | None, dtype: torch.dtype)
         return
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if type(module) is nn.Linear and not module.weight.requires_grad:
+    if is_linear(module) and isinstance(weight, nn.Parameter) and not weight.requires_grad:
         dense = DenseLinear(module)
-        yield _Candidate(dense, module.in_features, dtype, dense, module)
+        yield _Candidate(dense, dense.in_features, dtype, dense, module)
     parts: dict[str, Any] = dict(module.named_children())
     if type(module).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and isinstance(eps, float):
         for norm in (RMSNorm(weight, eps), RMSNorm(weight, eps, offset=1.0, wide=True)):

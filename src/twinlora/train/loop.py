@@ -15,11 +15,14 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twinlora import atomic, machine
-from twinlora.adapters import files, passport
-from twinlora.adapters.lora import LoraConfig, attach, trainable_parameters
+from twinlora.adapters import files, init, passport
+from twinlora.adapters.lora import attach, trainable_parameters
+from twinlora.adapters.targets import LoraConfig
 from twinlora.config import TrainOptions
 from twinlora.data.formats import Row, file_digest, read_rows
 from twinlora.data.packing import Batch, epoch_order, make_batch, steps_per_epoch
@@ -28,11 +31,13 @@ from twinlora.errors import CheckpointError, Interrupted, TrainingDiverged
 from twinlora.evaluate.metrics import mean_loss
 from twinlora.model import forward, swap
 from twinlora.model.fingerprint import fingerprint
+from twinlora.model.linear import QuantLinear
 from twinlora.model.load import (
     Source,
     load_model,
     load_tokenizer,
     pick_device,
+    pick_dtype,
     precision_by_layer,
     resolve,
     weight_bytes,
@@ -84,6 +89,7 @@ class _Progress:
     step: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    skipped: int = 0  # steps whose float16 gradients overflowed
     seconds: float = 0.0
     loss: float = math.nan
 
@@ -161,15 +167,20 @@ class _Trainer:
         machine.keep_freed_memory()
         torch.manual_seed(options.seed)  # dropout draws from the global generators
         self.notes: list[str] = []
+        self.lora = LoraConfig.from_options(options)
+        self.dtype, reason = pick_dtype(options.dtype, device)
+        if reason:
+            self._note(reason)
+        self.initial: dict[str, tuple[Tensor, Tensor]] = {}
         self.model = self._load()
         self.precision = precision_by_layer(self.model)
         self.weight_bytes = weight_bytes(self.model)
-        self.lora = LoraConfig(options.rank, options.alpha, options.dropout, tuple(options.target))
         self._prepare_training()
         self.replaced = swap.replace_blocks(self.model, self._note) if options.fused else {}
         self.plain_head = forward.has_plain_head(self.model)
         self.packed = self._decide_packing()
-        self.optimizer = MasterAdamW(trainable_parameters(self.model), options)
+        scaled = self.dtype == torch.float16
+        self.optimizer = MasterAdamW(trainable_parameters(self.model), options, scaled=scaled)
         self.total = inputs.steps(options)
         self.at = _Progress()
         self.identity = self._identity()
@@ -184,9 +195,10 @@ class _Trainer:
         model = load_model(
             self.inputs.source,
             quantize=fmt,
-            dtype=getattr(torch, o.dtype),
+            dtype=self.dtype,
             device=self.device,
             trust_remote_code=o.trust_remote_code,
+            on_quantized=self._make_up if o.init == "loftq" else None,
         )
         self.reporter.note(
             f"base {o.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M stored elements, "
@@ -194,11 +206,17 @@ class _Trainer:
         )
         return model
 
+    def _make_up(self, name: str, weight: Tensor, quantized: QuantLinear) -> None:
+        self.initial[name] = init.loftq(weight, quantized, self.lora.layer(name))
+
     def _prepare_training(self) -> None:
         if self.options.method == "full":
             self.model.requires_grad_(True)
         else:
-            attach(self.model, self.lora, seed=self.options.seed)
+            attach(self.model, self.lora, seed=self.options.seed, initial=self.initial or None)
+            self.initial.clear()
+            if self.options.init == "pissa":
+                init.pissa(self.model)
             if self.options.init_adapter:
                 files.set_weights(self.model, files.read_adapter(self.options.init_adapter))
         if self.options.gradient_checkpointing:
@@ -228,7 +246,7 @@ class _Trainer:
         options = self.options.model_dump(mode="json", exclude=free | {"data", "eval", "init_adapter", "device"})
         # The schedule stretches over all steps, so that max_steps is part of the identity.
         return {
-            "options": options,
+            "options": options | {"dtype": str(self.dtype).removeprefix("torch.")},
             "base": self.inputs.fingerprint,
             "data": self.inputs.digests[self.options.data.name],
         }
@@ -252,10 +270,20 @@ class _Trainer:
                 + "\ngive the options of the first run, or another --output"
             )
         self.optimizer.load_state_tensors(found.tensors)
+        self._load_start(found.tensors)
         torch.set_rng_state(found.rng)
         self.at = _Progress(step=found.state["step"], **found.state["progress"])
         self.run.rewind_metrics(self.at.step)
         self._note(f"resume: continuing after step {self.at.step} of {self.total}")
+
+    def _start(self) -> dict[str, Parameter]:
+        """Frozen factors that belong to the adapter: a decomposition need not come out the same twice."""
+        return {name: p for name, p in self.model.named_parameters() if ".start_" in name}
+
+    def _load_start(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._start().items():
+                parameter.copy_(tensors[f"frozen.{name}"])
 
     def fit(self) -> None:
         """All remaining steps."""
@@ -295,9 +323,15 @@ class _Trainer:
             max_grad_norm=self.options.max_grad_norm,
             plain_head=self.plain_head,
         )
-        loss, norm = result.loss.item(), result.grad_norm.item()
+        loss = result.loss.item()
+        norm: float | None = result.grad_norm.item()
         seconds = time.perf_counter() - start
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if (
+            self.optimizer.scaler.is_enabled() and norm is not None and not math.isfinite(norm)
+        ):  # the step changed nothing; the next one has a smaller factor
+            self.at.skipped += 1
+            norm = None if self.optimizer.scaler.get_scale() >= 1 else norm
+        if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
             raise TrainingDiverged(
                 f"step {self.at.step + 1}: loss {loss}, gradient norm {norm}, learning rate {lr:g}\n"
                 f"  rows: {', '.join(batch.where)}\n"
@@ -338,7 +372,9 @@ class _Trainer:
 
     def _save_checkpoint(self) -> None:
         state = {"identity": self.identity, "progress": self.at.state()}
-        checkpoint.save(self.run.path, self.at.step, self.optimizer.state_tensors(), state)
+        tensors = self.optimizer.state_tensors()
+        tensors |= {f"frozen.{name}": parameter.detach() for name, parameter in self._start().items()}
+        checkpoint.save(self.run.path, self.at.step, tensors, state)
         checkpoint.prune(self.run.path, self.options.keep_checkpoints)
 
     def finish(self) -> TrainResult:
@@ -351,7 +387,7 @@ class _Trainer:
                 self.inputs.tokenizer.save_pretrained(temporary)
         else:
             where = self.run.adapter
-            files.save_adapter(self.model, where, self.lora, self.options.model, self._passport())
+            files.save_adapter(self.model, where, self.options.model, self._passport())
         record = self._record(eval_loss) | {"adapter" if self.options.method != "full" else "model": str(where)}
         document: dict[str, Any] = {"options": self.options.model_dump(mode="json")}
         document |= {"base_fingerprint": self.inputs.fingerprint}
@@ -369,6 +405,7 @@ class _Trainer:
             "eval_loss": eval_loss,
             "tokens": self.at.tokens,
             "trained_tokens": self.at.trained_tokens,
+            "skipped_steps": self.at.skipped,
             "seconds": self.at.seconds,
             "tokens_per_second": self.at.tokens / self.at.seconds if self.at.seconds else None,
             "peak_rss_bytes": machine.peak_rss_bytes(),

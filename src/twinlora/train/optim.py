@@ -16,6 +16,8 @@ from twinlora.config import OptimizerOptions
 
 __all__ = ["MasterAdamW", "learning_rate"]
 
+_SCALER = "scaler"
+
 
 def learning_rate(step: int, steps: int, options: OptimizerOptions) -> float:
     """Rate of optimiser step `step` (from 0) out of `steps`: linear warm-up, then the decay to 0 at `steps`."""
@@ -29,20 +31,38 @@ def learning_rate(step: int, steps: int, options: OptimizerOptions) -> float:
 
 
 class MasterAdamW:
-    """torch's AdamW over float32 masters of `parameters` (a float32 parameter is its own master)."""
+    """torch's AdamW over float32 masters of `parameters` (a float32 parameter is its own master).
 
-    def __init__(self, parameters: dict[str, nn.Parameter], options: OptimizerOptions) -> None:
+    With `scaled`, for float16: losses are multiplied by a factor that keeps their gradients in range, and a step whose
+    gradients overflow changes nothing but that factor.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], options: OptimizerOptions, *, scaled: bool = False) -> None:
         self.parameters = parameters
         self.masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in parameters.items()
         }
+        device = next((p.device.type for p in parameters.values()), "cpu")
+        self.scaler = torch.amp.GradScaler(device, enabled=scaled)
         self._adamw = torch.optim.AdamW(
-            self.masters.values(),
+            self._groups(options.lora_plus_ratio),
             lr=options.lr,
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
             fused=True,
         )
+
+    def _groups(self, ratio: float) -> list[dict[str, Any]]:
+        """B apart from the rest, which learns `ratio` times as fast (LoRA+, arXiv 2402.12354)."""
+        fast = [p for name, p in self.masters.items() if name.endswith("lora_B")] if ratio != 1 else []
+        chosen = set(map(id, fast))
+        rest = [p for p in self.masters.values() if id(p) not in chosen]
+        return [{"params": group, "ratio": r} for group, r in ((rest, 1.0), (fast, ratio)) if group]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` to those of the masters."""
+        scaled: Tensor = self.scaler.scale(loss)
+        scaled.backward()
 
     def step(self, lr: float, max_grad_norm: float) -> Tensor:
         """Clip, step at rate `lr`, clear the gradients; returns the gradient norm before clipping, float32 []."""
@@ -50,10 +70,12 @@ class MasterAdamW:
             master = self.masters[name]
             if master is not parameter and parameter.grad is not None:
                 master.grad, parameter.grad = parameter.grad.float(), None
+        self.scaler.unscale_(self._adamw)
         norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), max_grad_norm, foreach=True)
         for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.step()
+            group["lr"] = lr * group["ratio"]
+        self.scaler.step(self._adamw)
+        self.scaler.update()
         self._adamw.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -68,6 +90,9 @@ class MasterAdamW:
             out[f"master.{name}"] = master.detach()
             for key, value in self._adamw.state.get(master, {}).items():
                 out[f"{key}.{name}"] = value
+        if self.scaler.is_enabled():
+            state = self.scaler.state_dict()
+            out[_SCALER] = torch.tensor([state["scale"], state["_growth_tracker"]], dtype=torch.float64)
         return out
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -83,3 +108,6 @@ class MasterAdamW:
                         state[key] = tensors[f"{key}.{name}"].to(master.device, copy=True)
                 if state:
                     self._adamw.state[master] = state
+        if self.scaler.is_enabled():
+            scale, tracker = tensors[_SCALER].tolist()
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale, "_growth_tracker": int(tracker)})

@@ -43,7 +43,7 @@ def train_step(
     total = torch.zeros((), dtype=torch.float32, device=batch.micro_batches[0].input_ids.device)
     for micro in batch.micro_batches:
         loss = loss_sum(model, micro, plain_head=plain_head) / batch.trained_tokens
-        loss.backward()
+        optimizer.backward(loss)
         total += loss.detach()
     grad_norm = optimizer.step(lr, max_grad_norm)
     return StepResult(total, grad_norm)
