@@ -214,9 +214,10 @@ def _quantize_layer(model: nn.Module, name: str, weight: Tensor, config: _Config
             f"{name}.weight: checkpoint has {tuple(weight.shape)}, the model expects {tuple(module.weight.shape)}"
         )
     replacement = QuantLinear.from_dense(module, weight, config.fmt, f"{name}.weight")
-    for part in (replacement, *replacement.parameters()):
+    block = model.get_submodule(parent)
+    for part in (replacement, *replacement.parameters(), block):
         setattr(part, "_is_hf_initialized", True)  # noqa: B010  # transformers must not initialise it anew
-    setattr(model.get_submodule(parent), child, replacement)
+    setattr(block, child, replacement)
     if config.on_quantized is not None:
         config.on_quantized(name, weight, replacement)
 
