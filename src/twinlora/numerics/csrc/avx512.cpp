@@ -127,7 +127,7 @@ inline __m512i table_bf16(float scale, __m512 levels) {
 // panel, `accumulate` adds the products of rows [0, Rows) of x with rows [n, n + Cols) of the panel, over k in
 // [from, to), to `sums` [Cols][Rows]: a weight vector serves all rows of x, and Cols of them hide each other's latency.
 
-// Codes, looked up 32 at a time without being unpacked into order: x is `split` instead.
+// Codes, looked up 32 at a time without being unpacked into order: x is arranged to match (`Split`).
 // For one or two rows the scale is applied to a block's sum, for more to the table of its values.
 struct Codes {
     const u8* packed;     // the panel's codes
@@ -285,7 +285,7 @@ void multiply_panel(const Panel& w, const u16* x, i64 M, i64 rows, i64 unit, u16
     }
 }
 
-// Blocks of codes -> bfloat16, split as x is.
+// Blocks of codes -> bfloat16, in the order that `Split` gives to x.
 void decode_split(const u8* packed, const float* scales, i64 blocks, int block, u16* out) {
     const __m512 levels = _mm512_loadu_ps(tables.levels);
     for (i64 b = 0; b < blocks; ++b) {

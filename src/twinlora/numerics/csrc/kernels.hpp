@@ -43,7 +43,7 @@ struct Path {
     void (*multiply_rows)(const std::uint16_t* x, const std::uint8_t* packed, const Scales&, std::uint16_t* y,
                           std::int64_t M, std::int64_t N, std::int64_t K, int block, std::int64_t first,
                           std::int64_t last);
-    // The same for a dense W, M at most 3; K a multiple of 32. nullptr where a GEMM library does as well.
+    // The same for a dense W; K a multiple of 64. nullptr where a GEMM library does as well.
     void (*multiply_dense)(const std::uint16_t* x, const std::uint16_t* w, std::uint16_t* y, std::int64_t M,
                            std::int64_t N, std::int64_t K, std::int64_t first, std::int64_t last);
 };
