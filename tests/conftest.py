@@ -24,6 +24,10 @@ def _deterministic(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and ChatML."""
+    return tiny_tokenizer()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,7 +54,10 @@ def tiny_config(**changes: object) -> LlamaConfig:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A random llama of two layers, saved in bfloat16."""
-    directory = tmp_path_factory.mktemp("tiny")
+    return write_tiny(tmp_path_factory.mktemp("tiny"), tokenizer)
+
+
+def write_tiny(directory: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     torch.manual_seed(1)
     LlamaForCausalLM(tiny_config()).to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -10,7 +10,7 @@ ORDER = [
     {"model"},
     {"adapters"},
     {"data"},
-    {"train.step", "train.optim", "train.checkpoint", "train.run", "evaluate.metrics", "evaluate.stats"},
+    {"train.step", "train.optim", "train.checkpoint", "train.rng", "train.run", "evaluate.metrics", "evaluate.stats"},
     {"train"},
     {"evaluate"},
     {"demo"},

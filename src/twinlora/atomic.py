@@ -1,6 +1,7 @@
 """Files and directories that appear whole or not at all, whatever happens in between.
 
-Everything is written under a temporary name in the same directory, synced to disk, and renamed into place.
+Everything is written under a temporary name in the same directory, synced to disk, and renamed into place. A process
+that dies leaves temporary names behind; `sweep` puts them right. What the system refuses is a StorageError.
 """
 
 from __future__ import annotations
@@ -14,7 +15,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["sync", "write_directory", "write_json", "write_text"]
+from safetensors import SafetensorError
+
+from twinlora.errors import StorageError
+
+__all__ = ["make_directory", "remove", "sweep", "sync", "write_directory", "write_json", "write_text", "writing"]
+
+_PARTIAL, _OLD, _REMOVED = ".partial", ".old", ".removed"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system refuses while `path` is written (no space, no right, …) into one StorageError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StorageError(f"{path}: cannot be written: {reason}") from None
 
 
 def sync(path: Path) -> None:
@@ -32,22 +49,31 @@ def _umask() -> int:
     return mask
 
 
+def make_directory(path: Path) -> None:
+    """Create `path` and its parents; their names are on disk when this returns."""
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for directory in reversed(missing):
+        sync(directory.parent)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by a file with `text`, in UTF-8."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    """Replace `path` by a file with `text`, in UTF-8. Raises StorageError; `path` is then as it was."""
+    with writing(path):
+        make_directory(path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent)
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -59,24 +85,53 @@ def write_json(path: Path, value: Any) -> None:
 def write_directory(path: Path) -> Iterator[Path]:
     """Yields an empty directory to fill; when the block ends well it replaces `path`, otherwise nothing remains.
 
-    Modes follow the umask (safetensors writes files that only their owner can read).
+    Modes follow the umask (safetensors writes files that only their owner can read). Raises StorageError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with writing(path):
+        make_directory(path.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+        try:
+            yield temporary
+            mask = _umask()
+            for file in temporary.rglob("*"):
+                file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
+                sync(file)
+            temporary.chmod(0o777 & ~mask)
+            sync(temporary)
+            _replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    old = temporary.with_suffix(_OLD)
+    if path.exists():
+        path.rename(old)
     try:
-        yield temporary
-        mask = _umask()
-        for file in temporary.rglob("*"):
-            file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
-            sync(file)
-        temporary.chmod(0o777 & ~mask)
-        sync(temporary)
-        old = temporary.with_name(temporary.name + ".old")
-        if path.exists():
-            path.rename(old)
         temporary.rename(path)
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except OSError:
+        if old.exists():
+            old.rename(path)
         raise
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or directory; under its own name it is whole, then gone. Nothing if it does not exist."""
+    if path.is_dir() and not path.is_symlink():
+        hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_REMOVED, dir=path.parent))
+        path.rename(hidden)  # onto an empty directory, which it replaces
+        shutil.rmtree(hidden)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sweep(path: Path) -> None:
+    """Put right what a process that died while it wrote or removed `path` left. Only where no other can write it."""
+    for left in path.parent.glob(f".{path.name}.????????.*"):
+        if left.suffix == _OLD and not path.exists():
+            left.rename(path)  # it died between the two renames of a replacement
+        elif left.suffix in (_PARTIAL, _OLD, _REMOVED):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()

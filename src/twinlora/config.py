@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 Method = Literal["lora", "qlora", "full"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -182,6 +183,15 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, DataOptions, Optimizer
     eval_every: Positive | None = Field(None, description="Steps between evaluations (always once at the end).")
     checkpoint_every: Positive | None = Field(None, description="Steps between checkpoints (always once at the end).")
     keep_checkpoints: Positive = Field(2, description="Newest checkpoints that are kept.")
+    patience: Positive | None = Field(
+        None, description="Stop after this many evaluations without a lower loss; needs eval and eval_every."
+    )
+    keep_best: bool = Field(
+        True, description="With eval and eval_every: save the weights of the best evaluation; off: of the last step."
+    )
+    report_to: list[Tracker] = Field(
+        [], description="Also send metrics to tensorboard, wandb, mlflow or trackio, through their own packages."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about a third slower.")
     fused: bool = Field(True, description="Replace blocks by our own where a numeric probe admits them.")
     seed: int = Field(0, description="Seed of the initial adapter, the order of rows and the dropout.")
@@ -196,6 +206,8 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, DataOptions, Optimizer
             raise ValueError("init loftq makes up for what quantising loses: it needs method qlora")
         if self.init != "default" and self.init_adapter:
             raise ValueError("init_adapter and init exclude each other: leave one out")
+        if self.patience and not (self.eval and self.eval_every):
+            raise ValueError("patience counts evaluations: it needs eval and eval_every")
         return self
 
 

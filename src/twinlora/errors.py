@@ -9,6 +9,8 @@
     ├── CheckpointError                  a checkpoint that does not verify      exit status 1
     ├── TrainingDiverged                 a loss or gradient that is not finite  exit status 1
     ├── BackendError                     a kernel or a device that is missing   exit status 1
+    ├── OutOfMemory                      a batch that does not fit              exit status 1
+    ├── StorageError                     a file that cannot be written          exit status 1
     └── Interrupted                      SIGINT or SIGTERM, after saving        exit status 130 / 143
 
 A message says what is wrong, where, what was expected, and what to type next.
@@ -25,6 +27,8 @@ __all__ = [
     "InputError",
     "Interrupted",
     "ModelError",
+    "OutOfMemory",
+    "StorageError",
     "TrainingDiverged",
     "TwinloraError",
 ]
@@ -68,6 +72,14 @@ class TrainingDiverged(TwinloraError):
 
 class BackendError(TwinloraError):
     """A kernel, an optional package or a device is missing."""
+
+
+class OutOfMemory(TwinloraError):
+    """A batch needs more memory than there is."""
+
+
+class StorageError(TwinloraError):
+    """A file or directory cannot be written; what was there before is whole."""
 
 
 class Interrupted(TwinloraError):

@@ -15,7 +15,7 @@ from torch import Tensor
 from twinlora.data.template import Example
 from twinlora.model.attention import Layout
 
-__all__ = ["Batch", "MicroBatch", "epoch_order", "make_batch", "make_micro_batch", "steps_per_epoch"]
+__all__ = ["Batch", "MicroBatch", "epoch_order", "make_batch", "make_micro_batch", "split", "steps_per_epoch"]
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,14 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimiser step."""
+    """One optimiser step, or the part of it that one of several processes works on.
+
+    `trained_tokens` counts the tokens that carry loss in the whole step, so that the parts' gradients add up.
+    """
 
     micro_batches: list[MicroBatch]
     where: list[str]
-
-    @property
-    def trained_tokens(self) -> int:
-        """Tokens that carry loss, over all micro-batches: the weight of the step."""
-        return sum(micro.trained_tokens for micro in self.micro_batches)
+    trained_tokens: int
 
     @property
     def tokens(self) -> int:
@@ -72,12 +71,13 @@ def make_batch(
     device: torch.device | str = "cpu",
 ) -> Batch:
     """Split `examples` into micro-batches of at most `micro_batch_tokens` (one longer example makes its own)."""
-    parts = list(_split(examples, micro_batch_tokens, packed=packed))
+    parts = split(examples, micro_batch_tokens, packed=packed)
     micro = [make_micro_batch(part, packed=packed, pad_id=pad_id, device=device) for part in parts]
-    return Batch(micro, [example.where for example in examples])
+    return Batch(micro, [example.where for example in examples], sum(part.trained_tokens for part in micro))
 
 
-def _split(examples: Sequence[Example], limit: int, *, packed: bool) -> Iterator[list[Example]]:
+def split(examples: Sequence[Example], limit: int, *, packed: bool) -> Iterator[list[Example]]:
+    """The micro-batches that `make_batch` makes of `examples`, as lists of examples."""
     part: list[Example] = []
     for example in examples:
         lengths = [len(e.ids) for e in (*part, example)]

@@ -1,7 +1,8 @@
 """Who a base model is: one hash over its tensors' names, types, shapes and bytes.
 
-It does not depend on how the checkpoint is cut into files. Hashes of files that have not changed (size and time) are
-kept in the user's cache directory, so that a second look costs nothing.
+It does not depend on how the checkpoint is cut into files. Hashes of files that have not changed are kept in the user's
+cache directory, so that a second look costs nothing. Unchanged: same inode, size, and times of content and of status
+(which no program can set, so that a restored or future time hides no change).
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 from twinlora import atomic
-from twinlora.errors import ModelError
+from twinlora.errors import ModelError, StorageError
 from twinlora.model.load import Source
 
 __all__ = ["cache_directory", "fingerprint"]
@@ -26,24 +27,34 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twinlora"
 
 
-def fingerprint(source: Source) -> str:
-    """SHA-256, in hex, over every tensor of `source`. Raises ModelError for a damaged file."""
+def fingerprint(source: Source, note: Callable[[str], None] | None = None) -> str:
+    """SHA-256, in hex, over every tensor of `source`. Raises ModelError for a damaged file.
+
+    `note` gets a line if the hashes cannot be kept; without it that is a StorageError.
+    """
     cache_file = cache_directory() / "fingerprints.json"
     try:
         cache = json.loads(cache_file.read_text())
     except (OSError, ValueError):
         cache = {}
+    if not isinstance(cache, dict):
+        cache = {}
     lines: list[str] = []
     changed = False
     for path in source.weight_files():
         stat = path.resolve().stat()
-        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        key = f"{path.resolve()}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
         if key not in cache:
             cache[key] = list(_gguf(path) if source.is_gguf else _safetensors(path))
             changed = True
         lines += cache[key]
     if changed:
-        atomic.write_json(cache_file, cache)
+        try:
+            atomic.write_json(cache_file, cache)
+        except StorageError as error:
+            if note is None:
+                raise
+            note(f"fingerprint not kept, the next run hashes the base again: {error}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -1,12 +1,13 @@
 """Checkpoints: `checkpoints/step-000120/` with state.safetensors, state.json and manifest.json, whole or not at all.
 
-The manifest holds the SHA-256 of the other files. A resumed run takes the newest checkpoint that verifies.
+The manifest holds the SHA-256 of the other files. A resumed run takes the newest checkpoint that verifies; newest is
+the highest step, whatever the clock said.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,21 @@ from torch import Tensor
 from twinlora import atomic
 from twinlora.data.formats import file_digest
 from twinlora.errors import CheckpointError
+from twinlora.train.rng import rng_state
 
-__all__ = ["Checkpoint", "directory_of", "newest", "prune", "save"]
+__all__ = ["Checkpoint", "directory_of", "newest", "prune", "save", "sweep"]
 
 _TENSORS, _STATE, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
-_RNG = "rng.cpu"
+_RNG = "rng."
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: optimiser tensors by name, the generator's state, and what the loop wrote beside them."""
+    """A verified checkpoint: optimiser tensors by name, the generators' states, and what the loop wrote beside them."""
 
     directory: Path
     tensors: dict[str, Tensor]
-    rng: Tensor
+    rng: dict[str, Tensor]
     state: dict[str, Any]
 
 
@@ -41,11 +43,18 @@ def directory_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-    """Write the checkpoint of `step`; `state` is JSON. Also saves the CPU random generator."""
+def _by_step(run: Path) -> dict[int, Path]:
+    """All checkpoints, newest first."""
+    matches = {path: re.fullmatch(r"step-(\d{6,})", path.name) for path in (run / "checkpoints").glob("step-*")}
+    steps = {int(match[1]): path for path, match in matches.items() if match}
+    return dict(sorted(steps.items(), reverse=True))
+
+
+def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], device: torch.device) -> Path:
+    """Write the checkpoint of `step`, with the random generators; `state` is JSON. Raises StorageError."""
     directory = directory_of(run, step)
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    contents[_RNG] = torch.get_rng_state()
+    contents |= {_RNG + name: value for name, value in rng_state(device).items()}
     with atomic.write_directory(directory) as temporary:
         save_file(contents, temporary / _TENSORS)
         (temporary / _STATE).write_text(json.dumps({"step": step} | state, indent=2), encoding="utf-8")
@@ -64,13 +73,14 @@ def _load(directory: Path) -> Checkpoint:
         state = json.loads((directory / _STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{type(error).__name__}: {error}") from None
-    return Checkpoint(directory, tensors, tensors.pop(_RNG), state)
+    rng = {name.removeprefix(_RNG): tensors.pop(name) for name in list(tensors) if name.startswith(_RNG)}
+    return Checkpoint(directory, tensors, rng, state)
 
 
 def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, or None, and a line for each newer one that was skipped."""
     skipped: list[str] = []
-    for directory in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+    for directory in _by_step(run).values():
         try:
             return _load(directory), skipped
         except CheckpointError as error:
@@ -78,8 +88,20 @@ def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, skipped
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what interrupted writes left behind."""
-    root = run / "checkpoints"
-    for directory in [*sorted(root.glob("step-*"))[:-keep], *root.glob(".step-*")]:
-        shutil.rmtree(directory)
+def prune(run: Path, step: int, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints up to `step`, which was just saved.
+
+    One of a later step was skipped when the run was resumed: it would take the place of one that verifies.
+    """
+    found = _by_step(run)
+    kept = [number for number in found if number <= step][:keep]
+    for number, directory in found.items():
+        if number not in kept:
+            with atomic.writing(directory):
+                atomic.remove(directory)
+
+
+def sweep(run: Path) -> None:
+    """Remove what a process that died left of checkpoints. Only for the holder of the run's lock."""
+    for left in list((run / "checkpoints").glob(".step-*")):
+        atomic.sweep(left.parent / left.name.split(".")[1])

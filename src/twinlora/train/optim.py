@@ -59,6 +59,21 @@ class MasterAdamW:
         rest = [p for p in self.masters.values() if id(p) not in chosen]
         return [{"params": group, "ratio": r} for group, r in ((rest, 1.0), (fast, ratio)) if group]
 
+    def reserve(self) -> None:
+        """Allocate all that a step holds, as torch would at the first: moments of 0, gradients of 0."""
+        for master in self.masters.values():
+            if not self._adamw.state[master]:
+                zeros = {key: torch.zeros_like(master) for key in ("exp_avg", "exp_avg_sq")}
+                step = torch.zeros((), dtype=torch.float32, device=master.device)
+                self._adamw.state[master] = {"step": step} | zeros
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+
+    def discard_gradients(self) -> None:
+        """Forget what `backward` added since the last step."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` to those of the masters."""
         scaled: Tensor = self.scaler.scale(loss)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from twinlora import atomic
 from twinlora.errors import ConfigError
+from twinlora.train import checkpoint
 
 __all__ = ["RunDirectory"]
 
-_OWN = ("adapter", "model", "checkpoints", "metrics.jsonl", "run.json", "report.html")
+# The checkpoints go last: a removal that is cut short leaves a run that --resume continues.
+_OWN = ("run.json", "report.html", "adapter", "model", "tensorboard", "trackers.json", "metrics.jsonl", "checkpoints")
 
 
 class RunDirectory:
@@ -26,13 +27,14 @@ class RunDirectory:
 
     def __init__(self, path: Path, *, resume: bool, overwrite: bool) -> None:
         self.path, self._resume, self._overwrite = path, resume, overwrite
+        self.records = 0  # whole lines of metrics.jsonl that belong to this run
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output {self.path}: is a file; expected a directory to write the run to")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            atomic.make_directory(self.path)
             self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
         except OSError as error:
             raise ConfigError(f"output {self.path}: cannot be written: {error.strerror}") from None
@@ -43,8 +45,14 @@ class RunDirectory:
             raise ConfigError(
                 f"output {self.path}: another process is writing this run; wait for it, or choose another --output"
             ) from None
+        except OSError as error:
+            os.close(self._lock)
+            raise ConfigError(
+                f"output {self.path}: this file system has no locks ({error.strerror}); choose another --output"
+            ) from None
         try:
-            self._claim()
+            with atomic.writing(self.path):
+                self._claim()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -58,11 +66,13 @@ class RunDirectory:
             self._lock = None
 
     def _claim(self) -> None:
+        checkpoint.sweep(self.path)
+        for name in _OWN:
+            atomic.sweep(self.path / name)
         present = [name for name in _OWN if (self.path / name).exists()]
         if present and self._overwrite:
             for name in present:
-                target = self.path / name
-                shutil.rmtree(target) if target.is_dir() else target.unlink()
+                atomic.remove(self.path / name)
         elif present and not self._resume:
             raise ConfigError(
                 f"output {self.path}: holds an earlier run ({', '.join(present)}); "
@@ -80,23 +90,31 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf-8") as file:
+        """Append a line to metrics.jsonl. Raises StorageError."""
+        with atomic.writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
+        self.records += 1
+
+    def sync_metrics(self) -> None:
+        """Bring what was logged to disk: a checkpoint counts on it."""
+        with atomic.writing(self.metrics):
+            atomic.sync(self.metrics)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl; a killed process may have left a torn last one."""
         records = []
         if self.metrics.exists():
-            for line in self.metrics.read_text(encoding="utf-8").split("\n"):
+            for line in self.metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     records.append(json.loads(line))
                 except json.JSONDecodeError:
                     continue
         return records
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop what was logged after `step`."""
-        kept = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
+    def rewind_metrics(self, records: int) -> int:
+        """Drop all but the first `records` lines; returns how many of these are missing."""
+        kept = [json.dumps(record) + "\n" for record in self.read_metrics()[:records]]
         if self.metrics.exists():
             atomic.write_text(self.metrics, "".join(kept))
+        self.records = len(kept)
+        return records - len(kept)

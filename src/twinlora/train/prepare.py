@@ -1,0 +1,88 @@
+"""The model that a run trains: loaded, with its adapter, our blocks, and what was proved about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import PreTrainedModel
+
+from twinlora.adapters import files, init
+from twinlora.adapters.lora import attach
+from twinlora.adapters.targets import LoraConfig
+from twinlora.config import TrainOptions
+from twinlora.model import forward, swap
+from twinlora.model.linear import QuantLinear
+from twinlora.model.load import load_model, precision_by_layer, weight_bytes
+from twinlora.numerics import ops
+from twinlora.numerics.nf4 import NF4Format
+from twinlora.train.inputs import Inputs
+from twinlora.train.record import Notes
+
+__all__ = ["Prepared", "prepare"]
+
+
+@dataclass
+class Prepared:
+    """A model ready to train, and what was found out while it was made."""
+
+    model: PreTrainedModel
+    precision: dict[str, int]
+    weight_bytes: int
+    replaced: dict[str, int]
+    plain_head: bool
+    packed: bool
+
+    def frozen(self) -> dict[str, Parameter]:
+        """Frozen factors that belong to the adapter: a decomposition need not come out the same twice."""
+        return {name: p for name, p in self.model.named_parameters() if ".start_" in name}
+
+
+def prepare(options: TrainOptions, inputs: Inputs, dtype: torch.dtype, device: torch.device, notes: Notes) -> Prepared:
+    """Load and change the model as `options` say. Raises ModelError or AdapterError."""
+    lora = LoraConfig.from_options(options)
+    initial: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def make_up(name: str, weight: Tensor, quantized: QuantLinear) -> None:
+        initial[name] = init.loftq(weight, quantized, lora.layer(name))
+
+    model = load_model(
+        inputs.source,
+        quantize=NF4Format(options.block_size, 256 if options.double_quant else 0)
+        if options.method == "qlora"
+        else None,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=options.trust_remote_code,
+        on_quantized=make_up if options.init == "loftq" else None,
+    )
+    size, precision = weight_bytes(model), precision_by_layer(model)
+    notes.show(
+        f"base {options.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M stored elements, "
+        f"{size / 1e6:.0f} MB, backend {ops.backend(device)}"
+    )
+    _make_trainable(model, options, lora, initial)
+    replaced = swap.replace_blocks(model, notes.add) if options.fused else {}
+    packed = options.packing == "auto"
+    refusal = forward.packing_refusal(model, len(inputs.tokenizer)) if packed else None
+    if refusal:
+        notes.add(f"padded batches: packing was refused for this model, because {refusal}")
+    return Prepared(model, precision, size, replaced, forward.has_plain_head(model), packed and refusal is None)
+
+
+def _make_trainable(model: Any, options: TrainOptions, lora: LoraConfig, initial: dict[str, Any]) -> None:
+    if options.method == "full":
+        model.requires_grad_(True)
+    else:
+        attach(model, lora, seed=options.seed, initial=initial or None)
+        initial.clear()
+        if options.init == "pissa":
+            init.pissa(model)
+        if options.init_adapter:
+            files.set_weights(model, files.read_adapter(options.init_adapter))
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()

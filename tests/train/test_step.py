@@ -1,0 +1,100 @@
+"""The step: parts of a batch add up, and recomputing activations changes memory alone."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.conftest import chat, tiny_config, write_jsonl
+from tests.train.test_loop import options
+from twinlora import machine
+from twinlora.errors import ConfigError
+from twinlora.reporter import Reporter
+from twinlora.train.inputs import read_inputs
+from twinlora.train.loop import train
+from twinlora.train.prepare import prepare
+from twinlora.train.record import Notes
+
+
+def _prepared(given):
+    inputs = read_inputs(given)
+    torch.manual_seed(0)
+    made = prepare(given, inputs, torch.float32, torch.device("cpu"), Notes(Reporter()))
+    with torch.no_grad():  # B is 0 at the start, and then A has no gradient
+        for name, parameter in made.model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    return inputs, made
+
+
+class _NoUpdate:
+    """An optimiser that only adds up gradients."""
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self, lr, max_grad_norm):
+        return torch.zeros(())
+
+
+def _step(made, batch):
+    from twinlora.train.step import train_step
+
+    return train_step(made.model, batch, _NoUpdate(), lr=0.0, max_grad_norm=1.0, plain_head=made.plain_head)
+
+
+def _gradients(made):
+    out = {name: p.grad.clone() for name, p in made.model.named_parameters() if p.grad is not None}
+    made.model.zero_grad(set_to_none=True)
+    return out
+
+
+def test_two_halves_with_the_count_of_the_whole_sum_to_its_gradient(tiny, data_file, tmp_path):
+    from twinlora.data.packing import make_batch
+
+    inputs, made = _prepared(options(tiny, data_file, tmp_path / "r"))
+    chosen = [*inputs.examples[:5], *inputs.examples[17:20]]
+    whole = make_batch(chosen, 400, packed=True, pad_id=0)
+    halves = [make_batch(part, 400, packed=True, pad_id=0) for part in (chosen[:3], chosen[3:])]
+    assert [half.trained_tokens for half in halves] != [whole.trained_tokens / 2] * 2
+    loss = _step(made, whole).loss
+    expected = _gradients(made)
+    given = [dataclasses.replace(half, trained_tokens=whole.trained_tokens) for half in halves]
+    losses = [_step(made, half).loss for half in given]
+    found = _gradients(made)
+    torch.testing.assert_close(sum(losses), loss)
+    assert expected
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_memory_alone(tokenizer, tmp_path):
+    """With our own blocks: the same gradients bit for bit, from a smaller peak."""
+    from twinlora.data.packing import make_batch
+
+    rows = write_jsonl(tmp_path / "long.jsonl", [chat("a" * 200, "b" * 150)] * 16)
+    deep = tmp_path / "deep"
+    LlamaForCausalLM(tiny_config(num_hidden_layers=10)).to(torch.bfloat16).save_pretrained(deep)
+    tokenizer.save_pretrained(deep)
+    gradients, peaks = [], []
+    for recompute in (True, False):
+        given = options(deep, rows, tmp_path / "r", gradient_checkpointing=recompute)
+        inputs, made = _prepared(given)
+        assert made.replaced
+        batch = make_batch(inputs.examples, 8192, packed=True, pad_id=0)
+        machine.reset_peaks(torch.device("cpu"))
+        before = machine.peak_rss_bytes()
+        _step(made, batch)
+        peaks.append(machine.peak_rss_bytes() - before)
+        gradients.append(_gradients(made))
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert peaks[0] < 0.6 * peaks[1], peaks
+
+
+def test_several_processes_are_refused(tiny, data_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2: training in several processes is not supported"):
+        train(options(tiny, data_file, tmp_path / "r"))
+    assert not (tmp_path / "r").exists()
