@@ -14,12 +14,14 @@ from twinlora.errors import ConfigError
 
 __all__ = [
     "AdapterOptions",
+    "AttachOptions",
     "ChatOptions",
     "CompareOptions",
     "DataOptions",
     "DemoOptions",
     "DoctorOptions",
     "EvalOptions",
+    "LoadOptions",
     "ModelOptions",
     "OptimizerOptions",
     "Options",
@@ -95,6 +97,15 @@ class ModelOptions(BaseModel):
     )
 
 
+class LoadOptions(ModelOptions):
+    """A base model to train by other means than ours, from Python: `twinlora.load`."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+    precision: Literal["16bit", "nf4"] = Field("16bit", description="Base precision.")
+    adapter: Path | None = Field(None, description="Continue this PEFT adapter, or that of a run's directory.")
+
+
 class AdapterOptions(BaseModel):
     """The low-rank matrices."""
 
@@ -134,6 +145,20 @@ class AdapterOptions(BaseModel):
     def _variant(self) -> Self:
         if self.dora and self.dropout:
             raise ValueError("dora with dropout is not supported: leave one out")
+        return self
+
+
+class AttachOptions(AdapterOptions):
+    """Adapters on a loaded model: `twinlora.attach`."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    seed: int = Field(0, description="Seed of the initial adapter.")
+
+    @model_validator(mode="after")
+    def _loaded(self) -> Self:
+        if self.init == "loftq":
+            raise ValueError("init loftq must see the weights while they are quantised: use twinlora.finetune")
         return self
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from twinlora.model.linear import FrozenLinear, is_linear
 
 __all__ = [
     "CONFIG",
+    "PREFIX",
     "WEIGHTS",
     "AdapterFile",
     "load_adapter",
@@ -35,10 +37,11 @@ __all__ = [
     "require_fit",
     "save_adapter",
     "set_weights",
+    "write_into",
 ]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 T = TypeVar("T")
 
 # Keys of PEFT's LoraConfig that we honour; those that change nothing about a loaded LoRA; the rest must be off.
@@ -73,6 +76,22 @@ def save_adapter(model: nn.Module, directory: Path, base: str, passport: passpor
 
     rsLoRA is written as the alpha that gives its scale, PiSSA as a LoRA of twice the rank: every loader reads them.
     """
+    with atomic.write_directory(directory) as temporary:
+        _write(model, temporary, base, passport)
+
+
+def write_into(model: nn.Module, directory: Path, base: str, passport: passports.Passport | None = None) -> None:
+    """As `save_adapter`, into a directory whose other files stay; each file is replaced whole."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".adapter.", dir=directory) as temporary:
+        with atomic.write_directory(Path(temporary) / "adapter") as inner:
+            _write(model, inner, base, passport)
+        (directory / passports.FILE).unlink(missing_ok=True)
+        for file in (Path(temporary) / "adapter").iterdir():
+            file.replace(directory / file.name)
+
+
+def _write(model: nn.Module, directory: Path, base: str, passport: passports.Passport | None) -> None:
     layers, whole = lora_layers(model), whole_modules(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -82,13 +101,12 @@ def save_adapter(model: nn.Module, directory: Path, base: str, passport: passpor
             tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude
     for name, module in whole.items():
         tensors |= {f"{name}.{key}": parameter for key, parameter in module.named_parameters(recurse=False)}
-    stored = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic.write_directory(directory) as temporary:
-        save_file(stored, temporary / WEIGHTS, metadata={"format": "pt"})
-        text = json.dumps(_peft_config(layers, list(whole), base, model), indent=2, sort_keys=True)
-        (temporary / CONFIG).write_text(text, encoding="utf-8")
-        if passport is not None:
-            (temporary / passports.FILE).write_text(passport.model_dump_json(indent=2), encoding="utf-8")
+    stored = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(stored, directory / WEIGHTS, metadata={"format": "pt"})
+    text = json.dumps(_peft_config(layers, list(whole), base, model), indent=2, sort_keys=True)
+    (directory / CONFIG).write_text(text, encoding="utf-8")
+    if passport is not None:
+        (directory / passports.FILE).write_text(passport.model_dump_json(indent=2), encoding="utf-8")
 
 
 def _peft_config(layers: dict[str, LoraLinear], whole: list[str], base: str, model: nn.Module) -> dict[str, Any]:
@@ -191,17 +209,17 @@ def _sorted_out(directory: Path, options: dict[str, Any], tensors: dict[str, Ten
     saved = tuple(options.get("modules_to_save") or ())
     problems = []
     for key, tensor in tensors.items():
-        match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_(A|B|magnitude_vector)(\.weight)?", key)
-        name, _, parameter = key.removeprefix(_PREFIX).rpartition(".")
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_(A|B|magnitude_vector)(\.weight)?", key)
+        name, _, parameter = key.removeprefix(PREFIX).rpartition(".")
         if not bool(torch.isfinite(tensor).all()):
             problems.append(f"{key}: holds NaN or Inf")
         elif match:
             parts.setdefault(match[1], {})[match[2]] = tensor
-        elif key.startswith(_PREFIX) and any(name == entry or name.endswith("." + entry) for entry in saved):
+        elif key.startswith(PREFIX) and any(name == entry or name.endswith("." + entry) for entry in saved):
             modules.setdefault(name, {})[parameter] = tensor
         else:
             problems.append(
-                f"{key}: not a LoRA matrix (expected {_PREFIX}<layer>.lora_A.weight or .lora_B.weight), "
+                f"{key}: not a LoRA matrix (expected {PREFIX}<layer>.lora_A.weight or .lora_B.weight), "
                 "nor of a module in modules_to_save"
             )
     for entry in saved:

@@ -5,6 +5,7 @@ Written as `twinlora.json` beside the PEFT files, which other tools ignore.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 import transformers
 from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import PreTrainedTokenizerBase
 
 import twinlora
 from twinlora.errors import AdapterError
 
-__all__ = ["FILE", "Passport", "check", "read", "versions"]
+__all__ = ["FILE", "Passport", "check", "read", "tokenizer_digests", "versions"]
 
 FILE = "twinlora.json"
 
@@ -35,14 +37,24 @@ class Passport(BaseModel):
     system: str | None = None
     data_sha256: dict[str, str] = {}
     method: str
-    seed: int
-    steps: int
+    seed: int | None = None
+    steps: int | None = None  # None: trained by a loop that is not ours
     versions: dict[str, str]
 
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     return {"twinlora": twinlora.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
+    """The passport's fields about the tokenizer and its chat template."""
+    template = tokenizer.chat_template
+    text = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
+    return {
+        "tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+    }
 
 
 def read(directory: Path) -> Passport | None:

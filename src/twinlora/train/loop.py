@@ -6,7 +6,6 @@ written before that.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import signal
 import time
@@ -20,7 +19,7 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twinlora import atomic, machine
-from twinlora.adapters import files, init, passport
+from twinlora.adapters import files, hf, init, passport
 from twinlora.adapters.lora import attach, trainable_parameters
 from twinlora.adapters.targets import LoraConfig
 from twinlora.config import TrainOptions
@@ -388,6 +387,7 @@ class _Trainer:
         else:
             where = self.run.adapter
             files.save_adapter(self.model, where, self.options.model, self._passport())
+            hf.follow_peft(self.model, self._passport())
         record = self._record(eval_loss) | {"adapter" if self.options.method != "full" else "model": str(where)}
         document: dict[str, Any] = {"options": self.options.model_dump(mode="json")}
         document |= {"base_fingerprint": self.inputs.fingerprint}
@@ -417,17 +417,11 @@ class _Trainer:
         }
 
     def _passport(self) -> passport.Passport:
-        tokenizer = self.inputs.tokenizer
-        template = tokenizer.chat_template
-        text = (
-            tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
-        )
         return passport.Passport(
             base_model=self.options.model,
             base_fingerprint=self.inputs.fingerprint,
             base_precision=self.precision,
-            tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(),
-            chat_template_sha256=hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+            **passport.tokenizer_digests(self.inputs.tokenizer),
             system=_common_system(self.inputs.rows),
             data_sha256=self.inputs.digests,
             method=self.options.method,
