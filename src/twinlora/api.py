@@ -53,8 +53,8 @@ def load(model: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrained
     )
     base.twinlora_origin = origin  # the passport of what will be trained on it
     if adapter is not None:
-        known = {"fingerprint": origin.base_fingerprint, "base": o.model, "precision": origin.base_precision}
-        for line in passport.check(adapter.directory, **known):
+        who, precision = origin.base_fingerprint, origin.base_precision
+        for line in passport.check(adapter.directory, fingerprint=who, base=o.model, precision=precision):
             reporter.note(line)
         files.load_adapter(base, adapter)
         hf.follow_peft(base, origin)

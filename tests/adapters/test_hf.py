@@ -133,7 +133,7 @@ def test_the_best_model_is_loaded_at_the_end(tiny, data_file, tmp_path):
 
 
 def test_a_checkpoint_of_other_options_is_refused(tiny, data_file, tmp_path):
-    model, tokenizer = prepared(tiny, target=["q_proj"])
+    model, _ = prepared(tiny, target=["q_proj"])
     model.save_pretrained(tmp_path / "checkpoint-1")
     fresh, _ = prepared(tiny)
     with pytest.raises(AdapterError, match=r"lacks 24 of the tensors[\s\S]*options of the first run"):
