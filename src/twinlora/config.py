@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from twinlora.errors import ConfigError
 
 __all__ = [
+    "AdapterInspectOptions",
     "AdapterOptions",
     "AttachOptions",
     "ChatOptions",
@@ -287,6 +288,15 @@ class ChatOptions(Options, ModelOptions):
     temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0: greedy.")
     max_new_tokens: Positive = Field(256, description="Longest answer.")
     seed: int = Field(0, description="Seed of the sampling.")
+
+
+class AdapterInspectOptions(Options):
+    """What an adapter is and what can load it: `twinlora adapter inspect DIR`."""
+
+    directory: Annotated[Path, tyro.conf.Positional] = Field(
+        description="PEFT adapter directory, or a run's directory."
+    )
+    model: str | None = Field(None, description="Its base model, to measure what the adapter changes.")
 
 
 class DoctorOptions(Options):
