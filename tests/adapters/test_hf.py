@@ -18,10 +18,10 @@ from twinlora.train.loop import train
 IDS = torch.arange(20)[None]
 
 
-def collator(kind, tokenizer):
+def collator(kind, model, tokenizer):
     if kind == "padded":
         return DataCollatorForSeq2Seq(tokenizer)
-    return DataCollatorWithFlattening() if kind == "flattened" else twinlora.PackedCollator()
+    return DataCollatorWithFlattening() if kind == "flattened" else twinlora.PackedCollator(model)
 
 
 def prepared(tiny, precision="16bit", **options):
@@ -53,7 +53,9 @@ def test_the_trainer_loses_what_our_loop_loses(tiny, data_file, tmp_path, kind, 
     train(options)
     ours = [json.loads(line)["loss"] for line in (tmp_path / "ours" / "metrics.jsonl").read_text().splitlines()]
     model, tokenizer = prepared(tiny, precision)
-    theirs = trainer(model, twinlora.encode(tokenizer, data_file), tmp_path / "theirs", collator(kind, tokenizer))
+    theirs = trainer(
+        model, twinlora.encode(tokenizer, data_file), tmp_path / "theirs", collator(kind, model, tokenizer)
+    )
     theirs.train()
     assert losses(theirs)[-1] < 0.8 * losses(theirs)[0]
     assert losses(theirs) == pytest.approx(ours, abs=2e-4)
@@ -73,7 +75,9 @@ def test_what_it_saves_peft_loads(tiny, data_file, tmp_path, options):
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = prepared(tiny, **options)
-    trained = trainer(model, twinlora.encode(tokenizer, data_file), tmp_path, twinlora.PackedCollator(), max_steps=2)
+    trained = trainer(
+        model, twinlora.encode(tokenizer, data_file), tmp_path, twinlora.PackedCollator(model), max_steps=2
+    )
     trained.train()
     (tmp_path / "mine.txt").write_text("stays")
     trained.save_model(str(tmp_path))
@@ -94,10 +98,10 @@ def test_what_it_saves_peft_loads(tiny, data_file, tmp_path, options):
 def test_resuming_ends_where_the_whole_run_ends(tiny, data_file, tmp_path, caplog, precision, options):
     model, tokenizer = prepared(tiny, precision, **options)
     rows = twinlora.encode(tokenizer, data_file)
-    whole = trainer(model, rows, tmp_path, twinlora.PackedCollator(), save_strategy="steps", save_steps=3)
+    whole = trainer(model, rows, tmp_path, twinlora.PackedCollator(model), save_strategy="steps", save_steps=3)
     whole.train()
     fresh, _ = prepared(tiny, precision, **options, seed=9)
-    resumed = trainer(fresh, rows, tmp_path / "again", twinlora.PackedCollator())
+    resumed = trainer(fresh, rows, tmp_path / "again", twinlora.PackedCollator(fresh))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert losses(resumed)[-3:] == losses(whole)[-3:]
     wanted = trainable_parameters(model)
@@ -121,7 +125,7 @@ def test_the_best_model_is_loaded_at_the_end(tiny, data_file, tmp_path):
         model,
         rows,
         tmp_path,
-        twinlora.PackedCollator(),
+        twinlora.PackedCollator(model),
         **args,
         metric_for_best_model="eval_loss",
         greater_is_better=True,
@@ -148,10 +152,10 @@ def test_autocast_and_gradient_checkpointing(tiny, data_file, tmp_path, kind, pr
     model, tokenizer = prepared(tiny, precision)
     rows = twinlora.encode(tokenizer, data_file)
     changes = {"bf16": True, "gradient_checkpointing": True}
-    trained = trainer(model, rows, tmp_path, collator(kind, tokenizer), **changes)
+    trained = trainer(model, rows, tmp_path, collator(kind, model, tokenizer), **changes)
     trained.train()
     plain, _ = prepared(tiny, precision)
-    reference = trainer(plain, rows, tmp_path, collator(kind, tokenizer))
+    reference = trainer(plain, rows, tmp_path, collator(kind, model, tokenizer))
     reference.train()
     assert losses(trained) == pytest.approx(losses(reference), rel=0.02)
 

@@ -160,6 +160,8 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
         raise AdapterError("no layer is left to train after exclude and layers: give them fewer or other names")
     for kind, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
+            if problem := pattern_problem(key):
+                raise AdapterError(f"{kind} {key!r}: {problem}")
             if not any(pattern_value({key: True}, name, False) for name in chosen):
                 raise AdapterError(_no_match(kind, key, model, sorted(chosen)))
     return [name for name in linears if name in chosen]

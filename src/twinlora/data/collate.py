@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from twinlora.data.template import Example
+from twinlora.errors import ModelError
 from twinlora.model.attention import NO_MASK_SHAPE, Layout
+from twinlora.model.forward import packing_refusal
 
 __all__ = ["IGNORED", "PackedCollator", "features"]
 
@@ -29,9 +32,17 @@ def features(examples: Sequence[Example]) -> list[dict[str, list[int]]]:
 class PackedCollator:
     """Rows of `features` side by side in one row [1, T] with a `Layout`: no token is fill, and no row sees another.
 
-    For models that `twinlora.load` gave, with our attention; transformers' DataCollatorWithFlattening does the same
-    for every model, over a mask of T × T.
+    For `model`, which must be one of `load_model`, with our attention: it is tried out. transformers'
+    DataCollatorWithFlattening does the same for every model, over a mask of T × T. Raises ModelError.
     """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        refusal = packing_refusal(model, model.get_input_embeddings().num_embeddings)
+        if refusal:
+            raise ModelError(
+                f"this model cannot train on packed rows, because {refusal}; "
+                "pad them: transformers.DataCollatorForSeq2Seq(tokenizer)"
+            )
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The arguments of the model's forward pass."""
