@@ -1,5 +1,6 @@
 """The Trainer of transformers on our models: padded, flattened and packed; checkpoints; what it saves is PEFT's."""
 
+import copy
 import json
 
 import pytest
@@ -144,6 +145,12 @@ def test_a_checkpoint_of_other_options_is_refused(tiny, data_file, tmp_path):
         fresh.load_state_dict(load_file(tmp_path / "checkpoint-1" / files.WEIGHTS), strict=False)
     with pytest.raises(RuntimeError, match="Missing key"):
         fresh.load_state_dict({})
+    for arguments in ({"push_to_hub": True}, {"state_dict": {}}):
+        with pytest.raises(AdapterError, match="not supported"):
+            fresh.save_pretrained(tmp_path / "b", **arguments)
+    twin = copy.deepcopy(fresh)
+    twin.save_pretrained(tmp_path / "b")
+    assert twin.save_pretrained.__self__ is twin
 
 
 @pytest.mark.parametrize("kind, precision", [("padded", "16bit"), ("padded", "nf4"), ("packed", "nf4")])
@@ -176,3 +183,13 @@ def test_the_base_as_a_model_of_its_own(tiny, precision):
     assert all(p.data_ptr() in ours for p in reference.parameters()), "no weight is copied"
     with pytest.raises(AdapterError, match="the base of lm_head is not kept"):
         twinlora.without_adapters(prepared(tiny, modules_to_save=["lm_head"])[0])
+
+
+@pytest.mark.parametrize("precision", ["16bit", "nf4"])
+def test_under_autocast_products_have_its_type(tiny, precision):
+    model, _ = prepared(tiny, precision, dora=True)
+    layer = next(iter(lora_layers(model).values()))
+    x = torch.randn(3, layer.base.in_features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x.bfloat16()).float(), layer(x), rtol=0.02, atol=0.02)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from twinlora.adapters import passport
 from twinlora.adapters.read import CONFIG, WEIGHTS, read_adapter
 from twinlora.errors import AdapterError
 
@@ -175,3 +176,10 @@ def test_a_name_that_never_ends(adapter):
     message = refusal(adapter)
     assert "a name of 5031 characters" in message
     assert len(message) < 1000
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"a":' * 90_000, '{"method": 3}'])
+def test_a_damaged_passport(adapter, text):
+    (adapter / passport.FILE).write_text(text)
+    with pytest.raises(AdapterError, match="damaged passport"):
+        passport.read(adapter)

@@ -39,9 +39,12 @@ def follow_peft(model: PreTrainedModel, passport: Passport | None = None) -> Non
         save_directory: str | Path,
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
         **_: Any,
     ) -> None:
-        """Write the adapter to `save_directory`, in the PEFT format."""
+        """Write the adapter to `save_directory`, in the PEFT format; what is about whole models has no meaning here."""
+        if push_to_hub:
+            raise AdapterError(f"push_to_hub is not supported: save, then type `hf upload NAME {save_directory}`")
         if state_dict is not None:
             raise AdapterError("sharded training (FSDP, DeepSpeed) of adapters by the Trainer is not supported")
         if is_main_process:

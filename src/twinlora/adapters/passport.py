@@ -6,7 +6,6 @@ Written as `twinlora.json` beside the PEFT files, which other tools ignore.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 import twinlora
+from twinlora.adapters.strict import read_json
 from twinlora.errors import AdapterError
 
 __all__ = ["FILE", "Passport", "check", "read", "tokenizer_digests", "versions"]
@@ -62,10 +62,15 @@ def read(directory: Path) -> Passport | None:
     path = directory / FILE
     if not path.is_file():
         return None
+    value, problems = read_json(path)
     try:
-        return Passport(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, ValidationError) as error:
-        raise AdapterError(f"{path}: damaged passport ({error}); delete it to load the adapter without one") from None
+        passport = Passport(**value)
+    except (TypeError, ValidationError) as error:
+        problems = problems or [str(error)]
+    if problems:
+        listed = "; ".join(problems)
+        raise AdapterError(f"{path}: damaged passport ({listed}); delete it to load the adapter without one")
+    return passport
 
 
 def check(directory: Path, *, fingerprint: str, base: str, precision: dict[str, int]) -> list[str]:
