@@ -98,7 +98,7 @@ def _loaders(adapter: AdapterFile, layers: list[Layer]) -> list[Loader]:
     ranks = {layer.rank for layer in layers}
     alpha, rank = o.get("lora_alpha", 8), o.get("r", 8)
     told = alpha / (rank**0.5 if o.get("use_rslora") else rank)
-    vllm, llama = [], []
+    vllm, llama = [f"{CONFIG} lacks {key}" for key in ("r", "lora_alpha", "target_modules") if key not in o], []
     if dora:
         vllm.append("no DoRA")
         llama.append("no DoRA")
