@@ -1,12 +1,17 @@
 """Pages are what the results and the code say."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.conftest import chat, write_jsonl
 from twinlora.cli.main import _VERBS
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def test_tables_are_rendered_from_the_results():
@@ -20,3 +25,18 @@ def test_readme_names_every_verb_and_every_room():
     assert all(f"| `twinlora {verb}` |" in page for verb in _VERBS)
     rooms = {p.name for p in (ROOT / "src" / "twinlora").iterdir() if p.is_dir() and p.name != "__pycache__"}
     assert all(f"](src/twinlora/{room})" in page for room in rooms), rooms
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["finetune", "trainer", "dpo"])
+def test_examples_run_as_they_stand(example, tiny, tmp_path, monkeypatch, capsys):
+    """In a directory with the files they name, on the tiny model."""
+    for module in re.findall(r"^from (\w+) import", example, flags=re.MULTILINE):
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "train.jsonl", [chat(f"say {i}", f"word {i}") for i in range(16)])
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"{i}", "chosen": " yes", "rejected": " no"} for i in range(8)])
+    assert example.count("Qwen/Qwen3-0.6B") == 1
+    assert len(example.strip().splitlines()) <= 15
+    exec(compile(example.replace("Qwen/Qwen3-0.6B", str(tiny)), "README.md", "exec"), {})
+    adapters = list(tmp_path.rglob("adapter_model.safetensors"))
+    assert adapters or "DPOTrainer" in example

@@ -13,6 +13,7 @@ ORDER = [
     {"train.step", "train.optim", "train.checkpoint", "train.rng", "train.run", "evaluate.metrics", "evaluate.stats"},
     {"train"},
     {"evaluate"},
+    {"api"},
     {"demo"},
     {"cli"},
 ]

@@ -13,13 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from twinlora.errors import ConfigError
 
 __all__ = [
+    "AdapterInspectOptions",
     "AdapterOptions",
+    "AttachOptions",
     "ChatOptions",
     "CompareOptions",
     "DataOptions",
     "DemoOptions",
     "DoctorOptions",
     "EvalOptions",
+    "LoadOptions",
     "ModelOptions",
     "OptimizerOptions",
     "Options",
@@ -96,6 +99,15 @@ class ModelOptions(BaseModel):
     )
 
 
+class LoadOptions(ModelOptions):
+    """A base model to train by other means than ours, from Python: `twinlora.load`."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+    precision: Literal["16bit", "nf4"] = Field("16bit", description="Base precision.")
+    adapter: Path | None = Field(None, description="Continue this PEFT adapter, or that of a run's directory.")
+
+
 class AdapterOptions(BaseModel):
     """The low-rank matrices."""
 
@@ -135,6 +147,20 @@ class AdapterOptions(BaseModel):
     def _variant(self) -> Self:
         if self.dora and self.dropout:
             raise ValueError("dora with dropout is not supported: leave one out")
+        return self
+
+
+class AttachOptions(AdapterOptions):
+    """Adapters on a loaded model: `twinlora.attach`."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    seed: int = Field(0, description="Seed of the initial adapter.")
+
+    @model_validator(mode="after")
+    def _loaded(self) -> Self:
+        if self.init == "loftq":
+            raise ValueError("init loftq must see the weights while they are quantised: use twinlora.finetune")
         return self
 
 
@@ -274,6 +300,15 @@ class ChatOptions(Options, ModelOptions):
     temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0: greedy.")
     max_new_tokens: Positive = Field(256, description="Longest answer.")
     seed: int = Field(0, description="Seed of the sampling.")
+
+
+class AdapterInspectOptions(Options):
+    """What an adapter is and what can load it: `twinlora adapter inspect DIR`."""
+
+    directory: Annotated[Path, tyro.conf.Positional] = Field(
+        description="PEFT adapter directory, or a run's directory."
+    )
+    model: str | None = Field(None, description="Its base model, to measure what the adapter changes.")
 
 
 class DoctorOptions(Options):

@@ -42,7 +42,9 @@ def test_the_best_evaluation_is_what_is_saved(tiny, data_file, tmp_path, held_ou
     assert (last.record["saved_step"], last.record["eval_loss"]) == (30, curve[30])
     assert not same(weights(tmp_path / "best"), weights(tmp_path / "last"))
     again = train(
-        options(tiny, data_file, tmp_path / "again", init_adapter=tmp_path / "best", lr=1e-30, max_steps=1, eval=held_out)
+        options(
+            tiny, data_file, tmp_path / "again", init_adapter=tmp_path / "best", lr=1e-30, max_steps=1, eval=held_out
+        )
     )
     assert again.record["eval_loss"] == pytest.approx(curve[best], abs=1e-6)
     assert result.record["eval_loss"] == curve[best]

@@ -68,6 +68,12 @@ class _Lora(torch.autograd.Function):
         return dx, dz, None, *das, *dbs
 
 
+def _as_autocast(x: Tensor) -> Tensor:
+    """x in the type in which autocast wants products, where a trainer of others has switched it on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class LoraLinear(nn.Module):
     """A frozen base layer and its trained low-rank update."""
 
@@ -103,9 +109,11 @@ class LoraLinear(nn.Module):
         if not self.enabled:
             out: Tensor = self.base(x)
             return out
-        z = F.dropout(x, self.dropout) if self.training and self.dropout else None
-        result: tuple[Tensor] = _Lora.apply(x, z, (self,), *self.factors())
-        return self._with_magnitude(result[0])
+        x, kind = _as_autocast(x), x.device.type
+        with torch.autocast(kind, enabled=False):
+            z = F.dropout(x, self.dropout) if self.training and self.dropout else None
+            result: tuple[Tensor] = _Lora.apply(x, z, (self,), *self.factors())
+            return self._with_magnitude(result[0])
 
     @staticmethod
     def together(x: Tensor, layers: Sequence[LoraLinear]) -> tuple[Tensor, ...]:
@@ -113,8 +121,10 @@ class LoraLinear(nn.Module):
         if any(not layer.enabled or (layer.training and layer.dropout) for layer in layers):
             return tuple(layer(x) for layer in layers)
         a, b = zip(*(layer.factors() for layer in layers), strict=True)
-        results: tuple[Tensor, ...] = _Lora.apply(x, None, tuple(layers), *a, *b)
-        return tuple(layer._with_magnitude(y) for layer, y in zip(layers, results, strict=True))
+        x, kind = _as_autocast(x), x.device.type
+        with torch.autocast(kind, enabled=False):
+            results: tuple[Tensor, ...] = _Lora.apply(x, None, tuple(layers), *a, *b)
+            return tuple(layer._with_magnitude(y) for layer, y in zip(layers, results, strict=True))
 
     def update(self) -> Tensor:
         """What is added to the base's weight, float32 [out, in]."""

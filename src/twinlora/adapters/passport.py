@@ -5,18 +5,20 @@ Written as `twinlora.json` beside the PEFT files, which other tools ignore.
 
 from __future__ import annotations
 
-import json
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import PreTrainedTokenizerBase
 
 import twinlora
+from twinlora.adapters.strict import read_json
 from twinlora.errors import AdapterError
 
-__all__ = ["FILE", "Passport", "check", "read", "versions"]
+__all__ = ["FILE", "Passport", "check", "read", "tokenizer_digests", "versions"]
 
 FILE = "twinlora.json"
 
@@ -35,8 +37,8 @@ class Passport(BaseModel):
     system: str | None = None
     data_sha256: dict[str, str] = {}
     method: str
-    seed: int
-    steps: int
+    seed: int | None = None
+    steps: int | None = None  # None: trained by a loop that is not ours
     versions: dict[str, str]
 
 
@@ -45,15 +47,30 @@ def versions() -> dict[str, str]:
     return {"twinlora": twinlora.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
+def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
+    """The passport's fields about the tokenizer and its chat template."""
+    template = tokenizer.chat_template
+    text = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
+    return {
+        "tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+    }
+
+
 def read(directory: Path) -> Passport | None:
     """The passport in `directory`, or None if the adapter has none. Raises AdapterError for a damaged one."""
     path = directory / FILE
     if not path.is_file():
         return None
+    value, problems = read_json(path)
     try:
-        return Passport(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, ValidationError) as error:
-        raise AdapterError(f"{path}: damaged passport ({error}); delete it to load the adapter without one") from None
+        passport = Passport(**value)
+    except (TypeError, ValidationError) as error:
+        problems = problems or [str(error)]
+    if problems:
+        listed = "; ".join(problems)
+        raise AdapterError(f"{path}: damaged passport ({listed}); delete it to load the adapter without one")
+    return passport
 
 
 def check(directory: Path, *, fingerprint: str, base: str, precision: dict[str, int]) -> list[str]:

@@ -9,16 +9,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
+import regex
 from torch import nn
 
 from twinlora.config import AdapterOptions, parse_patterns, parse_ranges
 from twinlora.errors import AdapterError
 from twinlora.model.linear import FrozenLinear, is_linear
 
-__all__ = ["ALL_LINEAR", "LayerConfig", "LoraConfig", "pattern_value", "resolve_modules", "resolve_targets"]
+__all__ = [
+    "ALL_LINEAR",
+    "LayerConfig",
+    "LoraConfig",
+    "pattern_problem",
+    "pattern_value",
+    "resolve_modules",
+    "resolve_targets",
+]
 
 ALL_LINEAR = "all-linear"
 T = TypeVar("T")
+_PATTERN_LENGTH, _PATTERN_SECONDS = 200, 0.5
 
 
 @dataclass(frozen=True)
@@ -73,9 +83,29 @@ class LoraConfig:
         return LayerConfig(rank, alpha / (math.sqrt(rank) if self.rslora else rank), self.dropout, self.dora)
 
 
+def pattern_problem(pattern: str) -> str | None:
+    """Why a pattern for layers' names is refused, or None. Files of strangers hold patterns too."""
+    if len(pattern) > _PATTERN_LENGTH:
+        return f"{len(pattern)} characters; expected at most {_PATTERN_LENGTH}"
+    if "{" in pattern:  # nested counts take forever to compile
+        return "counts in braces are not supported"
+    try:
+        regex.compile(pattern)
+    except regex.error as error:
+        return f"not a regular expression ({error})"
+    return None
+
+
 def pattern_value(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """PEFT's rule: the first pattern that matches the end of the layer's name wins."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    """PEFT's rule: the first pattern that matches the end of the layer's name wins. Raises AdapterError if one does
+    not come to an end."""
+    for pattern, value in patterns.items():
+        try:
+            if regex.match(rf"(.*\.)?({pattern})$", name, timeout=_PATTERN_SECONDS):
+                return value
+        except TimeoutError:
+            raise AdapterError(f"pattern {pattern!r}: takes too long on {name}; write it more simply") from None
+    return default
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -130,6 +160,8 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> list[str]:
         raise AdapterError("no layer is left to train after exclude and layers: give them fewer or other names")
     for kind, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
+            if problem := pattern_problem(key):
+                raise AdapterError(f"{kind} {key!r}: {problem}")
             if not any(pattern_value({key: True}, name, False) for name in chosen):
                 raise AdapterError(_no_match(kind, key, model, sorted(chosen)))
     return [name for name in linears if name in chosen]

@@ -14,19 +14,24 @@ from twinlora.errors import ConfigError, TwinloraError
 
 __all__ = ["main"]
 
-# verb: (module, class of its options in twinlora.config, one line of help)
+# verb, of one word or two: (module, class of its options in twinlora.config, one line of help)
 _VERBS = {
     "demo": ("twinlora.cli.demo", "DemoOptions", "The whole story on the embedded model and data."),
     "doctor": ("twinlora.cli.doctor", "DoctorOptions", "This machine, the backend that runs, what is missing."),
     "train": ("twinlora.cli.train", "TrainOptions", "Fine-tune with LoRA, QLoRA, or all weights."),
     "eval": ("twinlora.cli.eval", "EvalOptions", "Measure a model, with or without an adapter."),
     "compare": ("twinlora.cli.compare", "CompareOptions", "Train by several methods and say which to choose."),
+    "adapter inspect": (
+        "twinlora.cli.adapter_inspect",
+        "AdapterInspectOptions",
+        "What an adapter is, what it does, and what can load it.",
+    ),
     "chat": ("twinlora.cli.chat", "ChatOptions", "Talk to a model and switch adapters."),
 }
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {verb:<9} {line}" for verb, (_, _, line) in _VERBS.items())
+    verbs = "\n".join(f"  {verb:<15} {line}" for verb, (_, _, line) in _VERBS.items())
     return (
         f"twinlora {__version__}: fine-tune language models with LoRA and QLoRA\n\n"
         f"usage: twinlora VERB [options]\n\n{verbs}\n\n"
@@ -98,7 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         sys.stdout.write(f"twinlora {__version__}\n")
         return 0
-    verb, rest = arguments[0], arguments[1:]
+    words = 2 if " ".join(arguments[:2]) in _VERBS else 1
+    verb, rest = " ".join(arguments[:words]), arguments[words:]
     if verb not in _VERBS:
         import difflib
 

@@ -59,7 +59,8 @@ def _attention(
         out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return out
     assert type(layout) is Layout, "a cache is filled by our own attention blocks only"
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    # Under autocast the rotation leaves query and key wider than value.
+    q, k, v = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
     scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layout.seen = {"scale": scale, "window": window}

@@ -68,9 +68,11 @@ def packing_refusal(model: PreTrainedModel, vocabulary: int) -> str | None:
     """
     if model.config._attn_implementation != NAME:
         return f"its attention runs as {model.config._attn_implementation!r}"
-    if getattr(model.config, "attention_dropout", 0.0):
+    if any(getattr(model.config, key, 0.0) for key in ("attention_dropout", "attn_pdrop")):
         return "it uses attention dropout"
     device = model.get_input_embeddings().weight.device
+    training = model.training
+    model.eval()  # dropout is no difference between the two
     generator = torch.Generator().manual_seed(0)
     first, other, second = (torch.randint(0, vocabulary, (n,), generator=generator) for n in (7, 7, 11))
     try:
@@ -79,6 +81,8 @@ def packing_refusal(model: PreTrainedModel, vocabulary: int) -> str | None:
             alone = model.base_model(input_ids=second[None].to(device), use_cache=False)[0][0]
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         return f"it does not run packed ({type(error).__name__}: {error})"
+    finally:
+        model.train(training)
     eps = torch.finfo(alone.dtype).eps
     if _apart(one, two) > 4 * eps:
         return "a sequence sees its neighbour"

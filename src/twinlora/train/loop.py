@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twinlora import atomic, machine
-from twinlora.adapters import files
+from twinlora.adapters import files, hf
 from twinlora.adapters.lora import trainable_parameters
 from twinlora.config import TrainOptions
 from twinlora.data.packing import Batch, make_batch
@@ -303,6 +303,7 @@ class _Trainer:
             kind, where = "adapter", self.run.adapter
             passport = passport_of(options, self.inputs, prepared.precision, self._saved_step)
             files.save_adapter(self.model, where, options.model, passport)
+            hf.follow_peft(self.model, passport)
         record = self._record() | {kind: str(where)}
         document: dict[str, Any] = {"options": options.model_dump(mode="json")}
         document |= {"base_fingerprint": self.inputs.fingerprint, "data_sha256": self.inputs.data_sha256}

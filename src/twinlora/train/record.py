@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 
 from twinlora.adapters import passport
@@ -33,15 +32,11 @@ class Notes:
 
 def passport_of(options: TrainOptions, inputs: Inputs, precision: dict[str, int], steps: int) -> passport.Passport:
     """The passport of an adapter after `steps` steps over a base of `precision`."""
-    tokenizer = inputs.tokenizer
-    template = tokenizer.chat_template
-    text = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
     return passport.Passport(
         base_model=options.model,
         base_fingerprint=inputs.fingerprint,
         base_precision=precision,
-        tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        chat_template_sha256=hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+        **passport.tokenizer_digests(inputs.tokenizer),
         system=_common_system(inputs.rows),
         data_sha256=inputs.data_sha256 | inputs.eval_sha256,
         method=options.method,
