@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from tests.conftest import chat, write_jsonl
-from twinlora.data.formats import read_rows
+from twinlora.data.examples import encode_rows
 from twinlora.data.packing import epoch_order, make_batch, make_micro_batch
-from twinlora.data.template import Example, encode_prompt, encode_row, encode_rows
+from twinlora.data.sources import read_rows
+from twinlora.data.template import Example, encode_prompt, encode_row
 from twinlora.errors import DataError
 
 
@@ -147,11 +148,11 @@ def test_micro_batches_keep_the_limit_and_lose_nothing(packed):
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    first = epoch_order(50, 0, 1, shuffle=True)
+    first = epoch_order([1.0] * 50, 0, 1, shuffle=True)
     assert sorted(first) == list(range(50))
-    assert first == epoch_order(50, 0, 1, shuffle=True)
-    assert first != epoch_order(50, 1, 1, shuffle=True)
-    assert first != epoch_order(50, 0, 2, shuffle=True)
-    assert epoch_order(4, 3, 1, shuffle=False) == [0, 1, 2, 3]
+    assert first == epoch_order([1.0] * 50, 0, 1, shuffle=True)
+    assert first != epoch_order([1.0] * 50, 1, 1, shuffle=True)
+    assert first != epoch_order([1.0] * 50, 0, 2, shuffle=True)
+    assert epoch_order([1.0] * 4, 3, 1, shuffle=False) == [0, 1, 2, 3]
     torch.manual_seed(5)
-    assert first == epoch_order(50, 0, 1, shuffle=True)
+    assert first == epoch_order([1.0] * 50, 0, 1, shuffle=True)

@@ -11,6 +11,7 @@ import math
 import signal
 import time
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from types import FrameType
 from typing import Any
 
@@ -24,10 +25,12 @@ from twinlora.adapters import files, init, passport
 from twinlora.adapters.lora import attach, trainable_parameters
 from twinlora.adapters.targets import LoraConfig
 from twinlora.config import TrainOptions
-from twinlora.data.formats import Row, file_digest, read_rows
-from twinlora.data.packing import Batch, epoch_order, make_batch, steps_per_epoch
-from twinlora.data.template import Example, encode_rows
-from twinlora.errors import CheckpointError, Interrupted, TrainingDiverged
+from twinlora.data import sources
+from twinlora.data.examples import encode_rows
+from twinlora.data.formats import Row
+from twinlora.data.packing import Batch, epoch_order, epoch_size, make_batch, steps_per_epoch
+from twinlora.data.template import Example
+from twinlora.errors import CheckpointError, ConfigError, Interrupted, TrainingDiverged
 from twinlora.evaluate.metrics import mean_loss
 from twinlora.model import forward, swap
 from twinlora.model.fingerprint import fingerprint
@@ -74,11 +77,27 @@ class _Inputs:
     examples: list[Example]
     eval_examples: list[Example]
     digests: dict[str, str]
+    data_identity: str
     fingerprint: str
+    notes: list[str]
+
+    @cached_property
+    def weights(self) -> list[float]:
+        """How often each example is seen in an epoch."""
+        return [example.weight for example in self.examples]
+
+    @cached_property
+    def epoch_size(self) -> int:
+        """Examples that an epoch shows."""
+        return epoch_size(self.weights)
+
+    def steps_per_epoch(self, options: TrainOptions) -> int:
+        """Optimiser steps of an epoch."""
+        return steps_per_epoch(self.epoch_size, options.batch_size)
 
     def steps(self, options: TrainOptions) -> int:
         """Optimiser steps of the whole run."""
-        steps = options.epochs * steps_per_epoch(len(self.examples), options.batch_size)
+        steps = options.epochs * self.steps_per_epoch(options)
         return min(steps, options.max_steps or steps)
 
 
@@ -131,7 +150,7 @@ def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResul
     """
     reporter = reporter or Reporter()
     device = pick_device(options.device)
-    inputs = _read_inputs(options)
+    inputs = _read_inputs(options, reporter)
     with RunDirectory(options.output, resume=options.resume, overwrite=options.overwrite) as run:
         trainer = _Trainer(options, inputs, run, reporter, device)
         trainer.restore()
@@ -139,20 +158,40 @@ def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResul
         return trainer.finish()
 
 
-def _read_inputs(options: TrainOptions) -> _Inputs:
+def _read_inputs(options: TrainOptions, reporter: Reporter) -> _Inputs:
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        reporter.note(text)
+
+    streams = [source for source in options.data if sources.is_stream(sources.split_weight(source)[0])]
+    if options.resume and streams:
+        raise ConfigError(
+            f"resume: {', '.join(streams)} is a stream, and what it gave the first time cannot be read again; "
+            "write the rows to a file, and train from that"
+        )
     source = resolve(options.model)
-    rows = read_rows(options.data)
-    eval_rows = read_rows(options.eval) if options.eval else []
+    data = sources.read(options.data, columns=options.columns, note=note)
+    held_out = sources.read(options.eval, columns=options.columns, note=note)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
-    paths = [path for path in (options.data, options.eval) if path]
+
+    def encode(rows: list[Row]) -> list[Example]:
+        o = options
+        return encode_rows(
+            tokenizer, rows, o.max_length, overlong=o.overlong, allow_untrained=o.allow_untrained, note=note
+        )
+
     return _Inputs(
         source=source,
         tokenizer=tokenizer,
-        rows=rows,
-        examples=encode_rows(tokenizer, rows, options.max_length),
-        eval_examples=encode_rows(tokenizer, eval_rows, options.max_length),
-        digests={path.name: file_digest(path) for path in paths},
+        rows=data.rows,
+        examples=encode(data.rows),
+        eval_examples=encode(held_out.rows) if options.eval else [],
+        digests=sources.Data(data.sources + held_out.sources).digests,
+        data_identity=data.identity,
         fingerprint=fingerprint(source),
+        notes=notes,
     )
 
 
@@ -166,7 +205,7 @@ class _Trainer:
         machine.reset_peaks(device)
         machine.keep_freed_memory()
         torch.manual_seed(options.seed)  # dropout draws from the global generators
-        self.notes: list[str] = []
+        self.notes = inputs.notes
         self.lora = LoraConfig.from_options(options)
         self.dtype, reason = pick_dtype(options.dtype, device)
         if reason:
@@ -182,6 +221,9 @@ class _Trainer:
         scaled = self.dtype == torch.float16
         self.optimizer = MasterAdamW(trainable_parameters(self.model), options, scaled=scaled)
         self.total = inputs.steps(options)
+        self.order = lru_cache(1)(
+            lambda epoch: epoch_order(inputs.weights, epoch, options.seed, shuffle=options.shuffle)
+        )
         self.at = _Progress()
         self.identity = self._identity()
 
@@ -248,7 +290,7 @@ class _Trainer:
         return {
             "options": options | {"dtype": str(self.dtype).removeprefix("torch.")},
             "base": self.inputs.fingerprint,
-            "data": self.inputs.digests[self.options.data.name],
+            "data": self.inputs.data_identity,
         }
 
     def restore(self) -> None:
@@ -305,8 +347,8 @@ class _Trainer:
 
     def _batch(self, step: int) -> Batch:
         o, examples = self.options, self.inputs.examples
-        epoch, within = divmod(step, steps_per_epoch(len(examples), o.batch_size))
-        order = epoch_order(len(examples), epoch, o.seed, shuffle=o.shuffle)
+        epoch, within = divmod(step, self.inputs.steps_per_epoch(o))
+        order = self.order(epoch)
         chosen = [examples[i] for i in order[within * o.batch_size : (within + 1) * o.batch_size]]
         pad = self.inputs.tokenizer.pad_token_id or 0
         return make_batch(chosen, o.micro_batch_tokens, packed=self.packed, pad_id=pad, device=self.device)

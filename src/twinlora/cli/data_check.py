@@ -1,0 +1,122 @@
+"""`twinlora data check`: what exactly would be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from twinlora.cli.console import out, print_json
+from twinlora.config import DataCheckOptions
+from twinlora.reporter import ConsoleReporter
+
+if TYPE_CHECKING:
+    from twinlora.data.check import Check, Sample
+
+_BAR = 32  # cells of the longest bar
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_PLACES = 3  # shown of each finding
+_SAMPLE = 600  # characters of a piece of a sample
+
+
+def run(options: DataCheckOptions) -> None:
+    """Read and encode the rows, then show the figures."""
+    reporter = ConsoleReporter()
+    from twinlora.data import sources
+    from twinlora.data.check import check
+    from twinlora.model.load import load_tokenizer, resolve
+
+    source = resolve(options.model, weights=False)
+    data = sources.read(options.data, columns=options.columns, note=reporter.note)
+    held_out = sources.read(options.eval, columns=options.columns, note=reporter.note)
+    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    found = check(tokenizer, data, held_out, max_length=options.max_length, samples=options.samples)
+    if options.json_output:
+        print_json(asdict(found))
+    else:
+        _show(found)
+
+
+def _show(found: Check) -> None:
+    share = found.trained_tokens / found.tokens if found.tokens else 0
+    out.print(
+        f"{found.rows:,} rows, {found.examples:,} examples, {found.tokens:,} tokens, "
+        f"{found.trained_tokens:,} of them trained ({share:.1%})\n"
+    )
+    most = max((one.examples for one in found.histogram), default=1)
+    labels = [f"{one.low}–{one.high}" for one in found.histogram]
+    for label, one in zip(labels, found.histogram, strict=True):
+        bar = _bar(one.examples / most)
+        out.print(f"  {label.rjust(max(map(len, labels)))} tokens  [cyan]{bar}[/cyan] {one.examples:,}")
+    if found.longest:
+        out.print(f"  median {found.median:,}, longest {found.longest:,} at {found.longest_at}\n", markup=False)
+    for good, text, places in _findings(found):
+        out.print(f"[{'green' if good else 'yellow'}]{'✓' if good else '!'}[/] ", end="")
+        out.print(text, markup=False)
+        for place in places[:_PLACES]:
+            out.print(f"    {place}", markup=False, style="dim")
+    for sample in found.samples:
+        _show_sample(sample)
+
+
+def _bar(share: float) -> str:
+    eighths = round(share * _BAR * 8)
+    return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()).ljust(_BAR)
+
+
+def _findings(found: Check) -> list[tuple[bool, str, Sequence[str]]]:
+    """Each question with its answer: good or not, in words, and where."""
+    limit = f"max_length {found.max_length:,}"
+    findings = [
+        _finding(
+            found.overlong, "examples are longer than " + limit, "no example is longer than " + limit, found.overlong_at
+        ),
+        _finding(found.untrained, "rows have nothing to train on", "every row trains something", found.untrained_at),
+        _ending(found),
+        _finding(found.duplicates, "rows are copies of an earlier one", "no row is there twice", found.duplicates_at),
+        _finding(
+            found.contradictions,
+            "rows ask what an earlier one asks and answer otherwise",
+            "no two rows contradict each other",
+            found.contradictions_at,
+        ),
+        _finding(found.odd_rows, f"rows have{_names(found.odd)}", "no unusual characters", found.odd_at),
+    ]
+    if found.eval_rows:
+        bad = f"of {found.eval_rows:,} held-out rows ask what a training row asks"
+        good = f"no row of {found.eval_rows:,} held-out ones is a training row"
+        findings.append(_finding(found.eval_overlap, bad, good, found.eval_overlap_at))
+    return findings
+
+
+def _finding(count: int, bad: str, good: str, places: Sequence[str]) -> tuple[bool, str, Sequence[str]]:
+    return count == 0, f"{count:,} {bad}" if count else good, places
+
+
+def _ending(found: Check) -> tuple[bool, str, Sequence[str]]:
+    if not found.end_token:
+        return False, "this tokenizer names no end token, so the model will not learn to stop", []
+    part = (
+        f"all {found.examples:,}"
+        if found.end_trained == found.examples
+        else f"only {found.end_trained:,} of {found.examples:,}"
+    )
+    return found.end_trained == found.examples, f"the end of turn {found.end_token} is trained in {part} examples", []
+
+
+def _names(odd: dict[str, int]) -> str:
+    shown = ", ".join(f"{name} ({count:,})" for name, count in list(odd.items())[:5])
+    return f" unusual characters: {shown}"
+
+
+def _show_sample(sample: Sample) -> None:
+    """The text of an example; what is trained is green on a terminal and in ⟦brackets⟧ elsewhere."""
+    out.print(f"\n{sample.where}", markup=False, style="bold")
+    for piece in sample.pieces:
+        text = piece.text
+        if len(text) > _SAMPLE:
+            text = f"{text[: _SAMPLE // 2]} … {len(text) - _SAMPLE:,} characters … {text[-_SAMPLE // 2 :]}"
+        if piece.trained and not out.is_terminal:
+            text = f"⟦{text}⟧"
+        out.print(text, markup=False, style="bold green" if piece.trained else "dim", end="")
+    out.print()
