@@ -96,10 +96,10 @@ def _loads(content: bytes) -> dict[str, Any] | DataError:
         return DataError(f"not UTF-8 text ({error.reason} at byte {error.start})")
     except json.JSONDecodeError as error:
         return DataError(f"not JSON ({error.msg} at column {error.colno})")
-    except (ValueError, RecursionError) as error:  # an endless number, or brackets without end
-        return DataError(f"not JSON ({error})")
     except DataError as error:
         return error
+    except (ValueError, RecursionError) as error:  # an endless number, or brackets without end
+        return DataError(f"not JSON ({error})")
     return value if isinstance(value, dict) else DataError(f"expected an object, found {type(value).__name__}")
 
 
@@ -127,7 +127,7 @@ def _json(path: Path) -> Records:
             "; it ends early: was it cut off?" if error.pos >= len(text.rstrip()) - 1 or "Unterm" in error.msg else ""
         )
         raise DataError(f"not JSON ({error.msg} at line {error.lineno}, column {error.colno}){ends}") from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
         raise DataError(f"not JSON ({error})") from None
     if isinstance(value, dict):
         lists = [key for key, inner in value.items() if isinstance(inner, list) and key not in _LISTS_OF_A_ROW]

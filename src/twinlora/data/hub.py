@@ -57,9 +57,10 @@ def choose(names: list[str], part: str | None) -> list[str]:
     chosen = [part] if part in readable else _with_word(readable, part or "train")
     if not chosen and part is None:
         chosen = readable
+    if not readable:
+        raise DataError(f"this data set has no file of {', '.join(SUFFIXES)}")
     if not chosen:
-        listed = ", ".join(readable[:10]) or f"no {', '.join(SUFFIXES)}"
-        raise DataError(f"no file in this data set has {part!r} in its path; it has {listed}")
+        raise DataError(f"no file in this data set has {part!r} in its path; it has {', '.join(readable[:10])}")
     groups = sorted({f"{PurePosixPath(n).parent}/*{PurePosixPath(n).suffix}".removeprefix("./") for n in chosen})
     if len(groups) > 1:
         raise DataError(f"several sets of files: {', '.join(groups[:10])}; name one as owner/name:PART")
