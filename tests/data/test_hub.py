@@ -48,7 +48,10 @@ def hub(tmp_path):
         def do_GET(self):
             self.asked.append((self.path, self.headers.get("Authorization")))
             name = self.path.partition(f"/resolve/{COMMIT}/")[2]
-            if self.path.split("?")[0].startswith("/api/datasets/me/mine"):
+            if self.path.startswith(f"/api/datasets/me/mine/tree/{COMMIT}"):
+                entries = [{"type": "file", "path": f, "size": len(files[f]), "oid": "0" * 40} for f in files]
+                body = json.dumps(entries).encode()
+            elif self.path.split("?")[0] in ("/api/datasets/me/mine", "/api/datasets/me/mine/revision/main"):
                 body = json.dumps(
                     {"id": "me/mine", "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]}
                 ).encode()
@@ -98,6 +101,7 @@ def test_splits_files_the_token_and_the_cache(hub, tmp_path):
     assert not any("README" in path for path, _ in asked), "only the files that are read are fetched"
     asked.clear()
     offline = run(hub, tmp_path, "me/mine", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
     assert json.loads(offline.stdout) == expected
     assert not asked
 

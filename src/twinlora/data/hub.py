@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path, PurePosixPath
 
@@ -25,19 +26,20 @@ def fetch(source: str) -> list[tuple[str, Path]]:
 
     HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean everywhere. Raises DataError.
     """
-    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     match = _NAME.fullmatch(source)
     assert match, "callers ask is_hub_name first"
     repo, part = match[1], match[2]
     try:
         if constants.HF_HUB_OFFLINE:
-            root = Path(snapshot_download(repo, repo_type="dataset"))
-            names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
-            return [(name, root / name) for name in choose(names, part)]
-        info = HfApi().dataset_info(repo)
-        names = choose([file.rfilename for file in info.siblings or []], part)
-        return [(name, Path(hf_hub_download(repo, name, repo_type="dataset", revision=info.sha))) for name in names]
+            root = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=["."]))  # where it is; no file yet
+            names = choose([path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()], part)
+        else:
+            names = choose([file.rfilename for file in HfApi().dataset_info(repo).siblings or []], part)
+            wanted = [glob.escape(name) for name in names]
+            root = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=wanted))
+        return [(name, root / name) for name in names]
     except DataError:
         raise
     except Exception as error:
