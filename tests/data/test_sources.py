@@ -78,7 +78,7 @@ def test_bad_lines_are_all_named(tmp_path):
         read_rows(tmp_path / "bad.jsonl")
     message = str(caught.value)
     for part in (
-        "11 bad rows",
+        "11 rows cannot be read",
         "line 2: not JSON",
         "line 3: `messages` is not a list",
         "line 4: texts, but the rows before are chats (messages)",
@@ -122,7 +122,11 @@ def test_ten_thousand_bad_lines_are_a_short_message(tmp_path):
         ("a.json", b"3", "expected a list of rows, found int"),
         ("a.json", b'[{"text": "x"}, 4]', "row 2: expected an object, found int"),
         ("a.csv", b"prompt,completion,prompt\n1,2,3\n", "names a column twice: `prompt`"),
-        ("a.csv", b"prompt,completion\n1,2,3\nx,y\n4\n", r"2 bad rows\s+line 2: 3 cells.*2 columns\s+line 4: 1 cells"),
+        (
+            "a.csv",
+            b"prompt,completion\n1,2,3\nx,y\n4\n",
+            r"2 rows cannot be read\s+line 2: 3 cells.*2 columns\s+line 4: 1 cells",
+        ),
         ("a.csv", b'prompt,completion\n1,2\n3,"open\n', "line 3: not CSV .*is a quote left open"),
         ("a.csv", b"prompt;completion\n1;2\n", "unknown form: found `prompt;completion`"),
         ("a.parquet", b"nothing of the kind", "not readable as Parquet"),

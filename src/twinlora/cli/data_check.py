@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -11,7 +12,9 @@ from twinlora.config import DataCheckOptions
 from twinlora.reporter import ConsoleReporter
 
 if TYPE_CHECKING:
-    from twinlora.data.check import Check, Sample
+    from twinlora.data.check import Bin, Check, Sample
+
+Finding = tuple[bool, str, Sequence[str]]  # good or not, in words, where
 
 _BAR = 32  # cells of the longest bar
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -43,11 +46,7 @@ def _show(found: Check) -> None:
         f"{found.rows:,} rows, {found.examples:,} examples, {found.tokens:,} tokens, "
         f"{found.trained_tokens:,} of them trained ({share:.1%})\n"
     )
-    most = max((one.examples for one in found.histogram), default=1)
-    labels = [f"{one.low}–{one.high}" for one in found.histogram]
-    for label, one in zip(labels, found.histogram, strict=True):
-        bar = _bar(one.examples / most)
-        out.print(f"  {label.rjust(max(map(len, labels)))} tokens  [cyan]{bar}[/cyan] {one.examples:,}")
+    _show_histogram(found.histogram)
     if found.longest:
         out.print(f"  median {found.median:,}, longest {found.longest:,} at {found.longest_at}\n", markup=False)
     for good, text, places in _findings(found):
@@ -59,41 +58,62 @@ def _show(found: Check) -> None:
         _show_sample(sample)
 
 
+def _show_histogram(bins: Sequence[Bin]) -> None:
+    most = max((one.examples for one in bins), default=1)
+    width = max((len(f"{one.low}–{one.high}") for one in bins), default=0)
+    for filled, group in itertools.groupby(bins, key=lambda one: one.examples > 0):
+        for one in group if filled else []:
+            label = f"{one.low}–{one.high}".rjust(width)
+            out.print(f"  {label} tokens  [cyan]{_bar(one.examples / most)}[/cyan] {one.examples:,}")
+        if not filled:
+            out.print(f"  {'⋮'.rjust(width)}")
+
+
 def _bar(share: float) -> str:
     eighths = round(share * _BAR * 8)
     return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()).ljust(_BAR)
 
 
-def _findings(found: Check) -> list[tuple[bool, str, Sequence[str]]]:
+def _findings(found: Check) -> list[Finding]:
     """Each question with its answer: good or not, in words, and where."""
-    limit = f"max_length {found.max_length:,}"
+    limit, held_out = f"longer than max_length {found.max_length:,}", f"of {found.eval_rows:,} held-out rows"
+    names = ", ".join(f"{name} ({count:,})" for name, count in list(found.odd.items())[:5])
     findings = [
         _finding(
-            found.overlong, "examples are longer than " + limit, "no example is longer than " + limit, found.overlong_at
+            found.overlong, f"example is {limit}", f"examples are {limit}", f"no example is {limit}", found.overlong_at
         ),
-        _finding(found.untrained, "rows have nothing to train on", "every row trains something", found.untrained_at),
-        _ending(found),
-        _finding(found.duplicates, "rows are copies of an earlier one", "no row is there twice", found.duplicates_at),
         _finding(
-            found.contradictions,
-            "rows ask what an earlier one asks and answer otherwise",
-            "no two rows contradict each other",
+            found.untrained, "row has nothing to train on", "rows have nothing to train on",
+            "every row trains something", found.untrained_at,
+        ),
+        _ending(found),
+        _finding(
+            found.duplicates, "row is a copy of an earlier one", "rows are copies of an earlier one",
+            "no row stands there twice", found.duplicates_at,
+        ),
+        _finding(
+            found.contradictions, "row asks what an earlier one asks and answers otherwise",
+            "rows ask what an earlier one asks and answer otherwise", "no row contradicts another",
             found.contradictions_at,
         ),
-        _finding(found.odd_rows, f"rows have{_names(found.odd)}", "no unusual characters", found.odd_at),
-    ]
+        _finding(
+            found.odd_rows, f"row with unusual characters: {names}", f"rows with unusual characters: {names}",
+            "no unusual characters", found.odd_at,
+        ),
+    ]  # fmt: skip
     if found.eval_rows:
-        bad = f"of {found.eval_rows:,} held-out rows ask what a training row asks"
-        good = f"no row of {found.eval_rows:,} held-out ones is a training row"
-        findings.append(_finding(found.eval_overlap, bad, good, found.eval_overlap_at))
+        one, many = f"{held_out} asks what a training row asks", f"{held_out} ask what a training row asks"
+        findings.append(
+            _finding(found.eval_overlap, one, many, f"none {held_out} is trained on", found.eval_overlap_at)
+        )
     return findings
 
 
-def _finding(count: int, bad: str, good: str, places: Sequence[str]) -> tuple[bool, str, Sequence[str]]:
-    return count == 0, f"{count:,} {bad}" if count else good, places
+def _finding(count: int, one: str, many: str, none: str, places: Sequence[str]) -> Finding:
+    return count == 0, f"{count:,} {one if count == 1 else many}" if count else none, places
 
 
-def _ending(found: Check) -> tuple[bool, str, Sequence[str]]:
+def _ending(found: Check) -> Finding:
     if not found.end_token:
         return False, "this tokenizer names no end token, so the model will not learn to stop", []
     part = (
@@ -102,11 +122,6 @@ def _ending(found: Check) -> tuple[bool, str, Sequence[str]]:
         else f"only {found.end_trained:,} of {found.examples:,}"
     )
     return found.end_trained == found.examples, f"the end of turn {found.end_token} is trained in {part} examples", []
-
-
-def _names(odd: dict[str, int]) -> str:
-    shown = ", ".join(f"{name} ({count:,})" for name, count in list(odd.items())[:5])
-    return f" unusual characters: {shown}"
 
 
 def _show_sample(sample: Sample) -> None:

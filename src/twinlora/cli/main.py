@@ -107,7 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in _VERBS:
         import difflib
 
-        near = difflib.get_close_matches(verb, _VERBS, n=1)
+        longer = [known for known in _VERBS if known.startswith(f"{verb} ")]
+        near = longer or difflib.get_close_matches(" ".join(arguments[:2]), _VERBS, n=1)
+        near = near or difflib.get_close_matches(verb, _VERBS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         sys.stderr.write(f"error: unknown verb {verb!r}{hint}\n\n{_usage()}\n")
         return 2

@@ -51,12 +51,12 @@ def encode_rows(
     problems = [_too_long(long, max_length)] if long and overlong == "error" else []
     if untrained and not allow_untrained:
         problems.append(
-            f"{listed(untrained, 'row')}\nhave nothing to train on; mend them, or leave them out with --allow-untrained"
+            f"{listed(untrained, 'with nothing to train on')}\nmend them, or leave them out with --allow-untrained"
         )
     if problems:
         raise DataError("\n".join(problems))
     if untrained:
-        note(f"data: {len(untrained):,} rows have nothing to train on and are left out")
+        note(f"data: left out because they train nothing: {len(untrained):,} rows")
     if long:
         examples = _shortened(examples, max_length, overlong, tokenizer.bos_token_id, note)
     if not examples:
@@ -66,10 +66,10 @@ def encode_rows(
 
 def _too_long(long: list[Example], max_length: int) -> str:
     longest = max(len(example.ids) for example in long)
-    places = listed([f"{example.where}: {len(example.ids):,} tokens" for example in long], "row")
+    places = [f"{example.where}: {len(example.ids):,} tokens" for example in long]
     return (
-        f"{places}\nlonger than max_length {max_length:,}: give --max-length {longest}, "
-        "or --overlong truncate (keeps the answer and the end of the prompt) or drop"
+        f"{listed(places, f'longer than max_length {max_length:,}')}\ngive --max-length {longest}, --overlong drop, "
+        "or --overlong truncate (keeps the answer and the end of the prompt)"
     )
 
 
@@ -79,14 +79,16 @@ def _shortened(
     """`examples` without the long ones, or with them cut, and a line that says how many."""
     if overlong == "drop":
         kept = [example for example in examples if len(example.ids) <= max_length]
-        note(f"data: {len(examples) - len(kept):,} examples longer than {max_length:,} tokens are left out")
+        note(
+            f"data: left out because they are longer than {max_length:,} tokens: {len(examples) - len(kept):,} examples"
+        )
         return kept
     cut = [truncate(example, max_length, bos) for example in examples]
     shorter = sum(a is not b for a, b in zip(examples, cut, strict=True))
     answers = sum(_answer(a) > _answer(b) for a, b in zip(examples, cut, strict=True))
     note(
-        f"data: {shorter:,} examples are cut to {max_length:,} tokens; {answers:,} of them lose the end of their "
-        "answer, the others only what comes first"
+        f"data: cut to {max_length:,} tokens: {shorter:,} examples; the end of the answer is lost in {answers:,}, "
+        "only what comes first in the others"
     )
     return [example for example in cut if example.trained_tokens]
 

@@ -152,7 +152,7 @@ class _Reader:
         except DataError as error:
             raise DataError(f"data {self.source}: {error}") from None
         if self.problems:
-            raise DataError(f"data {self.source}: {listed(self.problems, 'bad row')}")
+            raise DataError(f"data {self.source}: {listed(self.problems, 'cannot be read')}")
         if not self.rows or self.form is None:
             raise DataError(f"data {self.source}: no rows; twinlora data check --help names the forms that are read")
         sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -231,8 +231,8 @@ class _Stream:
         return self._hash.hexdigest()
 
 
-def listed(problems: Sequence[str], what: str) -> str:
-    """`12 WHATs`, the first ten, and how many more."""
-    more = f"\n  and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
-    plural = "" if len(problems) == 1 else "s"
-    return f"{len(problems):,} {what}{plural}\n  " + "\n  ".join(problems[:_SHOWN]) + more
+def listed(places: Sequence[str], what: str) -> str:
+    """`12 rows {what}`, the first ten, and how many more."""
+    more = f"\n  and {len(places) - _SHOWN:,} more" if len(places) > _SHOWN else ""
+    rows = "row" if len(places) == 1 else "rows"
+    return f"{len(places):,} {rows} {what}\n  " + "\n  ".join(places[:_SHOWN]) + more

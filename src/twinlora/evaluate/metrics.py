@@ -39,8 +39,8 @@ def require_answers(rows: Sequence[Row]) -> None:
     without = [row.where for row in rows if not row.answer.strip()]
     if without:
         raise DataError(
-            f"{listed(without, 'row')}\nhave no answer in words (a text, a tool call), so none can be an exact match; "
-            "measure --metric loss, or leave them out"
+            f"{listed(without, 'without an answer in words (a text, a tool call)')}\n"
+            "no generated answer can equal it: measure --metric loss, or leave them out"
         )
 
 
