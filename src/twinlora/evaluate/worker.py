@@ -83,7 +83,14 @@ def _measure(
     start = time.perf_counter()
     loss = mean_loss(
         done.model,
-        encode_rows(done.tokenizer, rows, options.max_length),
+        encode_rows(
+            done.tokenizer,
+            rows,
+            options.max_length,
+            overlong=options.overlong,
+            allow_untrained=options.allow_untrained,
+            note=ConsoleReporter(name).note,
+        ),
         micro_batch_tokens=options.micro_batch_tokens,
         packed=done.packed,
         pad_id=done.tokenizer.pad_token_id or 0,

@@ -165,6 +165,10 @@ def _read_inputs(options: TrainOptions, reporter: Reporter) -> _Inputs:
         notes.append(text)
         reporter.note(text)
 
+    def detail(text: str) -> None:
+        notes.append(text)
+        reporter.detail(text)
+
     streams = [source for source in options.data if sources.is_stream(sources.split_weight(source)[0])]
     if options.resume and streams:
         raise ConfigError(
@@ -172,8 +176,8 @@ def _read_inputs(options: TrainOptions, reporter: Reporter) -> _Inputs:
             "write the rows to a file, and train from that"
         )
     source = resolve(options.model)
-    data = sources.read(options.data, columns=options.columns, note=note)
-    held_out = sources.read(options.eval, columns=options.columns, note=note)
+    data = sources.read(options.data, columns=options.columns, note=detail)
+    held_out = sources.read(options.eval, columns=options.columns, note=detail)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
 
     def encode(rows: list[Row]) -> list[Example]:
