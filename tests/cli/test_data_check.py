@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -91,3 +92,17 @@ def test_two_words_are_a_verb_and_sources_stand_first(capsys):
 def test_wrong_options(given, message, capsys):
     assert main(["data", "check", "a.jsonl", "--model", "m", *given]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_rows_that_the_template_refuses_are_a_finding(tiny, tmp_path, tokenizer, capsys):
+    bare = tmp_path / "bare"
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = None
+    changed.save_pretrained(bare)
+    (bare / "config.json").write_text((tiny / "config.json").read_text())
+    rows = write_jsonl(tmp_path / "a.jsonl", [chat("a", "b")] * 2)
+    assert main(["data", "check", str(rows), "--model", str(bare)]) == 0
+    out = capsys.readouterr().out
+    assert "! 2 rows cannot be trained" in out
+    assert "this model has no chat template" in out
+    assert "✓ the end" not in out

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 
 from tests.conftest import chat, write_jsonl
@@ -78,3 +80,14 @@ def test_no_row_is_left(rows, tokenizer):
         encode_rows(tokenizer, rows[1:3], 99, overlong="drop")
     with pytest.raises(DataError, match="none of 1 rows is left"):
         encode_rows(tokenizer, rows[3:], 99, allow_untrained=True)
+
+
+def test_rows_that_the_template_refuses_are_all_named(rows, tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{% if messages[0]['content'] == 'Be brief.' %}{{ raise_exception('no system') }}{% endif %}"
+    with pytest.raises(DataError) as caught:
+        encode_rows(strict, rows[:3], 99)
+    assert str(caught.value).startswith(
+        "3 rows cannot be trained: the model's chat template refuses these messages: no system"
+    )
+    assert "x.jsonl:3" in str(caught.value)

@@ -84,7 +84,7 @@ def _findings(found: Check) -> list[Finding]:
         ),
         _finding(
             found.untrained, "row has nothing to train on", "rows have nothing to train on",
-            "every row trains something", found.untrained_at,
+            "no other row is empty" if found.refused else "every row trains something", found.untrained_at,
         ),
         _ending(found),
         _finding(
@@ -101,6 +101,10 @@ def _findings(found: Check) -> list[Finding]:
             "no unusual characters", found.odd_at,
         ),
     ]  # fmt: skip
+    if found.refused:
+        findings.insert(
+            0, _finding(found.refused, "row cannot be trained", "rows cannot be trained", "", found.refused_at)
+        )
     if found.eval_rows:
         one, many = f"{held_out} asks what a training row asks", f"{held_out} ask what a training row asks"
         findings.append(
@@ -114,6 +118,8 @@ def _finding(count: int, one: str, many: str, none: str, places: Sequence[str]) 
 
 
 def _ending(found: Check) -> Finding:
+    if not found.examples:
+        return False, "nothing is trained", []
     if not found.end_token:
         return False, "this tokenizer names no end token, so the model will not learn to stop", []
     part = (

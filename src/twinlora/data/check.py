@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from twinlora.data.examples import encode_each
 from twinlora.data.formats import Row
 from twinlora.data.sources import Data
-from twinlora.data.template import Example, encode_row
-from twinlora.errors import DataError
+from twinlora.data.template import Example
 
 __all__ = ["Bin", "Check", "Piece", "Sample", "check"]
 
@@ -65,6 +65,8 @@ class Check:
     histogram: list[Bin] = field(default_factory=list)
     overlong: int = 0
     overlong_at: list[str] = field(default_factory=list)
+    refused: int = 0  # rows that the model's template cannot write
+    refused_at: list[str] = field(default_factory=list)
     untrained: int = 0
     untrained_at: list[str] = field(default_factory=list)
     duplicates: int = 0
@@ -83,21 +85,23 @@ class Check:
 
 
 def check(tokenizer: PreTrainedTokenizerBase, data: Data, held_out: Data, *, max_length: int, samples: int) -> Check:
-    """Encode every row as training would and count. Raises DataError if the model cannot be trained on these rows."""
+    """Encode every row as training would, and count."""
     rows = data.rows
     found = Check([_source(source) for source in data.sources], rows=len(rows), max_length=max_length)
-    encoded = [(row, _encoded(tokenizer, row)) for row in rows]
-    examples = [example for _, several in encoded for example in several]
+    encoded, reasons = encode_each(tokenizer, rows)
+    examples = [example for several in encoded for example in several]
+    refused = [f"{place}: {reason}" for reason, places in reasons.items() for place in places]
+    found.refused, found.refused_at = len(refused), refused[:_SHOWN]
     _lengths(found, examples)
-    untrained = [row.where for row, several in encoded if not several]
+    unusable = {place for places in reasons.values() for place in places}
+    empty = (row.where for row, several in zip(rows, encoded, strict=True) if not several)
+    untrained = [where for where in empty if where not in unusable]
     found.untrained, found.untrained_at = len(untrained), untrained[:_SHOWN]
     _repetitions(found, rows)
     if held_out.sources:
         asked = {_question(row) for row in rows}
         seen = [row.where for row in held_out.rows if _question(row) in asked]
         found.eval_rows, found.eval_overlap, found.eval_overlap_at = len(held_out.rows), len(seen), seen[:_SHOWN]
-        for row in held_out.rows:
-            _encoded(tokenizer, row)
     _endings(found, tokenizer, examples)
     _odd_characters(found, tokenizer, rows)
     step = max(1, len(examples) // max(samples, 1))
@@ -108,13 +112,6 @@ def check(tokenizer: PreTrainedTokenizerBase, data: Data, held_out: Data, *, max
 def _source(source: object) -> dict[str, object]:
     kept = ("source", "form", "container", "sha256", "weight", "unused")
     return {name: getattr(source, name) for name in kept} | {"rows": len(source.rows)}  # type: ignore[attr-defined]
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Example]:
-    try:
-        return [example for example in encode_row(tokenizer, row) if example.trained_tokens]
-    except DataError as error:
-        raise DataError(f"{row.where}: {error}") from None
 
 
 def _lengths(found: Check, examples: Sequence[Example]) -> None:

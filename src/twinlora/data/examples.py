@@ -16,7 +16,7 @@ from twinlora.data.sources import Note, listed
 from twinlora.data.template import Example, encode_row
 from twinlora.errors import DataError
 
-__all__ = ["Overlong", "encode_rows", "truncate"]
+__all__ = ["Overlong", "encode_each", "encode_rows", "truncate"]
 
 Overlong = Literal["error", "truncate", "drop"]
 
@@ -35,16 +35,11 @@ def encode_rows(
     Raises DataError that lists the rows that are too long (unless `overlong` says what to do with them) and those with
     nothing to train on (unless they are allowed; then they are left out).
     """
-    examples: list[Example] = []
-    untrained: list[str] = []
-    for row in rows:
-        try:
-            encoded = [example for example in encode_row(tokenizer, row) if example.trained_tokens]
-        except DataError as error:
-            raise DataError(f"{row.where}: {error}") from None
-        examples += encoded
-        if not encoded:
-            untrained.append(row.where)
+    encoded, refused = encode_each(tokenizer, rows)
+    if refused:
+        raise DataError("\n".join(listed(places, f"cannot be trained: {why}") for why, places in refused.items()))
+    examples = [example for several in encoded for example in several]
+    untrained = [row.where for row, several in zip(rows, encoded, strict=True) if not several]
     if len(examples) > len(rows) - len(untrained):
         note(f"data: {len(rows):,} rows → {len(examples):,} examples, because the chat template rewrites earlier turns")
     long = [example for example in examples if len(example.ids) > max_length]
@@ -62,6 +57,21 @@ def encode_rows(
     if not examples:
         raise DataError(f"data: none of {len(rows):,} rows is left to train on")
     return examples
+
+
+def encode_each(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
+) -> tuple[list[list[Example]], dict[str, list[str]]]:
+    """The examples of each row that train something; and by reason the places of rows that the template refuses."""
+    encoded: list[list[Example]] = []
+    refused: dict[str, list[str]] = {}
+    for row in rows:
+        try:
+            encoded.append([example for example in encode_row(tokenizer, row) if example.trained_tokens])
+        except DataError as error:
+            encoded.append([])
+            refused.setdefault(str(error), []).append(row.where)
+    return encoded, refused
 
 
 def _too_long(long: list[Example], max_length: int) -> str:

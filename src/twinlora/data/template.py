@@ -119,11 +119,10 @@ def _chat(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Example]:
     prompts = [_render(tokenizer, row, i, generation_prompt=True) for i in turns]
     wholes = [_render(tokenizer, row, i + 1, generation_prompt=False) for i in turns]
     follows = all(whole.startswith(prompt) for prompt, whole in zip(prompts, wholes, strict=True))
-    if follows and all(later.startswith(earlier) for earlier, later in zip(wholes, prompts[1:], strict=False)):
-        example, last_prompt = _whole_chat(tokenizer, prompts, wholes, spoken, row)
-        if last_prompt == _ids(tokenizer, prompts[-1]):
-            return [example]
     if follows:
+        example, last_prompt = _whole_chat(tokenizer, prompts, wholes, spoken, row)
+        if len(turns) == 1 or last_prompt == _ids(tokenizer, prompts[-1]):
+            return [example]
         answers = [whole[len(prompt) :] for prompt, whole in zip(prompts, wholes, strict=True)]
     elif any(row.messages[i].get("tool_calls") for i in turns):
         raise DataError("the model's chat template does not write a tool call as it prompts for one")
