@@ -32,7 +32,7 @@ def run_ours(method: str, args: argparse.Namespace, train_rows: list[dict], test
     import peers
 
     from twinlora.config import TrainOptions
-    from twinlora.data.formats import read_rows
+    from twinlora.data.sources import read_rows
     from twinlora.evaluate.metrics import exact_match
     from twinlora.reporter import ConsoleReporter
     from twinlora.train.loop import train

@@ -14,8 +14,8 @@ from twinlora.adapters.hf import without_adapters
 from twinlora.adapters.targets import LoraConfig
 from twinlora.config import AttachOptions, LoadOptions, TrainOptions, validated
 from twinlora.data.collate import PackedCollator, features
-from twinlora.data.formats import read_rows
-from twinlora.data.template import encode_rows
+from twinlora.data.examples import encode_rows
+from twinlora.data.sources import read_rows
 from twinlora.errors import ConfigError
 from twinlora.evaluate.opening import open_model
 from twinlora.model import generate as decoding
@@ -75,9 +75,11 @@ def attach(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     return model.train()
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, data: str | Path, max_length: int = 2048) -> list[dict[str, list[int]]]:
-    """The rows of a file as `input_ids` and `labels`, with loss on the answers alone. Raises DataError."""
-    return features(encode_rows(tokenizer, read_rows(Path(data)), max_length))
+def encode(
+    tokenizer: PreTrainedTokenizerBase, data: str | Path | Sequence[str], max_length: int = 2048
+) -> list[dict[str, list[int]]]:
+    """The rows of sources as `input_ids` and `labels`, with loss on the answers alone. Raises DataError."""
+    return features(encode_rows(tokenizer, read_rows(data), max_length))
 
 
 def generate(

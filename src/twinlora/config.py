@@ -8,7 +8,17 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from twinlora.errors import ConfigError
 
@@ -18,6 +28,7 @@ __all__ = [
     "AttachOptions",
     "ChatOptions",
     "CompareOptions",
+    "DataCheckOptions",
     "DataOptions",
     "DemoOptions",
     "DoctorOptions",
@@ -26,6 +37,8 @@ __all__ = [
     "ModelOptions",
     "OptimizerOptions",
     "Options",
+    "SourceOptions",
+    "TokenizerOptions",
     "TrainOptions",
     "parse_patterns",
     "parse_ranges",
@@ -72,6 +85,29 @@ def parse_patterns(entries: list[str]) -> dict[str, float]:
     return patterns
 
 
+def _listed(given: Any) -> Any:
+    """One source is a list of one; paths are as good as text."""
+    given = [given] if isinstance(given, (str, Path)) else given
+    return [str(one) if isinstance(one, Path) else one for one in given] if isinstance(given, list) else given
+
+
+def _unweighted(sources: list[str]) -> list[str]:
+    for source in sources:
+        if re.search(r"@\d*\.?\d+$", source) and not Path(source).exists():
+            raise ValueError(f"{source!r} has a weight; held-out rows are read once each")
+    return sources
+
+
+Sources = Annotated[list[str], BeforeValidator(_listed)]
+HeldOut = Annotated[list[str], BeforeValidator(_listed), AfterValidator(_unweighted)]
+
+# Columns that rows may have (data/formats.py).
+_FIELDS = (
+    "messages", "conversations", "instruction", "input", "output", "history", "prompt", "completion", "text", "system",
+    "tools",
+)  # fmt: skip
+
+
 class Options(BaseModel):
     """What every verb shares."""
 
@@ -82,10 +118,18 @@ class Options(BaseModel):
     )
 
 
-class ModelOptions(BaseModel):
-    """Which base model, and where it runs."""
+class TokenizerOptions(BaseModel):
+    """Which base model."""
 
     model: str = Field(description="Base model: a local directory, a GGUF file, or a hub id such as owner/name.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Only for code you read."
+    )
+
+
+class ModelOptions(TokenizerOptions):
+    """Which base model, and where it runs."""
+
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes the first GPU if there is one.")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
         "auto",
@@ -94,9 +138,6 @@ class ModelOptions(BaseModel):
     )
     block_size: int = Field(64, description="NF4: weights that share one scale.")
     double_quant: bool = Field(True, description="NF4: quantise the scales too (4.127 instead of 4.5 bits per weight).")
-    trust_remote_code: bool = Field(
-        False, description="Run Python code that comes with the model. Only for code you read."
-    )
 
 
 class LoadOptions(ModelOptions):
@@ -164,12 +205,40 @@ class AttachOptions(AdapterOptions):
         return self
 
 
-class DataOptions(BaseModel):
+class SourceOptions(BaseModel):
+    """Rows, wherever they come from."""
+
+    data: Sources = Field(
+        min_length=1,
+        description="Rows: files (.jsonl, .json, .csv, .tsv, .parquet), hub data sets (owner/name, owner/name:PART), "
+        "or - for JSON Lines on standard input. Several are mixed; FILE@0.5 shows half of its rows in an epoch, FILE@2 "
+        "all of them twice.",
+    )
+    columns: list[str] = Field(
+        [], description="FIELD=COLUMN for columns of other names, for example prompt=question,completion=answer."
+    )
+    max_length: Positive = Field(2048, description="Longest row in tokens.")
+
+    @field_validator("columns")
+    @classmethod
+    def _columns(cls, entries: list[str]) -> list[str]:
+        for entry in entries:
+            field, _, column = entry.partition("=")
+            if field not in _FIELDS or not column:
+                raise ValueError(f"{entry!r} is not FIELD=COLUMN with a field of {', '.join(_FIELDS)}")
+        if len({entry.partition("=")[2] for entry in entries}) < len(entries):
+            raise ValueError("a column is named twice")
+        return entries
+
+
+class DataOptions(SourceOptions):
     """Training rows and how they become batches."""
 
-    data: Path = Field(description="Training rows: JSONL with `messages`, or with `prompt` and `completion`.")
-    eval: Path | None = Field(None, description="Held-out rows for the loss during and after training.")
-    max_length: Positive = Field(2048, description="Longest row in tokens; a longer one is an error.")
+    eval: HeldOut = Field([], description="Held-out rows for the loss during and after training; sources like data.")
+    overlong: Literal["error", "truncate", "drop"] = Field(
+        "error", description="Rows above max_length; truncate keeps the answer and the end of the prompt."
+    )
+    allow_untrained: bool = Field(False, description="Leave out rows with nothing to train on instead of stopping.")
     batch_size: Positive = Field(16, description="Rows per optimiser step.")
     micro_batch_tokens: Positive = Field(
         2048, description="Tokens that go through the model at once; a batch is split into as many parts as it needs."
@@ -237,10 +306,10 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, DataOptions, Optimizer
         return self
 
 
-class EvalOptions(Options, ModelOptions):
+class EvalOptions(Options, ModelOptions, SourceOptions):
     """Measure a model, with or without an adapter: `twinlora eval`."""
 
-    data: Path = Field(description="Rows to measure on.")
+    data: HeldOut = Field(min_length=1, description="Rows to measure on; sources as for `twinlora train`.")
     adapter: Path | None = Field(None, description="PEFT adapter directory, or a run's directory.")
     precision: Literal["16bit", "nf4", "auto"] = Field(
         "auto", description="Base precision; auto: as the adapter's passport says."
@@ -249,16 +318,15 @@ class EvalOptions(Options, ModelOptions):
     rows: Positive | None = Field(None, description="Only the first rows.")
     max_new_tokens: Positive = Field(128, description="Longest answer when generating.")
     batch_size: Positive = Field(32, description="Answers generated at once.")
-    max_length: Positive = Field(2048, description="Longest row in tokens.")
     output: Path | None = Field(None, description="Write the predictions here as JSONL.")
 
 
 class CompareOptions(Options, ModelOptions, AdapterOptions, DataOptions, OptimizerOptions):
     """Train by several methods, each in its own process, and say which to choose: `twinlora compare`."""
 
-    eval: Path = Field(description="Test rows. They are never used to choose anything.")
-    validation: Path | None = Field(
-        None, description="Rows that choose the learning rate; default: split off the training rows."
+    eval: HeldOut = Field(min_length=1, description="Test rows. They are never used to choose anything.")
+    validation: HeldOut = Field(
+        [], description="Rows that choose the learning rate; default: split off the training rows."
     )
     methods: list[Method] = Field(["lora", "qlora"], description="Methods to compare.")
     output: Path = Field(description="Directory of the comparison.")
@@ -309,6 +377,13 @@ class AdapterInspectOptions(Options):
         description="PEFT adapter directory, or a run's directory."
     )
     model: str | None = Field(None, description="Its base model, to measure what the adapter changes.")
+
+
+class DataCheckOptions(Options, TokenizerOptions, SourceOptions):
+    """Show what would be trained, before anything is: `twinlora data check`."""
+
+    eval: HeldOut = Field([], description="Held-out rows: how many of them are training rows too.")
+    samples: Annotated[int, Field(ge=0)] = Field(2, description="Rows to show with their trained tokens marked.")
 
 
 class DoctorOptions(Options):

@@ -26,6 +26,10 @@ class Reporter:
     def note(self, text: str) -> None:
         """A line to show once."""
 
+    def detail(self, text: str) -> None:
+        """A note that runs of a comparison need not repeat, because their parent said it."""
+        self.note(text)
+
     def progress(self, stage: str, done: int, total: int, text: str = "") -> None:
         """`done` of `total` units of `stage` are done; `text` says how it goes. `done == total` ends the stage."""
 
@@ -47,6 +51,11 @@ class ConsoleReporter(Reporter):
         """Show a line."""
         console = self._bars.console if self._bars else self._console
         console.print(self._prefix + text, markup=False)
+
+    def detail(self, text: str) -> None:
+        """Show a line, unless several workers would show it."""
+        if not self._prefix:
+            self.note(text)
 
     def progress(self, stage: str, done: int, total: int, text: str = "") -> None:
         """Move the bar of `stage`, or print a line if the last one is old or this is the end."""

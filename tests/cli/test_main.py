@@ -17,7 +17,7 @@ def test_flags_override_the_recipe_which_overrides_defaults(tmp_path):
     recipe.write_text("model: m\ndata: d.jsonl\nmethod: qlora\noutput: o\nlr: 1e-3\nbatch-size: 4\neval: e.jsonl\n")
     options = parse_options("train", ["--config", str(recipe), "--lr", "0.5", "--method=lora"])
     assert (options.method, options.lr, options.batch_size, options.rank) == ("lora", 0.5, 4, 16)
-    assert options.eval == Path("e.jsonl")
+    assert (options.data, options.eval) == (["d.jsonl"], ["e.jsonl"])
 
 
 @pytest.mark.parametrize(

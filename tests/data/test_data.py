@@ -1,12 +1,13 @@
-import json
+from collections import Counter
 
 import pytest
 import torch
 
 from tests.conftest import chat, write_jsonl
-from twinlora.data.formats import read_rows
-from twinlora.data.packing import epoch_order, make_batch, make_micro_batch
-from twinlora.data.template import Example, encode_prompt, encode_row, encode_rows
+from twinlora.data.examples import encode_rows
+from twinlora.data.packing import epoch_order, epoch_size, make_batch, make_micro_batch
+from twinlora.data.sources import read_rows
+from twinlora.data.template import Example, encode_prompt, encode_row
 from twinlora.errors import DataError
 
 
@@ -71,52 +72,6 @@ def test_training_prompts_are_inference_prompts(tmp_path, tokenizer):
         assert all(example.trained[len(prompt) :])
 
 
-def test_bad_lines_are_all_named(tmp_path):
-    lines = [
-        json.dumps(chat("a", "b")),
-        "{not json",
-        '{"messages": []}',
-        '{"text": "x"}',
-        '{"messages": [{"role": "user", "content": "no answer"}]}',
-        '{"messages": [{"role": "bot", "content": "x"}]}',
-        '{"prompt": "x", "completion": "  "}',
-        "[1]",
-    ]
-    path = tmp_path / "bad.jsonl"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(DataError) as caught:
-        read_rows(path)
-    message = str(caught.value)
-    assert "7 bad line(s)" in message
-    for part in (
-        "line 2: not JSON",
-        "line 3",
-        "line 4: expected `messages`",
-        "line 5: the last message",
-        "line 6",
-        "line 7",
-        "line 8",
-    ):
-        assert part in message
-
-
-@pytest.mark.parametrize("content, message", [(b"", "no rows"), (b"\n\n", "no rows"), (b"\xff\xfe\x00", "not UTF-8")])
-def test_empty_and_binary_files(tmp_path, content, message):
-    (tmp_path / "x.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        read_rows(tmp_path / "x.jsonl")
-    with pytest.raises(DataError, match="no such file"):
-        read_rows(tmp_path / "y.jsonl")
-    with pytest.raises(DataError, match="directory"):
-        read_rows(tmp_path)
-
-
-def test_long_rows_are_an_error_with_the_length_to_give(tmp_path, tokenizer):
-    rows = read_rows(write_jsonl(tmp_path / "x.jsonl", [chat("a", "b"), chat("a" * 40_000, "b")]))
-    with pytest.raises(DataError, match=r"x.jsonl:2: 400\d\d tokens[\s\S]*--max-length 400\d\d"):
-        encode_rows(tokenizer, rows, 2048)
-
-
 def test_a_model_without_a_template(tmp_path, tokenizer):
     bare = tokenizer.__class__.from_pretrained(_saved(tokenizer, tmp_path))
     bare.chat_template = None
@@ -147,11 +102,24 @@ def test_micro_batches_keep_the_limit_and_lose_nothing(packed):
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    first = epoch_order(50, 0, 1, shuffle=True)
+    first = epoch_order([1.0] * 50, 0, 1, shuffle=True)
     assert sorted(first) == list(range(50))
-    assert first == epoch_order(50, 0, 1, shuffle=True)
-    assert first != epoch_order(50, 1, 1, shuffle=True)
-    assert first != epoch_order(50, 0, 2, shuffle=True)
-    assert epoch_order(4, 3, 1, shuffle=False) == [0, 1, 2, 3]
+    assert first == epoch_order([1.0] * 50, 0, 1, shuffle=True)
+    assert first != epoch_order([1.0] * 50, 1, 1, shuffle=True)
+    assert first != epoch_order([1.0] * 50, 0, 2, shuffle=True)
+    assert epoch_order([1.0] * 4, 3, 1, shuffle=False) == [0, 1, 2, 3]
+    assert epoch_order([1.0, 2.0, 1.0], 3, 1, shuffle=False) == [0, 1, 1, 2]
     torch.manual_seed(5)
-    assert first == epoch_order(50, 0, 1, shuffle=True)
+    assert first == epoch_order([1.0] * 50, 0, 1, shuffle=True)
+
+
+def test_a_fraction_is_another_random_share_in_each_epoch():
+    weights = [1.0] * 10 + [0.5] * 20 + [2.25] * 8
+    epochs = [epoch_order(weights, epoch, 7, shuffle=True) for epoch in range(40)]
+    assert all(len(order) == epoch_size(weights) == 10 + 10 + 18 for order in epochs)
+    counts = Counter(i for order in epochs for i in order)
+    assert all(counts[i] == 40 for i in range(10))
+    assert all(8 <= counts[i] <= 32 for i in range(10, 30)), "each is seen in about half of the epochs"
+    assert all(80 < counts[i] < 110 for i in range(30, 38))
+    assert epochs[0] == epoch_order(weights, 0, 7, shuffle=True)
+    assert set(epochs[0]) != set(epochs[1])

@@ -6,8 +6,10 @@ import pytest
 from tests.conftest import chat, write_jsonl
 from twinlora.cli.main import main
 from twinlora.config import CompareOptions
+from twinlora.data.sources import read_rows
 from twinlora.errors import ConfigError, DataError
 from twinlora.evaluate import compare as module
+from twinlora.evaluate import worker
 from twinlora.evaluate.report import SearchPoint, load
 from twinlora.reporter import Reporter
 
@@ -72,7 +74,7 @@ def test_validation_rows_are_disjoint_from_test_rows_and_training_rows(tiny, tmp
     train, validation, held_out = module._split(options(tiny, tmp_path, eval=test, validation_rows=32), notes)
     assert (len(train), len(validation), len(held_out)) == (8, 32, 6)
     assert not {module._prompt(r) for r in validation} & {module._prompt(r) for r in [*train, *held_out]}
-    assert notes.lines == ["data: 6 of 40 training rows ask what a test row asks; test figures flatter"]
+    assert notes.lines[2:] == ["data: 6 of 40 training rows ask what a test row asks; test figures flatter"]
     with pytest.raises(DataError, match="6 validation row"):
         module._split(options(tiny, tmp_path, eval=test, validation=test), notes)
     with pytest.raises(DataError, match="too few"):
@@ -103,3 +105,28 @@ def test_errors_in_a_process_arrive_here(tiny, tmp_path):
         module._in_process("probe", os._exit, 9)
     with pytest.raises(ValueError, match="invalid literal"):
         module._in_process("probe", int, "x")
+
+
+def test_sources_of_any_form_and_weight_reach_the_runs(tiny, tmp_path):
+    data = tmp_path / "tr.csv"
+    data.write_text("question,answer\n" + "".join(f"p{i},c\n" for i in range(40)))
+    more = write_jsonl(tmp_path / "more.jsonl", letters(20, 3))
+    test = write_jsonl(tmp_path / "te.jsonl", letters(4, 2))
+    columns = ["prompt=question", "completion=answer"]
+    sources = [str(data), f"{more}@0.5"]
+    given = options(tiny, tmp_path, data=sources, eval=test, columns=columns, validation_rows=8, methods=["lora"])
+    rows, validation, held_out = module._split(given, Notes())
+    splits = module._write(given, rows, validation, held_out)
+    again = worker._train_options(given, "lora", 1e-3, splits.train, splits.validation, tmp_path / "r")
+    assert again.columns == []
+    assert len(again.data) == 2
+    assert {(r.weight, r.where.rsplit("/", 1)[1].split(":")[0]) for r in read_rows(again.data)} == {
+        (1.0, "train-1.jsonl"),
+        (0.5, "train-0.5.jsonl"),
+    }
+
+
+def test_texts_have_no_exact_match(tiny, tmp_path):
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "x"}] * 3)
+    with pytest.raises(DataError, match=r"3 rows without an answer in words[\s\S]*--metric loss"):
+        module._split(options(tiny, tmp_path, eval=texts), Notes())

@@ -8,8 +8,9 @@ from twinlora.adapters import files
 from twinlora.adapters.lora import attach, lora_layers, trainable_parameters
 from twinlora.adapters.targets import LoraConfig
 from twinlora.config import OptimizerOptions
+from twinlora.data.examples import encode_rows
 from twinlora.data.packing import make_batch
-from twinlora.data.template import Example, encode_rows
+from twinlora.data.template import Example
 from twinlora.demo import tasks
 from twinlora.model import swap
 from twinlora.model.forward import has_plain_head

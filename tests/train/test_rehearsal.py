@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import chat, write_jsonl
-from tests.train.test_loop import options, same, weights
+from tests.train.test_loop import options, same
 from twinlora.errors import OutOfMemory
 from twinlora.train import rehearsal
 from twinlora.train.inputs import read_inputs

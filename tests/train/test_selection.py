@@ -14,6 +14,10 @@ from twinlora.train.loop import train
 
 
 @pytest.fixture
+class PowerCutError(Exception):
+    pass
+
+
 def held_out(tmp_path):
     """Rows that training on others makes worse in the end."""
     return write_jsonl(tmp_path / "eval.jsonl", [chat("say abab", f"{i * 7919} nothing like it") for i in range(6)])
@@ -65,14 +69,14 @@ def test_patience_stops_and_both_survive_resume(tiny, data_file, tmp_path, held_
             def failing(*args, calls=calls, step=step, fail_at=fail_at, **kwargs):
                 calls.append(1)
                 if len(calls) > fail_at:
-                    raise RuntimeError("power cut")
+                    raise PowerCutError
                 return step(*args, **kwargs)
 
             patch.setattr(loop, "train_step", failing)
             try:
                 train(cut.model_copy(update={"resume": (tmp_path / "cut").exists()}))
-            except RuntimeError as error:
-                assert "power cut" in str(error)
+            except PowerCutError:
+                continue
     assert _curve(tmp_path / "cut") == curve
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     # a run that stopped is finished: resuming it trains no further

@@ -20,6 +20,7 @@ _VERBS = {
     "doctor": ("twinlora.cli.doctor", "DoctorOptions", "This machine, the backend that runs, what is missing."),
     "train": ("twinlora.cli.train", "TrainOptions", "Fine-tune with LoRA, QLoRA, or all weights."),
     "eval": ("twinlora.cli.eval", "EvalOptions", "Measure a model, with or without an adapter."),
+    "data check": ("twinlora.cli.data_check", "DataCheckOptions", "What exactly would be trained: SOURCE… --model M."),
     "compare": ("twinlora.cli.compare", "CompareOptions", "Train by several methods and say which to choose."),
     "adapter inspect": (
         "twinlora.cli.adapter_inspect",
@@ -47,7 +48,7 @@ def parse_options(verb: str, arguments: list[str]) -> Any:
 
     cls: Any = getattr(config, _VERBS[verb][1])
     lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
-    recipe, arguments = _normalise(arguments, lists)
+    recipe, arguments = _normalise(arguments, lists, first="data" if verb == "data check" else None)
     values = config.read_recipe(recipe, cls) if recipe else {}
     fields: list[tuple[str, Any, Any]] = []
     for name, field in sorted(cls.model_fields.items(), key=lambda item: not item[1].is_required()):
@@ -67,11 +68,14 @@ def parse_options(verb: str, arguments: list[str]) -> Any:
     return config.validated(cls, given, where=f"twinlora {verb}")
 
 
-def _normalise(arguments: list[str], lists: set[str]) -> tuple[Path | None, list[str]]:
-    """Cut out `--config FILE` and gather lists: `--x a,b`, `--x a b` and `--x a --x b` are the same."""
+def _normalise(arguments: list[str], lists: set[str], first: str | None = None) -> tuple[Path | None, list[str]]:
+    """Cut out `--config FILE` and gather lists: `--x a,b`, `--x a b` and `--x a --x b` are the same.
+
+    What comes before any flag belongs to the list `first`.
+    """
     rest: list[str] = []
     gathered: dict[str, list[str]] = {}
-    current, recipe = None, None
+    current, recipe = first, None
     for argument in arguments:
         if argument.startswith("--"):
             flag, equals, value = argument.partition("=")
@@ -81,10 +85,10 @@ def _normalise(arguments: list[str], lists: set[str]) -> tuple[Path | None, list
                 rest.append(argument)
             else:
                 gathered.setdefault(current, []).extend([value] if equals else [])
-        elif current is None:
+        elif current is None or argument == "-h":
             rest.append(argument)
         else:
-            gathered[current].append(argument)
+            gathered.setdefault(current, []).append(argument)
     if "config" in gathered:
         if len(gathered["config"]) != 1:
             raise ConfigError("--config: expected the path of one YAML recipe after it")
@@ -108,7 +112,9 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in _VERBS:
         import difflib
 
-        near = difflib.get_close_matches(verb, _VERBS, n=1)
+        longer = [known for known in _VERBS if known.startswith(f"{verb} ")]
+        near = longer or difflib.get_close_matches(" ".join(arguments[:2]), _VERBS, n=1)
+        near = near or difflib.get_close_matches(verb, _VERBS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         sys.stderr.write(f"error: unknown verb {verb!r}{hint}\n\n{_usage()}\n")
         return 2

@@ -15,7 +15,9 @@ from torch import Tensor
 from twinlora.data.template import Example
 from twinlora.model.attention import Layout
 
-__all__ = ["Batch", "MicroBatch", "epoch_order", "make_batch", "make_micro_batch", "split", "steps_per_epoch"]
+__all__ = [
+    "Batch", "MicroBatch", "epoch_order", "epoch_size", "make_batch", "make_micro_batch", "split", "steps_per_epoch",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,39 @@ class Batch:
         return sum(micro.tokens for micro in self.micro_batches)
 
 
-def epoch_order(count: int, epoch: int, seed: int, *, shuffle: bool) -> list[int]:
-    """The order of `count` examples in an epoch; depends on nothing else, so that a resumed run repeats it."""
-    if not shuffle:
-        return list(range(count))
+def epoch_order(weights: Sequence[float], epoch: int, seed: int, *, shuffle: bool) -> list[int]:
+    """Which examples an epoch shows, in order, from how often each is to be seen in one.
+
+    A weight of 2.5 shows an example twice, and a random half of its kind once more. All depends on seed and epoch
+    alone, so that a resumed run repeats it.
+    """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(count, generator=generator).tolist()
+    seen: list[int] = []
+    for weight, members in _by_weight(weights).items():
+        seen += members * int(weight)
+        if some := _some(len(members), weight):
+            seen += [members[i] for i in torch.randperm(len(members), generator=generator)[:some].tolist()]
+    if not shuffle:
+        return sorted(seen)
+    return [seen[i] for i in torch.randperm(len(seen), generator=generator).tolist()]
+
+
+def epoch_size(weights: Sequence[float]) -> int:
+    """Examples that an epoch shows: the same number in each."""
+    kinds = _by_weight(weights).items()
+    return sum(len(members) * int(weight) + _some(len(members), weight) for weight, members in kinds)
+
+
+def _by_weight(weights: Sequence[float]) -> dict[float, list[int]]:
+    members: dict[float, list[int]] = {}
+    for index, weight in enumerate(weights):
+        members.setdefault(weight, []).append(index)
+    return members
+
+
+def _some(count: int, weight: float) -> int:
+    """Of `count` examples, those that the fraction of `weight` shows once more."""
+    return round(weight % 1 * count)
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from twinlora.config import ChatOptions, CompareOptions, DemoOptions, TrainOptions
-from twinlora.data.formats import read_rows, write_rows
+from twinlora.data.formats import write_rows
+from twinlora.data.sources import read_rows
 from twinlora.demo import model as embedded
 from twinlora.demo.tasks import SPLITS, TASKS, rows
 from twinlora.evaluate.compare import compare

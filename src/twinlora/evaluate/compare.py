@@ -22,10 +22,11 @@ from typing import Any, TypeVar
 
 from twinlora import machine
 from twinlora.config import CompareOptions
-from twinlora.data.formats import Row, read_rows, write_rows
+from twinlora.data import sources
+from twinlora.data.formats import Row, write_rows
 from twinlora.errors import BackendError, ConfigError, DataError
 from twinlora.evaluate import html, worker
-from twinlora.evaluate.metrics import Prediction
+from twinlora.evaluate.metrics import Prediction, require_answers
 from twinlora.evaluate.report import BASE, Difference, MethodResult, Report, Sample, SearchPoint, save
 from twinlora.evaluate.stats import paired_interval
 from twinlora.evaluate.verdict import judge
@@ -46,8 +47,8 @@ T = TypeVar("T")
 class Splits:
     """The files of a comparison, and how many rows they have."""
 
-    train: Path
-    search: Path
+    train: list[str]
+    search: list[str]
     validation: Path
     test: Path
     counts: dict[str, int]
@@ -84,14 +85,15 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
         results.append(result)
         reporter.note(f"{method}: {result.exact_match.value:.1%} exact match, test loss {result.test_loss:.3f}")
     report = Report(
-        title=options.title or f"{', '.join(options.methods)} on {options.data.name}",
+        title=options.title
+        or f"{', '.join(options.methods)} on {', '.join(Path(source).name for source in options.data)}",
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         git_hash=_git_hash(),
         machine=machine.describe(device),
         model=options.model,
         model_parameters=base.parameters,
         base_fingerprint=fingerprint(source),
-        data={"train": str(options.data), "test": str(options.eval), "rows": splits.counts},
+        data={"train": ", ".join(options.data), "test": ", ".join(options.eval), "rows": splits.counts},
         options=options.model_dump(mode="json"),
         ways=results,
         differences=_differences(results),
@@ -107,17 +109,23 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
 
 def _split(options: CompareOptions, reporter: Reporter) -> tuple[list[Row], list[Row], list[Row]]:
     """Training, validation and test rows; validation is disjoint from both others by what is asked."""
-    rows, test = read_rows(options.data), read_rows(options.eval, options.test_rows)
+
+    def read(given: list[str], limit: int | None = None) -> list[Row]:
+        return sources.read(given, columns=options.columns, limit=limit, note=reporter.note).rows
+
+    rows, test = read(options.data), read(options.eval, options.test_rows)
+    require_answers(test)
     asked = {_prompt(row) for row in test}
     shared = sum(_prompt(row) in asked for row in rows)
     if shared:
         reporter.note(f"data: {shared} of {len(rows)} training rows ask what a test row asks; test figures flatter")
     if options.validation:
-        validation = read_rows(options.validation)
+        validation = read(options.validation)
         overlap = sum(_prompt(row) in asked for row in validation)
         if overlap:
             raise DataError(
-                f"data {options.validation}: {overlap} validation row(s) are test rows; choose disjoint files"
+                f"data {', '.join(options.validation)}: {overlap} validation row(s) are test rows; "
+                "choose disjoint files"
             )
         return rows, validation, test
     order = list(range(len(rows)))
@@ -126,14 +134,14 @@ def _split(options: CompareOptions, reporter: Reporter) -> tuple[list[Row], list
     chosen = set(candidates[: options.validation_rows])
     if len(rows) - len(chosen) < options.batch_size or not chosen:
         raise DataError(
-            f"data {options.data}: {len(rows)} rows are too few to take {options.validation_rows} validation rows; "
-            "give --validation FILE or fewer --validation-rows"
+            f"data {', '.join(options.data)}: {len(rows)} rows are too few to take {options.validation_rows} "
+            "validation rows; give --validation FILE or fewer --validation-rows"
         )
     return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)], test
 
 
 def _prompt(row: Row) -> str:
-    return repr(row.messages[:-1]) if row.messages else row.prompt
+    return repr(row.messages[:-1]) if row.messages else row.prompt or row.text
 
 
 def _claim(options: CompareOptions) -> None:
@@ -152,8 +160,26 @@ def _write(options: CompareOptions, train: list[Row], validation: list[Row], tes
     count = options.search_rows or max(options.batch_size, len(train) // _SEARCH_SHARE)
     searched = random.Random(options.seed).sample(train, min(count, len(train)))
     parts = {"train": train, "search": searched, "validation": validation, "test": test}
-    paths = {name: write_rows(options.output / "data" / f"{name}.jsonl", rows) for name, rows in parts.items()}
-    return Splits(**paths, counts={name: len(rows) for name, rows in parts.items()})
+    directory = options.output / "data"
+    return Splits(
+        train=_write_weighted(directory, "train", train),
+        search=_write_weighted(directory, "search", searched),
+        validation=write_rows(directory / "validation.jsonl", validation),
+        test=write_rows(directory / "test.jsonl", test),
+        counts={name: len(rows) for name, rows in parts.items()},
+    )
+
+
+def _write_weighted(directory: Path, name: str, rows: list[Row]) -> list[str]:
+    """A file for the rows of each weight; returns them as sources."""
+    weights = dict.fromkeys(row.weight for row in rows)
+    if set(weights) == {1.0}:
+        return [str(write_rows(directory / f"{name}.jsonl", rows))]
+    written: list[str] = []
+    for weight in weights:
+        path = directory / f"{name}-{weight:g}.jsonl"
+        written.append(f"{write_rows(path, [row for row in rows if row.weight == weight])}@{weight:g}")
+    return written
 
 
 def _in_process(what: str, function: Callable[..., T], *arguments: Any) -> T:

@@ -9,9 +9,9 @@ from typing import Any
 
 from twinlora import atomic
 from twinlora.config import EvalOptions
-from twinlora.data.formats import read_rows
-from twinlora.data.template import encode_rows
-from twinlora.evaluate.metrics import exact_match, mean_loss
+from twinlora.data import sources
+from twinlora.data.examples import encode_rows
+from twinlora.evaluate.metrics import exact_match, mean_loss, require_answers
 from twinlora.evaluate.opening import open_model
 from twinlora.evaluate.stats import wilson_interval
 from twinlora.model.forward import has_plain_head, packing_refusal
@@ -25,7 +25,9 @@ _MICRO_BATCH_TOKENS = 2048
 def evaluate(options: EvalOptions, reporter: Reporter | None = None) -> dict[str, Any]:
     """Loss and exact match as JSON. Raises InputError for a wrong model, adapter or data file."""
     reporter = reporter or Reporter()
-    rows = read_rows(options.data, options.rows)
+    rows = sources.read(options.data, columns=options.columns, limit=options.rows, note=reporter.note).rows
+    if "exact-match" in options.metric:
+        require_answers(rows)
     adapters = {"adapter": options.adapter} if options.adapter else {}
     opened = open_model(options, adapters, precision=options.precision, reporter=reporter)
     model, tokenizer = opened.model, opened.tokenizer

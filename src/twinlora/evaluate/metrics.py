@@ -10,12 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twinlora.data.formats import Row
 from twinlora.data.packing import make_batch
+from twinlora.data.sources import listed
 from twinlora.data.template import Example, encode_prompt
+from twinlora.errors import DataError
 from twinlora.model.forward import loss_sum
 from twinlora.model.generate import end_tokens, generate
 from twinlora.reporter import Reporter
 
-__all__ = ["Prediction", "exact_match", "mean_loss"]
+__all__ = ["Prediction", "exact_match", "mean_loss", "require_answers"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,16 @@ class Prediction:
     def hit(self) -> bool:
         """Equal but for white space at the ends."""
         return self.output.strip() == self.expected.strip()
+
+
+def require_answers(rows: Sequence[Row]) -> None:
+    """Raises DataError if rows have no answer in words that a generated one could equal."""
+    without = [row.where for row in rows if not row.answer.strip()]
+    if without:
+        raise DataError(
+            f"{listed(without, 'without an answer in words (a text, a tool call)')}\n"
+            "no generated answer can equal it: measure --metric loss, or leave them out"
+        )
 
 
 @torch.no_grad()

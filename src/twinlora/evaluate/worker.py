@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from twinlora import machine
 from twinlora.config import CompareOptions, TrainOptions
-from twinlora.data.formats import read_rows
-from twinlora.data.packing import steps_per_epoch
-from twinlora.data.template import encode_rows
+from twinlora.data.examples import encode_rows
+from twinlora.data.packing import epoch_size, steps_per_epoch
+from twinlora.data.sources import read_rows
 from twinlora.errors import TrainingDiverged
 from twinlora.evaluate.metrics import Prediction, exact_match, mean_loss
 from twinlora.evaluate.report import BASE, CurvePoint, MethodResult, Score, SearchPoint
@@ -38,7 +38,13 @@ if TYPE_CHECKING:
 
 __all__ = ["BaseMeasured", "measure_base", "search", "train_and_measure"]
 
-_SHARED = set(TrainOptions.model_fields) & set(CompareOptions.model_fields) - {"data", "eval", "output", "overwrite"}
+_SHARED = set(TrainOptions.model_fields) & set(CompareOptions.model_fields) - {
+    "data",
+    "columns",
+    "eval",
+    "output",
+    "overwrite",
+}
 _WARMUP_SHARE = 4  # short runs warm up for a quarter of their steps at most
 
 
@@ -77,7 +83,14 @@ def _measure(
     start = time.perf_counter()
     loss = mean_loss(
         done.model,
-        encode_rows(done.tokenizer, rows, options.max_length),
+        encode_rows(
+            done.tokenizer,
+            rows,
+            options.max_length,
+            overlong=options.overlong,
+            allow_untrained=options.allow_untrained,
+            note=ConsoleReporter(name).note,
+        ),
         micro_batch_tokens=options.micro_batch_tokens,
         packed=done.packed,
         pad_id=done.tokenizer.pad_token_id or 0,
@@ -107,15 +120,15 @@ def _measure(
 
 
 def _train_options(
-    options: CompareOptions, method: str, lr: float, data: Path, validation: Path, output: Path
+    options: CompareOptions, method: str, lr: float, data: list[str], validation: Path, output: Path
 ) -> TrainOptions:
     values = {name: getattr(options, name) for name in _SHARED} | {"method": method, "lr": lr}
-    steps = options.epochs * steps_per_epoch(len(read_rows(data)), options.batch_size)
+    steps = options.epochs * steps_per_epoch(epoch_size([row.weight for row in read_rows(data)]), options.batch_size)
     warmup = min(options.warmup_steps, max(1, steps // _WARMUP_SHARE))
     return TrainOptions(**values | {"data": data, "eval": validation, "output": output, "warmup_steps": warmup})
 
 
-def search(options: CompareOptions, method: str, data: Path, validation: Path) -> list[SearchPoint]:
+def search(options: CompareOptions, method: str, data: list[str], validation: Path) -> list[SearchPoint]:
     """Validation loss of each learning rate of the grid after a run over `data`."""
     points = []
     for number, lr in enumerate(options.lr_grid, 1):

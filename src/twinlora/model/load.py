@@ -87,13 +87,16 @@ class Source:
         return sorted(self.path / name for name in names)
 
 
-def resolve(model: str) -> Source:
-    """Find `model`: a directory, a .gguf file, or a hub id, which is fetched. Raises ModelError."""
+def resolve(model: str, *, weights: bool = True) -> Source:
+    """Find `model`: a directory, a .gguf file, or a hub id, which is fetched. Raises ModelError.
+
+    Without `weights` what the tokenizer needs is enough.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model {model}: no config.json in this directory; expected a Hugging Face checkpoint")
-        if not list(path.glob("*.safetensors")):
+        if weights and not list(path.glob("*.safetensors")):
             raise ModelError(f"model {model}: no *.safetensors in this directory; pickled checkpoints are never read")
         return Source(path.resolve(), model)
     if path.is_file():
@@ -108,7 +111,8 @@ def resolve(model: str) -> Source:
     from huggingface_hub import snapshot_download
 
     try:
-        return Source(Path(snapshot_download(model, allow_patterns=_HUB_FILES)), model)
+        patterns = _HUB_FILES if weights else [pattern for pattern in _HUB_FILES if pattern != "*.safetensors"]
+        return Source(Path(snapshot_download(model, allow_patterns=patterns)), model)
     except Exception as error:
         raise ModelError(
             f"model {model}: not a local path, and the hub did not give it ({type(error).__name__}: {error}); "

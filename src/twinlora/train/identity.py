@@ -27,8 +27,8 @@ def identity(options: TrainOptions, inputs: Inputs, dtype: torch.dtype, device: 
         "format": _FORMAT,
         "options": kept | {"dtype": str(dtype).removeprefix("torch.")},
         "base": inputs.fingerprint,
-        "data": list(inputs.data_sha256.values()),
-        "eval": list(inputs.eval_sha256.values()),
+        "data": inputs.data.identity,
+        "eval": inputs.held_out.identity,
         "backend": ops.backend(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
     }
@@ -47,8 +47,8 @@ def require_same(found: Checkpoint, now: dict[str, Any], options: TrainOptions) 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any], options: TrainOptions) -> list[str]:
     names = {
-        "data": f"the content of data file {options.data}",
-        "eval": f"the content of eval file {options.eval}",
+        "data": f"the content of data {', '.join(options.data)}",
+        "eval": f"the content of eval {', '.join(options.eval)}",
         "base": f"the weights of base model {options.model}",
         "threads": "threads (OMP_NUM_THREADS; sums depend on it)",
         "format": "format of the checkpoint (another version of twinlora wrote it)",

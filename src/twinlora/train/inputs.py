@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
 from twinlora.config import TrainOptions
-from twinlora.data.formats import Row, file_digest, read_rows
-from twinlora.data.packing import steps_per_epoch
-from twinlora.data.template import Example, encode_rows
+from twinlora.data import sources
+from twinlora.data.examples import encode_rows
+from twinlora.data.formats import Row
+from twinlora.data.packing import epoch_order, epoch_size, steps_per_epoch
+from twinlora.data.template import Example
+from twinlora.errors import ConfigError
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import Source, load_tokenizer, resolve
+from twinlora.train.notes import Notes
 
 __all__ = ["Inputs", "read_inputs"]
 
@@ -23,37 +27,85 @@ class Inputs:
 
     source: Source
     tokenizer: PreTrainedTokenizerBase
-    rows: list[Row]
+    data: sources.Data
+    held_out: sources.Data
     examples: list[Example]
     eval_examples: list[Example]
-    data_sha256: dict[str, str]  # of each file of training rows, by name
-    eval_sha256: dict[str, str]
     fingerprint: str
+    _order: tuple[int, list[int]] = field(default=(-1, []))  # the last epoch's
 
     @property
     def pad_id(self) -> int:
         """Token that fills padded batches."""
         return self.tokenizer.pad_token_id or 0
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every source, by name."""
+        return sources.Data(self.data.sources + self.held_out.sources).digests
+
+    @property
+    def rows(self) -> list[Row]:
+        """The training rows."""
+        return self.data.rows
+
+    @cached_property
+    def weights(self) -> list[float]:
+        """How often each example is seen in an epoch."""
+        return [example.weight for example in self.examples]
+
+    @cached_property
+    def epoch_size(self) -> int:
+        """Examples that an epoch shows."""
+        return epoch_size(self.weights)
+
+    def steps_per_epoch(self, options: TrainOptions) -> int:
+        """Optimiser steps of an epoch."""
+        return steps_per_epoch(self.epoch_size, options.batch_size)
+
     def steps(self, options: TrainOptions) -> int:
         """Optimiser steps of the whole run."""
-        steps = options.epochs * steps_per_epoch(len(self.examples), options.batch_size)
+        steps = options.epochs * self.steps_per_epoch(options)
         return min(steps, options.max_steps or steps)
 
+    def step_examples(self, step: int, options: TrainOptions) -> list[Example]:
+        """The examples of optimiser step `step` (from 0); depends on the seed alone."""
+        epoch, within = divmod(step, self.steps_per_epoch(options))
+        if self._order[0] != epoch:
+            self._order = epoch, epoch_order(self.weights, epoch, options.seed, shuffle=options.shuffle)
+        begin = within * options.batch_size
+        return [self.examples[i] for i in self._order[1][begin : begin + options.batch_size]]
 
-def read_inputs(options: TrainOptions, note: Callable[[str], None] | None = None) -> Inputs:
-    """Resolve the model, load its tokenizer, read and encode all rows. Raises InputError; `note` gets lines to show."""
+
+def read_inputs(options: TrainOptions, notes: Notes) -> Inputs:
+    """Resolve the model, load its tokenizer, read and encode all rows. Raises InputError."""
+    _refuse_streams(options)
     source = resolve(options.model)
-    rows = read_rows(options.data)
-    eval_rows = read_rows(options.eval) if options.eval else []
+    data = sources.read(options.data, columns=options.columns, note=notes.detail)
+    held_out = sources.read(options.eval, columns=options.columns, note=notes.detail)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+
+    def encode(rows: list[Row]) -> list[Example]:
+        o = options
+        return encode_rows(
+            tokenizer, rows, o.max_length, overlong=o.overlong, allow_untrained=o.allow_untrained, note=notes.add
+        )
+
     return Inputs(
         source=source,
         tokenizer=tokenizer,
-        rows=rows,
-        examples=encode_rows(tokenizer, rows, options.max_length),
-        eval_examples=encode_rows(tokenizer, eval_rows, options.max_length),
-        data_sha256={options.data.name: file_digest(options.data)},
-        eval_sha256={options.eval.name: file_digest(options.eval)} if options.eval else {},
-        fingerprint=fingerprint(source, note),
+        data=data,
+        held_out=held_out,
+        examples=encode(data.rows),
+        eval_examples=encode(held_out.rows) if options.eval else [],
+        fingerprint=fingerprint(source, notes.show),
     )
+
+
+def _refuse_streams(options: TrainOptions) -> None:
+    streams = [source for source in options.data if sources.is_stream(sources.split_weight(source)[0])]
+    if options.resume and streams:
+        raise ConfigError(
+            f"resume: {', '.join(streams)} is a stream, and what it gave the first time cannot be read again; "
+            "write the rows to a file, and train from that"
+        )

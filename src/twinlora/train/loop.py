@@ -29,9 +29,10 @@ from twinlora.reporter import Reporter
 from twinlora.train import checkpoint, rehearsal
 from twinlora.train.identity import identity, require_same
 from twinlora.train.inputs import Inputs, read_inputs
+from twinlora.train.notes import Notes
 from twinlora.train.optim import MasterAdamW, learning_rate
 from twinlora.train.prepare import prepare
-from twinlora.train.record import Notes, passport_of
+from twinlora.train.record import passport_of
 from twinlora.train.rng import restore_rng
 from twinlora.train.run import RunDirectory
 from twinlora.train.selection import Selection
@@ -83,7 +84,7 @@ def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResul
     require_installed(options.report_to)
     notes = Notes(reporter or Reporter())
     device = pick_device(options.device)
-    inputs = read_inputs(options, notes.add)
+    inputs = read_inputs(options, notes)
     try:
         with RunDirectory(options.output, resume=options.resume, overwrite=options.overwrite) as run:
             return _train(options, inputs, run, notes, device)
@@ -201,7 +202,7 @@ class _Trainer:
                     )
 
     def _batch(self, step: int) -> Batch:
-        chosen = rehearsal.step_examples(self.inputs.examples, step, self.options)
+        chosen = self.inputs.step_examples(step, self.options)
         return make_batch(
             chosen,
             self.options.micro_batch_tokens,
@@ -306,8 +307,7 @@ class _Trainer:
             hf.follow_peft(self.model, passport)
         record = self._record() | {kind: str(where)}
         document: dict[str, Any] = {"options": options.model_dump(mode="json")}
-        document |= {"base_fingerprint": self.inputs.fingerprint, "data_sha256": self.inputs.data_sha256}
-        document |= {"eval_sha256": self.inputs.eval_sha256}
+        document |= {"base_fingerprint": self.inputs.fingerprint, "data_sha256": self.inputs.digests}
         document |= {"machine": machine.describe(self.device), "notes": self.notes.lines}
         document |= {"replaced": prepared.replaced, "packed": prepared.packed, "plain_head": prepared.plain_head}
         atomic.write_json(self.run.path / "run.json", document | {"result": record})

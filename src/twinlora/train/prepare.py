@@ -20,7 +20,7 @@ from twinlora.model.load import load_model, precision_by_layer, weight_bytes
 from twinlora.numerics import ops
 from twinlora.numerics.nf4 import NF4Format
 from twinlora.train.inputs import Inputs
-from twinlora.train.record import Notes
+from twinlora.train.notes import Notes
 
 __all__ = ["Prepared", "prepare"]
 

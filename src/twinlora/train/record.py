@@ -1,33 +1,13 @@
-"""What a run says about itself: notes, the adapter's passport, and run.json."""
+"""What a run says about the adapter that it leaves."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
 
 from twinlora.adapters import passport
 from twinlora.config import TrainOptions
 from twinlora.data.formats import Row
-from twinlora.reporter import Reporter
 from twinlora.train.inputs import Inputs
 
-__all__ = ["Notes", "passport_of"]
-
-
-@dataclass
-class Notes:
-    """Lines that are shown at once; those that `add` gets also end up in run.json."""
-
-    reporter: Reporter
-    lines: list[str] = field(default_factory=list)
-
-    def show(self, text: str) -> None:
-        """Show a line."""
-        self.reporter.note(text)
-
-    def add(self, text: str) -> None:
-        """Show a line and keep it."""
-        self.lines.append(text)
-        self.show(text)
+__all__ = ["passport_of"]
 
 
 def passport_of(options: TrainOptions, inputs: Inputs, precision: dict[str, int], steps: int) -> passport.Passport:
@@ -38,7 +18,7 @@ def passport_of(options: TrainOptions, inputs: Inputs, precision: dict[str, int]
         base_precision=precision,
         **passport.tokenizer_digests(inputs.tokenizer),
         system=_common_system(inputs.rows),
-        data_sha256=inputs.data_sha256 | inputs.eval_sha256,
+        data_sha256=inputs.digests,
         method=options.method,
         seed=options.seed,
         steps=steps,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
 from twinlora.config import TrainOptions
-from twinlora.data.packing import epoch_order, make_micro_batch, split, steps_per_epoch
+from twinlora.data.packing import make_micro_batch, split
 from twinlora.data.template import Example
 from twinlora.errors import OutOfMemory
 from twinlora.model.forward import loss_sum
@@ -17,26 +17,15 @@ from twinlora.train.optim import MasterAdamW
 from twinlora.train.prepare import Prepared
 from twinlora.train.rng import restore_rng, rng_state
 
-__all__ = ["explain_memory", "longest_micro_batch", "rehearse", "step_examples"]
-
-
-def step_examples(examples: Sequence[Example], step: int, options: TrainOptions) -> list[Example]:
-    """The rows of optimiser step `step` (from 0); depends on the seed alone."""
-    epoch, within = divmod(step, steps_per_epoch(len(examples), options.batch_size))
-    order = epoch_order(len(examples), epoch, options.seed, shuffle=options.shuffle)
-    return [examples[i] for i in order[within * options.batch_size : (within + 1) * options.batch_size]]
+__all__ = ["explain_memory", "longest_micro_batch", "rehearse"]
 
 
 def longest_micro_batch(inputs: Inputs, steps: int, options: TrainOptions, *, packed: bool) -> list[Example]:
     """The micro-batch with the most tokens, fill included, of all steps."""
     longest: tuple[int, list[Example]] = (0, [])
-    per_epoch = steps_per_epoch(len(inputs.examples), options.batch_size)
-    for epoch in range(-(-steps // per_epoch)):
-        order = epoch_order(len(inputs.examples), epoch, options.seed, shuffle=options.shuffle)
-        for begin in range(0, min(per_epoch, steps - epoch * per_epoch) * options.batch_size, options.batch_size):
-            chosen = [inputs.examples[i] for i in order[begin : begin + options.batch_size]]
-            for part in split(chosen, options.micro_batch_tokens, packed=packed):
-                longest = max(longest, (_size(part, packed=packed), part), key=lambda found: found[0])
+    for step in range(steps):
+        for part in split(inputs.step_examples(step, options), options.micro_batch_tokens, packed=packed):
+            longest = max(longest, (_size(part, packed=packed), part), key=lambda found: found[0])
     return longest[1]
 
 
