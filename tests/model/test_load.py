@@ -220,3 +220,19 @@ def test_streaming_keeps_the_peak_near_the_final_size(tmp_path, tiny):
     )
     measured = json.loads(done.stdout)
     assert measured["peak"] < measured["final"] + 3 * largest
+
+
+def test_gpt2_in_nf4_is_its_quantised_weights(tmp_path):
+    """Its blocks look for weights in order to initialise them, and keep them as [in, out]."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    stock = GPT2LMHeadModel(config).eval()
+    stock.save_pretrained(tmp_path)
+    model = load_model(resolve(str(tmp_path)), quantize=NF4Format(), dtype=torch.float32)
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if isinstance(layer, QuantLinear):
+                stock.get_submodule(name).weight.copy_(layer.dense_weight(torch.float32).T)
+        ids = torch.arange(12)[None]
+        torch.testing.assert_close(model(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ from twinlora.errors import OutOfMemory
 from twinlora.train import rehearsal
 from twinlora.train.inputs import read_inputs
 from twinlora.train.loop import train
-from twinlora.train.rehearsal import longest_micro_batch, step_examples
+from twinlora.train.rehearsal import longest_micro_batch
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -32,7 +32,7 @@ def test_it_is_the_longest_of_all_steps(tiny, data_file, tmp_path, packed):
     from twinlora.data.packing import make_batch
 
     batches = (
-        make_batch(step_examples(inputs.examples, step, given), 150, packed=packed, pad_id=0)
+        make_batch(inputs.step_examples(step, given), 150, packed=packed, pad_id=0)
         for step in range(inputs.steps(given))
     )
     assert size == max(micro.input_ids.numel() for batch in batches for micro in batch.micro_batches)

@@ -218,10 +218,12 @@ def _quantize_layer(model: nn.Module, name: str, weight: Tensor, config: _Config
             f"{name}.weight: checkpoint has {tuple(weight.shape)}, the model expects {tuple(module.weight.shape)}"
         )
     replacement = QuantLinear.from_dense(module, weight, config.fmt, f"{name}.weight")
-    block = model.get_submodule(parent)
-    for part in (replacement, *replacement.parameters(), block):
-        setattr(part, "_is_hf_initialized", True)  # noqa: B010  # transformers must not initialise it anew
-    setattr(block, child, replacement)
+    owner = model.get_submodule(parent)
+    owns = [*owner.parameters(recurse=False), *owner.buffers(recurse=False)]
+    # transformers must not initialise it anew, nor look for its weight in order to do so, as GPT-2's blocks do.
+    for part in (replacement, *replacement.parameters(), *([] if owns else [owner])):
+        setattr(part, "_is_hf_initialized", True)  # noqa: B010
+    setattr(owner, child, replacement)
     if config.on_quantized is not None:
         config.on_quantized(name, weight, replacement)
 
