@@ -6,9 +6,11 @@ import torch
 from tests.conftest import chat, write_jsonl
 from tests.train.test_loop import options, same
 from twinlora.errors import OutOfMemory
+from twinlora.reporter import Reporter
 from twinlora.train import rehearsal
 from twinlora.train.inputs import read_inputs
 from twinlora.train.loop import train
+from twinlora.train.notes import Notes
 from twinlora.train.rehearsal import longest_micro_batch
 
 
@@ -26,7 +28,7 @@ def test_it_has_no_effect_on_the_result(tiny, data_file, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("packed", [True, False])
 def test_it_is_the_longest_of_all_steps(tiny, data_file, tmp_path, packed):
     given = options(tiny, data_file, tmp_path / "r", micro_batch_tokens=150, epochs=2)
-    inputs = read_inputs(given)
+    inputs = read_inputs(given, Notes(Reporter()))
     found = longest_micro_batch(inputs, inputs.steps(given), given, packed=packed)
     size = sum(len(e.ids) for e in found) if packed else max(len(e.ids) for e in found) * len(found)
     from twinlora.data.packing import make_batch

@@ -13,11 +13,11 @@ from twinlora.train import loop
 from twinlora.train.loop import train
 
 
-@pytest.fixture
 class PowerCutError(Exception):
     pass
 
 
+@pytest.fixture
 def held_out(tmp_path):
     """Rows that training on others makes worse in the end."""
     return write_jsonl(tmp_path / "eval.jsonl", [chat("say abab", f"{i * 7919} nothing like it") for i in range(6)])

@@ -14,7 +14,7 @@ from twinlora.reporter import Reporter
 from twinlora.train.inputs import read_inputs
 from twinlora.train.loop import train
 from twinlora.train.prepare import prepare
-from twinlora.train.record import Notes
+from twinlora.train.notes import Notes
 
 
 def _prepared(given):
