@@ -23,10 +23,33 @@ from twinlora.train import checkpoint
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 COUNT, DIE, TEAR, FULL = 9, 1, 2, 3  # modes of fault_arm; COUNT only lists the operations
-OPTIONS = (
-    "--method lora --rank 2 --target q_proj --dropout 0.1 --dtype float32 --batch-size 2 --warmup-steps 1 --lr 0.01 "
-    "--eval-every 2 --checkpoint-every 2 --keep-checkpoints 1 --packing off --no-fused"
-).split()
+OPTIONS = [
+    "--method",
+    "lora",
+    "--rank",
+    "2",
+    "--target",
+    "q_proj",
+    "--dropout",
+    "0.1",
+    "--dtype",
+    "float32",
+    "--batch-size",
+    "2",
+    "--warmup-steps",
+    "1",
+    "--lr",
+    "0.01",
+    "--eval-every",
+    "2",
+    "--checkpoint-every",
+    "2",
+    "--keep-checkpoints",
+    "1",
+    "--packing",
+    "off",
+    "--no-fused",
+]
 
 
 def start(directory: Path, faults: list[str], every: int = 1) -> subprocess.Popen:

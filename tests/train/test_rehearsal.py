@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import chat, write_jsonl
-from tests.train.test_loop import options, same, weights
+from tests.train.test_loop import options, same
 from twinlora.errors import OutOfMemory
 from twinlora.train import rehearsal
 from twinlora.train.inputs import read_inputs
@@ -52,9 +52,7 @@ def test_running_out_of_memory_says_what_to_lower(tiny, data_file, tmp_path, mon
         train(options(tiny, data_file, tmp_path / "r"))
     with pytest.raises(OutOfMemory, match=r"in 1 row\(s\)[\s\S]*--max-length \(now 400\)(?![\s\S]*gradient)"):
         train(
-            options(
-                tiny, data_file, tmp_path / "s", micro_batch_tokens=1, max_length=400, gradient_checkpointing=True
-            )
+            options(tiny, data_file, tmp_path / "s", micro_batch_tokens=1, max_length=400, gradient_checkpointing=True)
         )
     assert not (tmp_path / "r" / "metrics.jsonl").exists()
 
