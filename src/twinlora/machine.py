@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import re
@@ -15,7 +16,7 @@ import transformers
 
 import twinlora
 
-__all__ = ["describe", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes", "product_rate", "reset_peaks"]
+__all__ = ["describe", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes", "product_rates", "reset_peaks"]
 
 
 def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -46,15 +47,17 @@ def keep_freed_memory() -> None:
         c.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, bytes: the most that glibc takes
 
 
-def product_rate(dtype: torch.dtype) -> float:
-    """Rate of matrix products of `dtype` on the CPU, flop/s: the best of a few, in about 20 ms."""
-    a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    seconds = []
+def product_rates(*dtypes: torch.dtype) -> list[float]:
+    """Rates of matrix products on the CPU, flop/s: the best of a few each, taken in turns, since other load comes and
+    goes and must not decide between the types. About 20 ms a type."""
+    operands = [(torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)) for dtype in dtypes]
+    best = [math.inf] * len(dtypes)
     for _ in range(8):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    return 2 * 256 * 512 * 512 / min(seconds)
+        for number, (a, b) in enumerate(operands):
+            start = time.perf_counter()
+            a @ b
+            best[number] = min(best[number], time.perf_counter() - start)
+    return [2 * 256 * 512 * 512 / seconds for seconds in best]
 
 
 def _cpu_name() -> str:

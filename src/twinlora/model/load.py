@@ -140,7 +140,7 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str | None
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         return (torch.bfloat16, None) if native else (torch.float16, "float16: this GPU has no bfloat16 arithmetic")
-    narrow, wide = (machine.product_rate(dtype) for dtype in (torch.bfloat16, torch.float32))
+    narrow, wide = machine.product_rates(torch.bfloat16, torch.float32)
     if narrow >= wide:
         return torch.bfloat16, None
     return torch.float32, f"float32: this CPU multiplies at {wide / 1e9:.0f} GFLOP/s, in bfloat16 at {narrow / 1e9:.0f}"
