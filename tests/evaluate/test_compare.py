@@ -39,6 +39,9 @@ def test_two_methods_in_their_own_processes(tiny, tmp_path, capsys):
     data, test = write_jsonl(tmp_path / "tr.jsonl", letters(160, 1)), write_jsonl(tmp_path / "te.jsonl", letters(10, 2))
     arguments = ["--model", str(tiny), "--data", str(data), "--eval", str(test), "--output", str(tmp_path / "out")]
     arguments += ["--methods", "lora,full", "--lr-grid", "1e-3,1e-2", "--batch-size", "8", "--validation-rows", "8"]
+    general = tmp_path / "general.txt"
+    general.write_text("A first paragraph\nof two lines.\n\n\n第二段。\n", encoding="utf-8")
+    arguments += ["--metric", "exact-match,chrf", "--general", str(general)]
     assert main(["compare", *arguments, "--max-new-tokens", "4", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     report = load(tmp_path / "out" / "report.json")
@@ -46,8 +49,16 @@ def test_two_methods_in_their_own_processes(tiny, tmp_path, capsys):
     assert [way.method for way in report.ways] == ["base", "lora", "full"]
     assert report.data["rows"] == {"train": 152, "search": 38, "validation": 8, "test": 10}
     base, lora, full = report.ways
-    assert base.exact_match.value < 0.3
-    assert lora.exact_match.value > 0.6
+    assert base.scores["exact-match"].value < 0.3
+    assert lora.scores["exact-match"].value > 0.6
+    assert list(lora.scores) == ["exact-match", "chrf"]
+    assert lora.scores["chrf"].value >= lora.scores["exact-match"].value
+    assert base.general.before == base.general.after == lora.general.before == full.general.before
+    assert lora.general.after != full.general.after != base.general.after
+    assert [(d.a, d.b) for d in report.forgetting] == [("lora", "base"), ("full", "base"), ("lora", "full")]
+    rise = lora.general.after - lora.general.before
+    assert report.forgetting[0].value == pytest.approx(rise)
+    assert len(lora.general.tokens) == 2, "the paragraphs of the file"
     assert full.trainable_parameters > lora.trainable_parameters > 0
     assert lora.curve[0].loss == pytest.approx(full.curve[0].loss, abs=1e-3), "same start, same first rows"
     assert len(lora.search) == 2

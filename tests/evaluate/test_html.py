@@ -36,6 +36,7 @@ def test_page_stands_alone_and_holds_the_figures(full):
         "90.0 %",
         "269 MB",
         "2.00 GB",
+        "general text: loss before → after",
         "1 min 01 s",
         full.verdict.sentence.split(" by ")[0],
     ):
