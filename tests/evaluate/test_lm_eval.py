@@ -108,9 +108,14 @@ def test_what_we_do_not_do_is_an_error(sides):
 
 
 @needs_harness
-def test_the_harness_finds_it_by_name():
+def test_the_harness_runs_it_by_name_where_it_names_a_gpu_that_is_not_here(tiny, capsys, monkeypatch):
+    import torch
     from lm_eval.api.registry import get_model
 
     from twinlora.evaluate.lm_eval import TwinloraLM
 
-    assert get_model("twinlora") is TwinloraLM
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    made = get_model("twinlora").create_from_arg_string(f"model={tiny}", {"device": "cuda:0", "batch_size": "1"})
+    assert isinstance(made, TwinloraLM)
+    assert made.batch_size == 1
+    assert "cuda:0: this torch sees no GPU" in capsys.readouterr().err

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from twinlora.config import EvalOptions, ModelOptions, validated
 from twinlora.data.packing import make_batch
 from twinlora.data.template import Example
@@ -75,6 +77,20 @@ class TwinloraLM(TemplateLM):  # type: ignore[misc]
         self.batch_size = options.batch_size
         # One less than the model takes: the last token predicted goes through the model as well.
         self.max_length = max_length or getattr(self.model.config, "max_position_embeddings", 2049) - 1
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> TwinloraLM:
+        """What `--model_args` gives, with what the harness's own flags say."""
+        made: TwinloraLM = super().create_from_arg_string(arg_string, _on_this_machine(additional_config))
+        return made
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> TwinloraLM:
+        """The same, from a mapping."""
+        made: TwinloraLM = super().create_from_arg_obj(arg_dict, _on_this_machine(additional_config))
+        return made
 
     @property
     def eot_token_id(self) -> int:
@@ -202,6 +218,14 @@ class TwinloraLM(TemplateLM):  # type: ignore[misc]
             return any(text in tail for text in until)
 
         return ended
+
+
+def _on_this_machine(config: dict[str, Any] | None) -> dict[str, Any]:
+    """The harness's settings without a GPU that this machine lacks: its command line names one, asked or not."""
+    config = dict(config or {})
+    if str(config.get("device", "")).startswith("cuda") and not torch.cuda.is_available():
+        ConsoleReporter().note(f"device {config.pop('device')}: this torch sees no GPU; running on the CPU")
+    return config
 
 
 def _generation_options(given: dict[str, Any]) -> dict[str, Any]:
