@@ -134,27 +134,6 @@ def test_adapter_of_another_base_is_refused(tiny, data_file, tmp_path, capsys):
     assert str(other) in message
 
 
-def test_doctor(capsys):
-    assert main(["doctor", "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["cores"] > 0
-    assert "cpu" in facts["backend"]
-    assert main(["doctor"]) == 0
-    assert facts["backend"] in capsys.readouterr().out
-
-
-def test_doctor_says_how_to_get_the_compiled_backend(capsys, monkeypatch):
-    from twinlora.numerics import cpu
-
-    monkeypatch.setattr(cpu, "_native", None)
-    cpu._library.cache_clear()
-    assert main(["doctor"]) == 0
-    cpu._library.cache_clear()
-    shown = capsys.readouterr().out
-    assert "(reference)" in shown
-    assert "install a C++ compiler" in shown
-
-
 def test_help_needs_no_torch():
     code = "import sys; from twinlora.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
     environment = {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PATH": ""}
