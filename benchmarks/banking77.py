@@ -33,7 +33,8 @@ def run_ours(method: str, args: argparse.Namespace, train_rows: list[dict], test
 
     from twinlora.config import TrainOptions
     from twinlora.data.sources import read_rows
-    from twinlora.evaluate.metrics import exact_match
+    from twinlora.evaluate.metrics import predict
+    from twinlora.evaluate.scores import row_scores
     from twinlora.reporter import ConsoleReporter
     from twinlora.train.loop import train
 
@@ -58,11 +59,11 @@ def run_ours(method: str, args: argparse.Namespace, train_rows: list[dict], test
             "backend": done.record["backend"],
         }
         start = time.perf_counter()
-        predictions = exact_match(
+        predictions = predict(
             done.model, done.tokenizer, read_rows(test), batch_size=recipe.eval_batch,
             max_new_tokens=recipe.max_new_tokens, reporter=ConsoleReporter(method),
         )  # fmt: skip
-        result["hits"] = [prediction.hit for prediction in predictions]
+        result["hits"] = [score == 1 for score in row_scores("exact-match", predictions)]
         result["eval_seconds"] = time.perf_counter() - start
     return result
 

@@ -1,7 +1,9 @@
-"""Write the measured tables of README.md from benchmarks/results/*.json.
+"""Write the measured tables of README.md and README.zh-CN.md from benchmarks/results/*.json.
 
 python benchmarks/tables.py            rewrites what stands between `<!-- table: NAME -->` and `<!-- end -->`
-python benchmarks/tables.py --check    exits with 1 if the page is not what the results say
+python benchmarks/tables.py --check    exits with 1 if a page is not what the results say
+
+The tables are made in English; chinese.py translates their words.
 """
 
 from __future__ import annotations
@@ -129,25 +131,29 @@ TABLES = {
 }  # fmt: skip
 
 
-def render(page: str) -> str:
-    for name, make in TABLES.items():
-        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+def render(page: str, name: str, tables: dict[str, str]) -> str:
+    """`page`, the text of the file `name`, with every table in its place."""
+    for table, text in tables.items():
+        pattern = re.compile(rf"(<!-- table: {table} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(page):
-            raise SystemExit(f"README.md has no place for table {name}: expected <!-- table: {name} --> … <!-- end -->")
-        text = make()
+            raise SystemExit(f"{name} has no place for table {table}: expected <!-- table: {table} --> … <!-- end -->")
         page = pattern.sub(lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page)
     return page
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    page = path.read_text(encoding="utf-8")
-    made = render(page)
-    if "--check" in sys.argv[1:]:
-        if made != page:
-            raise SystemExit("README.md differs from benchmarks/results: run python benchmarks/tables.py")
-        return
-    path.write_text(made, encoding="utf-8")
+    sys.path.insert(0, str(Path(__file__).parent))
+    from chinese import translated
+
+    english = {name: make() for name, make in TABLES.items()}
+    for name, tables in (("README.md", english), ("README.zh-CN.md", translated(english))):
+        path = ROOT / name
+        page = path.read_text(encoding="utf-8")
+        made = render(page, name, tables)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(made, encoding="utf-8")
+        elif made != page:
+            raise SystemExit(f"{name} differs from benchmarks/results: run python benchmarks/tables.py")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ __all__ = [
 
 Method = Literal["lora", "qlora", "full"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+AnswerMetric = Literal["exact-match", "chrf", "rouge-l", "json-valid", "json-fields"]
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -314,11 +315,13 @@ class EvalOptions(Options, ModelOptions, SourceOptions):
     precision: Literal["16bit", "nf4", "auto"] = Field(
         "auto", description="Base precision; auto: as the adapter's passport says."
     )
-    metric: list[Literal["loss", "exact-match"]] = Field(["loss", "exact-match"], description="What to measure.")
+    metric: list[Literal["loss", "perplexity"] | AnswerMetric] = Field(
+        ["loss", "exact-match"], min_length=1, description="What to measure; all but the first two need answers."
+    )
     rows: Positive | None = Field(None, description="Only the first rows.")
     max_new_tokens: Positive = Field(128, description="Longest answer when generating.")
     batch_size: Positive = Field(32, description="Answers generated at once.")
-    output: Path | None = Field(None, description="Write the predictions here as JSONL.")
+    output: Path | None = Field(None, description="Write each row with its answer and its scores here, as JSONL.")
 
 
 class CompareOptions(Options, ModelOptions, AdapterOptions, DataOptions, OptimizerOptions):
@@ -332,6 +335,15 @@ class CompareOptions(Options, ModelOptions, AdapterOptions, DataOptions, Optimiz
     output: Path = Field(description="Directory of the comparison.")
     lr_grid: list[float] = Field(
         [1e-4, 3e-4, 1e-3, 3e-3], description="Learning rates that each method may choose from."
+    )
+    metric: list[AnswerMetric] = Field(
+        ["exact-match"],
+        description="How answers are judged: the first decides, others are shown beside it.",
+    )
+    general: Path | None = Field(
+        None,
+        description="Text on which forgetting is measured: paragraphs with a blank line between; default: a built-in "
+        "sample.",
     )
     search_rows: Positive | None = Field(
         None, description="Training rows of each search run; default: a quarter of the rows."
@@ -351,12 +363,12 @@ class CompareOptions(Options, ModelOptions, AdapterOptions, DataOptions, Optimiz
             raise ValueError("expected different rates above 0")
         return sorted(grid)
 
-    @field_validator("methods")
+    @field_validator("methods", "metric")
     @classmethod
-    def _distinct(cls, methods: list[Method]) -> list[Method]:
-        if not methods or len(set(methods)) != len(methods):
-            raise ValueError("expected each method once, at least one")
-        return methods
+    def _distinct(cls, names: list[str]) -> list[str]:
+        if not names or len(set(names)) != len(names):
+            raise ValueError("expected each one once, at least one")
+        return names
 
 
 class ChatOptions(Options, ModelOptions):

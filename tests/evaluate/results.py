@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from twinlora.evaluate.compare import _differences
-from twinlora.evaluate.report import BASE, MethodResult, Report, Sample, Score, SearchPoint
-from twinlora.evaluate.stats import wilson_interval
+from twinlora.evaluate.compare import _differences, _forgetting
+from twinlora.evaluate.report import BASE, General, MethodResult, Report, Sample, SearchPoint
+from twinlora.evaluate.scores import summarise
 from twinlora.evaluate.verdict import judge
 
+TEXTS = 30
 
-def way(method: str, hits: list[bool], **changes: object) -> MethodResult:
-    low, high = wilson_interval(sum(hits), len(hits))
+
+def way(
+    method: str, hits: list[float], metric: str = "exact-match", rise: float = 0.0, **changes: object
+) -> MethodResult:
+    """A way with these row scores, whose loss on general text rose by about `rise` nats a token."""
+    tokens = [50 + i for i in range(TEXTS)]
+    before = [n * (2.5 + 0.1 * (i % 3)) for i, n in enumerate(tokens)]
+    after = [b + n * rise * (1 + 0.2 * (i % 2)) for i, (n, b) in enumerate(zip(tokens, before, strict=True))]
     values: dict = {
-        "method": method, "test_loss": 0.5, "row_hits": hits, "eval_seconds": 3.0, "peak_rss_bytes": 10**9,
+        "method": method, "test_loss": 0.5, "row_scores": hits, "eval_seconds": 3.0, "peak_rss_bytes": 10**9,
         "base_weight_bytes": 269 * 10**6, "base_precision": {"bf16": 10}, "backend": "reference-cpu",
-        "exact_match": Score(value=sum(hits) / len(hits), low=low, high=high, hits=sum(hits), rows=len(hits)),
+        "scores": {metric: summarise(metric, hits)},
+        "general": General(before=sum(before) / sum(tokens), after=sum(after) / sum(tokens), rows_before=before, rows_after=after, tokens=tokens),
     }  # fmt: skip
     if method != BASE:
         values |= {
@@ -25,19 +33,21 @@ def way(method: str, hits: list[bool], **changes: object) -> MethodResult:
     return MethodResult(**(values | changes))
 
 
-def rows(share: float, count: int = 200, start: int = 0) -> list[bool]:
+def rows(share: float, count: int = 200, start: int = 0) -> list[float]:
     """`share` of `count` rows hit, beginning with row `start`."""
-    return [(i - start) % count < share * count for i in range(count)]
+    return [float((i - start) % count < share * count) for i in range(count)]
 
 
 def report(*ways: MethodResult, **changes: object) -> Report:
+    results, metric = list(ways), next(iter(ways[0].scores))
+    differences, forgetting = _differences(results), _forgetting(results)
     values: dict = {
         "title": "LoRA or QLoRA?", "created": "2026-01-01T00:00:00+00:00", "git_hash": None,
         "machine": {"cpu": "A CPU", "device": "cpu", "threads": 2}, "model": "/models/tiny", "model_parameters": 135 * 10**6,
-        "base_fingerprint": "abc", "data": {"train": "a", "test": "b", "rows": {"train": 9, "search": 3, "validation": 2, "test": 200}},
-        "options": {"rank": 16}, "ways": list(ways), "differences": _differences(list(ways)),
-        "verdict": judge(list(ways), _differences(list(ways)), [] if ways[1:] else ["lora"]),
-        "samples": [Sample(prompt="a <b>bold</b> prompt", expected="x", outputs={w.method: "</script>" for w in ways})],
+        "base_fingerprint": "abc", "data": {"train": "a", "test": "b", "general": "built in", "rows": {"train": 9, "search": 3, "validation": 2, "test": 200}},
+        "options": {"rank": 16}, "metric": metric, "ways": results, "differences": differences, "forgetting": forgetting,
+        "verdict": judge(results, differences, [] if ways[1:] else ["lora"], metric=metric, forgetting=forgetting),
+        "samples": [Sample(prompt="a <b>bold</b> prompt", expected="x", outputs={w.method: "</script>" for w in ways}, scores={w.method: w.row_scores[0] for w in ways})],
         "next_commands": ["twinlora chat"],
     }  # fmt: skip
     return Report(**(values | changes))

@@ -4,12 +4,14 @@ import random
 import pytest
 
 from tests.conftest import chat, write_jsonl
+from tests.evaluate.results import way
 from twinlora.cli.main import main
 from twinlora.config import CompareOptions
 from twinlora.data.sources import read_rows
 from twinlora.errors import ConfigError, DataError
 from twinlora.evaluate import compare as module
 from twinlora.evaluate import worker
+from twinlora.evaluate.metrics import Prediction
 from twinlora.evaluate.report import SearchPoint, load
 from twinlora.reporter import Reporter
 
@@ -41,6 +43,9 @@ def test_two_methods_in_their_own_processes(tiny, tmp_path, capsys):
     data, test = write_jsonl(tmp_path / "tr.jsonl", letters(160, 1)), write_jsonl(tmp_path / "te.jsonl", letters(10, 2))
     arguments = ["--model", str(tiny), "--data", str(data), "--eval", str(test), "--output", str(tmp_path / "out")]
     arguments += ["--methods", "lora,full", "--lr-grid", "1e-3,1e-2", "--batch-size", "8", "--validation-rows", "8"]
+    general = tmp_path / "general.txt"
+    general.write_text("A first paragraph\nof two lines.\n\n\n第二段。\n", encoding="utf-8")
+    arguments += ["--metric", "exact-match,chrf", "--general", str(general)]
     assert main(["compare", *arguments, "--max-new-tokens", "4", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     report = load(tmp_path / "out" / "report.json")
@@ -48,8 +53,16 @@ def test_two_methods_in_their_own_processes(tiny, tmp_path, capsys):
     assert [way.method for way in report.ways] == ["base", "lora", "full"]
     assert report.data["rows"] == {"train": 152, "search": 38, "validation": 8, "test": 10}
     base, lora, full = report.ways
-    assert base.exact_match.value < 0.3
-    assert lora.exact_match.value > 0.6
+    assert base.scores["exact-match"].value < 0.3
+    assert lora.scores["exact-match"].value > 0.6
+    assert list(lora.scores) == ["exact-match", "chrf"]
+    assert lora.scores["chrf"].value >= lora.scores["exact-match"].value
+    assert base.general.before == base.general.after == lora.general.before == full.general.before
+    assert lora.general.after != full.general.after != base.general.after
+    assert [(d.a, d.b) for d in report.forgetting] == [("lora", "base"), ("full", "base"), ("lora", "full")]
+    rise = lora.general.after - lora.general.before
+    assert report.forgetting[0].value == pytest.approx(rise)
+    assert len(lora.general.tokens) == 2, "the paragraphs of the file"
     assert full.trainable_parameters > lora.trainable_parameters > 0
     assert lora.curve[0].loss == pytest.approx(full.curve[0].loss, abs=1e-3), "same start, same first rows"
     assert len(lora.search) == 2
@@ -57,6 +70,39 @@ def test_two_methods_in_their_own_processes(tiny, tmp_path, capsys):
     assert report.verdict.sentence.split(":")[0] in page
     assert main(["compare", *arguments]) == 2
     assert "give --overwrite" in capsys.readouterr().err
+
+
+def test_what_quantising_costs_is_measured_apart_from_forgetting(tiny, tmp_path):
+    from twinlora.config import ModelOptions
+    from twinlora.evaluate import worker
+    from twinlora.evaluate.general import encode_texts, read_texts
+    from twinlora.evaluate.metrics import row_losses
+    from twinlora.evaluate.opening import open_model
+
+    chosen = options(tiny, tmp_path, dtype="float32")
+    found = worker.measure_nf4(chosen)
+    means = {}
+    for precision in ("16bit", "nf4"):
+        opened = open_model(
+            ModelOptions(model=str(tiny), dtype="float32"), {}, precision=precision, reporter=Reporter()
+        )
+        examples = encode_texts(opened.tokenizer, read_texts(None), chosen.max_length)
+        rows = row_losses(opened.model, examples, micro_batch_tokens=512, packed=False, pad_id=258, plain_head=False)
+        means[precision] = sum(row.total for row in rows) / sum(row.tokens for row in rows)
+    assert found.before == found.after == pytest.approx(means["nf4"], rel=1e-4)
+    assert abs(means["nf4"] - means["16bit"]) > 1e-2
+    now = found.model_copy(update={"after": 9.0, "rows_after": [1.0]})
+    assert module._since(found, now).before == found.after
+
+
+def test_rows_on_which_the_methods_disagree_are_shown_first():
+    said = [Prediction(f"p{i}", "x", f"o{i}") for i in range(9)]
+    ways = [
+        way(m, scores) for m, scores in (("base", [0.0] * 9), ("lora", [1.0] * 9), ("qlora", [1.0] * 7 + [0.0, 1.0]))
+    ]
+    samples = module._samples({w.method: said for w in ways}, ways)
+    assert [sample.prompt for sample in samples] == ["p7", "p0", "p1", "p2", "p3", "p4"]
+    assert samples[0].scores == {"base": 0.0, "lora": 1.0, "qlora": 0.0}
 
 
 def test_best_rate_and_its_edge():
@@ -81,10 +127,21 @@ def test_validation_rows_are_disjoint_from_test_rows_and_training_rows(tiny, tmp
         module._split(options(tiny, tmp_path, validation_rows=39), notes)
 
 
-@pytest.mark.parametrize("changes", [{"lr_grid": [1e-3, 1e-3]}, {"lr_grid": [-1.0]}, {"methods": ["lora", "lora"]}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"lr_grid": [1e-3, 1e-3]}, {"lr_grid": [-1.0]}, {"methods": ["lora", "lora"]}, {"metric": []}],
+)
 def test_wrong_options(tiny, tmp_path, changes):
     with pytest.raises(ValueError, match="expected"):
         options(tiny, tmp_path, **changes)
+
+
+def test_metrics_and_texts_are_checked_before_anything_is_written(tiny, tmp_path):
+    with pytest.raises(DataError, match="10 of 10 rows do not expect a JSON object"):
+        module.compare(options(tiny, tmp_path, metric=["json-fields"]))
+    with pytest.raises(DataError, match=r"none.txt: cannot be read"):
+        module.compare(options(tiny, tmp_path, general=tmp_path / "none.txt"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_earlier_comparison_is_not_overwritten_unasked(tiny, tmp_path):

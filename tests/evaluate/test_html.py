@@ -36,6 +36,7 @@ def test_page_stands_alone_and_holds_the_figures(full):
         "90.0 %",
         "269 MB",
         "2.00 GB",
+        "general text: loss before → after",
         "1 min 01 s",
         full.verdict.sentence.split(" by ")[0],
     ):
@@ -45,6 +46,28 @@ def test_page_stands_alone_and_holds_the_figures(full):
     for drawing in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ET.fromstring(drawing.replace("xlink:href", "href"))
         assert "#0" not in drawing, "a colour that does not follow the theme"
+
+
+def test_every_metric_field_and_forgetting_stand_on_the_page():
+    ways = [
+        way("base", [0.0] * 50, "json-fields"),
+        way("lora", [0.5, 1.0] * 25, "json-fields", rise=0.1, fields={"team": 0.83}),
+    ]
+    ways[0].fields["team"] = 0.0
+    ways[1].scores["chrf"] = ways[0].scores["chrf"] = ways[1].scores["json-fields"].model_copy(update={"value": 0.613})
+    page = html.render(report(*ways))
+    rise = ways[1].general
+    for text in (
+        "JSON fields, 6",
+        "61.3 %",
+        "team",
+        "83.0 %",
+        f"{rise.before:.3f} → {rise.after:.3f}",
+        "(1.65)",
+        "means over the rows",
+    ):
+        assert text in page, text
+    assert re.search(r"<small>\+0\.1\d\d \(\+0\.1", page)
 
 
 def test_model_output_is_escaped(full):

@@ -15,8 +15,8 @@ from twinlora.errors import ConfigError
 from twinlora.reporter import Reporter
 from twinlora.train.inputs import read_inputs
 from twinlora.train.loop import train
-from twinlora.train.prepare import prepare
 from twinlora.train.notes import Notes
+from twinlora.train.prepare import prepare
 
 
 def _prepared(given):

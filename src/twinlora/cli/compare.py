@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from twinlora.cli.console import as_typed, out, print_json
 from twinlora.config import CompareOptions
-from twinlora.evaluate.report import Report
+from twinlora.evaluate.report import BASE, MethodResult, Report, Score
 from twinlora.reporter import ConsoleReporter
 
 
@@ -27,28 +29,40 @@ def run(options: CompareOptions) -> None:
 
 
 def show(report: Report) -> None:
-    """The figures of a report as a table, and its verdict."""
+    """The figures of a report as a table with a column for each way, and its verdict."""
     from rich.table import Table
 
+    from twinlora.evaluate.scores import title_of
     from twinlora.evaluate.verdict import peak_bytes
 
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("", "exact match (95 %)", "test loss", "tokens/s", "peak", "base", "adapter"):
-        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
-    for way in report.ways:
-        score = way.exact_match
-        tuned = (
-            [f"{way.tokens_per_second or 0:,.0f}", f"{peak_bytes(way) / 1e9:.2f} GB"]
-            if way.trained_tokens
-            else ["", ""]
-        )
-        table.add_row(
-            way.method,
-            f"{score.value:.1%} ({100 * score.low:.1f}–{100 * score.high:.1f})",
-            f"{way.test_loss:.3f}",
-            *tuned,
-            f"{way.base_weight_bytes / 1e6:,.0f} MB",
-            f"{way.artefact_bytes / 1e6:,.1f} MB" if way.artefact_bytes else "",
-        )
-    out.print(table)
-    out.print(report.verdict.sentence, markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("", *(way.method for way in report.ways)):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+
+    def row(title: str, cell: Callable[[MethodResult], str]) -> None:
+        table.add_row(title, *(cell(way) for way in report.ways))
+
+    def tuned(cell: Callable[[MethodResult], str]) -> Callable[[MethodResult], str]:
+        return lambda way: "" if way.method == BASE else cell(way)
+
+    for name in report.ways[0].scores:
+        row(title_of(name), lambda way, name=name: _score(way.scores[name]))  # type: ignore[misc]
+    row("test loss", lambda way: f"{way.test_loss:.3f}")
+    row("general text", lambda way: _general(way))
+    row("tokens/s", tuned(lambda way: f"{way.tokens_per_second or 0:,.0f}"))
+    row("peak memory", tuned(lambda way: f"{peak_bytes(way) / 1e9:.2f} GB"))
+    row("base weights", lambda way: f"{way.base_weight_bytes / 1e6:,.0f} MB")
+    row("to keep", tuned(lambda way: f"{way.artefact_bytes / 1e6:,.1f} MB"))
+    out.print(table, width=200)  # as wide as it is, also where stdout is no terminal
+    for line in (report.verdict.sentence, *report.verdict.notes):
+        out.print(line, markup=False)
+
+
+def _score(score: Score) -> str:
+    return f"{score.value:.1%} ({100 * score.low:.1f}–{100 * score.high:.1f})"
+
+
+def _general(way: MethodResult) -> str:
+    """The loss on general text, before → after."""
+    after = f"{way.general.after:.3f}"
+    return after if way.method == BASE else f"{way.general.before:.3f} → {after}"

@@ -13,7 +13,7 @@ from twinlora.data.sources import read_rows
 from twinlora.demo import model as embedded
 from twinlora.demo.tasks import SPLITS, TASKS, rows
 from twinlora.evaluate.compare import compare
-from twinlora.evaluate.metrics import exact_match
+from twinlora.evaluate.metrics import predict
 from twinlora.evaluate.opening import open_model
 from twinlora.evaluate.report import Report
 from twinlora.reporter import Reporter
@@ -98,7 +98,7 @@ def _comparison(options: DemoOptions, base: str, data: Path) -> CompareOptions:
         model=base, data=data / _FIRST / "train.jsonl", validation=data / _FIRST / "validation.jsonl",
         eval=data / _FIRST / "test.jsonl", output=options.output / _FIRST, lr_grid=_RATES, seed=options.seed,
         search_rows=_SEARCH_ROWS, title=f"LoRA or QLoRA for {TASKS[_FIRST].title}?", max_new_tokens=_MAX_NEW_TOKENS,
-        overwrite=options.overwrite,
+        metric=["exact-match", "json-fields", "json-valid"], overwrite=options.overwrite,
         **_RECIPE,
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ def _answers(base: str, data: Path, adapters: dict[str, Path], reporter: Reporte
         opened.bank.use(name)
         switching += time.perf_counter() - start
         way = name or "base"
-        said = exact_match(
+        said = predict(
             opened.model,
             opened.tokenizer,
             [row for _, row in asked],

@@ -26,12 +26,14 @@ from twinlora.data import sources
 from twinlora.data.formats import Row, write_rows
 from twinlora.errors import BackendError, ConfigError, DataError
 from twinlora.evaluate import html, worker
-from twinlora.evaluate.metrics import Prediction, require_answers
-from twinlora.evaluate.report import BASE, Difference, MethodResult, Report, Sample, SearchPoint, save
-from twinlora.evaluate.stats import paired_interval
+from twinlora.evaluate.general import read_texts
+from twinlora.evaluate.metrics import Prediction
+from twinlora.evaluate.report import BASE, Difference, General, MethodResult, Report, Sample, SearchPoint, save
+from twinlora.evaluate.scores import require, title_of
+from twinlora.evaluate.stats import paired_interval, ratio_interval
 from twinlora.evaluate.verdict import judge
 from twinlora.model.fingerprint import fingerprint
-from twinlora.model.load import load_tokenizer, pick_device, resolve
+from twinlora.model.load import load_tokenizer, pick_device, pick_dtype, resolve
 from twinlora.reporter import Reporter
 
 __all__ = ["compare"]
@@ -60,7 +62,13 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
     source = resolve(options.model)
     load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     device = pick_device(options.device)
+    dtype, reason = pick_dtype(options.dtype, device)  # once: every process must compute in the same type
+    if reason:
+        reporter.note(reason)
+    options = options.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     train, validation, test = _split(options, reporter)
+    require(options.metric, test)
+    read_texts(options.general)
     _claim(options)
     splits = _write(options, train, validation, test)
     results: list[MethodResult] = []
@@ -68,7 +76,8 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
     predictions: dict[str, list[Prediction]] = {}
     base, predictions[BASE] = _in_process(BASE, worker.measure_base, options, splits.test)
     results.append(base.result)
-    reporter.note(f"base: {base.result.exact_match.value:.1%} exact match, test loss {base.result.test_loss:.3f}")
+    reporter.note(_in_short(base.result, options))
+    before = {"qlora": _in_process("NF4 base", worker.measure_nf4, options)} if "qlora" in options.methods else {}
     for method in options.methods:
         points = _in_process(f"{method} search", worker.search, options, method, splits.search, splits.validation)
         lr, at_edge = _best(points)
@@ -79,11 +88,14 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
         note = f"{method}: best learning rate {lr:g} of {', '.join(f'{p.lr:g}' for p in points)}"
         reporter.note(note + (", at the edge of the grid" if at_edge else ""))
         done, predictions[method] = _in_process(method, worker.train_and_measure, options, method, lr, splits)
+        general = _since(before.get(method, base.result.general), done.general)
         result = done.model_copy(
             update={"search": points, "at_edge": at_edge, "search_seconds": sum(p.seconds for p in points)}
+            | {"general": general}
         )
         results.append(result)
-        reporter.note(f"{method}: {result.exact_match.value:.1%} exact match, test loss {result.test_loss:.3f}")
+        reporter.note(_in_short(result, options))
+    differences, forgetting = _differences(results), _forgetting(results)
     report = Report(
         title=options.title
         or f"{', '.join(options.methods)} on {', '.join(Path(source).name for source in options.data)}",
@@ -93,13 +105,20 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
         model=options.model,
         model_parameters=base.parameters,
         base_fingerprint=fingerprint(source),
-        data={"train": ", ".join(options.data), "test": ", ".join(options.eval), "rows": splits.counts},
+        data={
+            "train": ", ".join(options.data),
+            "test": ", ".join(options.eval),
+            "rows": splits.counts,
+            "general": str(options.general or "built in"),
+        },
         options=options.model_dump(mode="json"),
+        metric=options.metric[0],
         ways=results,
-        differences=_differences(results),
+        differences=differences,
+        forgetting=forgetting,
         diverged=diverged,
-        verdict=judge(results, _differences(results), diverged),
-        samples=_samples(predictions),
+        verdict=judge(results, differences, diverged, metric=options.metric[0], forgetting=forgetting),
+        samples=_samples(predictions, results),
         next_commands=_next_commands(options, results),
     )
     save(report, options.output / "report.json")
@@ -114,7 +133,6 @@ def _split(options: CompareOptions, reporter: Reporter) -> tuple[list[Row], list
         return sources.read(given, columns=options.columns, limit=limit, note=reporter.note).rows
 
     rows, test = read(options.data), read(options.eval, options.test_rows)
-    require_answers(test)
     asked = {_prompt(row) for row in test}
     shared = sum(_prompt(row) in asked for row in rows)
     if shared:
@@ -204,28 +222,56 @@ def _best(points: list[SearchPoint]) -> tuple[float | None, bool]:
     return lr, len(rates) > 1 and lr in (min(rates), max(rates))
 
 
+def _in_short(way: MethodResult, options: CompareOptions) -> str:
+    scores = ", ".join(f"{way.scores[name].value:.1%} {title_of(name)}" for name in options.metric)
+    return f"{way.method}: {scores}, test loss {way.test_loss:.3f}, general text {way.general.after:.3f}"
+
+
+def _since(before: General, now: General) -> General:
+    """`now`, with what was measured before training."""
+    return now.model_copy(update={"before": before.after, "rows_before": before.rows_after})
+
+
 def _differences(results: list[MethodResult]) -> list[Difference]:
     """Every tuned way against the base, and each pair of tuned ways in the order of the methods."""
     base, *tuned = results
     out = []
     for a, b in [*((way, base) for way in tuned), *itertools.combinations(tuned, 2)]:
-        value, low, high = paired_interval(a.row_hits, b.row_hits)
-        out.append(Difference(a=a.method, b=b.method, value=value, low=low, high=high, rows=len(a.row_hits)))
+        value, low, high = paired_interval(a.row_scores, b.row_scores)
+        out.append(Difference(a=a.method, b=b.method, value=value, low=low, high=high, rows=len(a.row_scores)))
     return out
 
 
-def _samples(predictions: dict[str, list[Prediction]]) -> list[Sample]:
-    """A few test rows; those on which the ways disagree come first."""
-    columns = list(predictions)
-    rows = list(zip(*predictions.values(), strict=True))
-    rows.sort(key=lambda row: len({p.hit for p in row[1:]}) < 2)
+def _rises(way: MethodResult) -> list[float]:
+    """What training added to the loss of each general text, in nats."""
+    return [after - before for before, after in zip(way.general.rows_before, way.general.rows_after, strict=True)]
+
+
+def _forgetting(results: list[MethodResult]) -> list[Difference]:
+    """The rise of the loss on general text: of every tuned way, and compared for each pair as in `_differences`."""
+    base, *tuned = results
+    out = []
+    for a, b in [*((way, base) for way in tuned), *itertools.combinations(tuned, 2)]:
+        more = [x - y for x, y in zip(_rises(a), _rises(b), strict=True)]
+        value, low, high = ratio_interval(more, a.general.tokens)
+        out.append(Difference(a=a.method, b=b.method, value=value, low=low, high=high, rows=len(more)))
+    return out
+
+
+def _samples(predictions: dict[str, list[Prediction]], results: list[MethodResult]) -> list[Sample]:
+    """A few test rows; those on which the tuned ways disagree most come first."""
+    scores = {way.method: way.row_scores for way in results}
+    tuned = [scores[way.method] for way in results[1:]] or [scores[BASE]]
+    spread = [max(row) - min(row) for row in zip(*tuned, strict=True)]
+    chosen = sorted(range(len(spread)), key=lambda i: -spread[i])[:_SAMPLES]
     return [
         Sample(
-            prompt=row[0].prompt,
-            expected=row[0].expected,
-            outputs={c: p.output for c, p in zip(columns, row, strict=True)},
+            prompt=predictions[BASE][i].prompt,
+            expected=predictions[BASE][i].expected,
+            outputs={way: said[i].output for way, said in predictions.items()},
+            scores={way: scores[way][i] for way in predictions},
         )
-        for row in rows[:_SAMPLES]
+        for i in chosen
     ]
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import jinja2
 
 from twinlora import atomic
 from twinlora.evaluate import plots
-from twinlora.evaluate.report import BASE, Report
+from twinlora.evaluate.report import BASE, Difference, Report
+from twinlora.evaluate.scores import METRICS, title_of
 from twinlora.evaluate.verdict import name_of, peak_bytes
 
 __all__ = ["render", "write"]
@@ -28,9 +30,21 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"name": name_of, "size": _size, "percent": _percent, "duration": _duration}
+    environment.filters |= {
+        "name": name_of,
+        "size": _size,
+        "percent": _percent,
+        "duration": _duration,
+        "title": title_of,
+        "perplexity": _perplexity,
+    }
     pictures = {
-        "Test quality": (plots.quality(report), "Dots are measured shares, bands their 95 % intervals."),
+        "Test quality": (
+            plots.quality(report),
+            "Dots are measured shares, bands their 95 % intervals."
+            if METRICS[report.metric].whole
+            else "Dots are means over the rows, bands their 95 % intervals.",
+        ),
         "Difference between methods": (
             plots.paired_differences(report),
             "Row by row on the same test rows. A band that crosses 0 means that these rows cannot tell the two apart.",
@@ -47,6 +61,9 @@ def render(report: Report) -> str:
         tuned=[way for way in report.ways if way.method != BASE],
         pictures={title: picture for title, picture in pictures.items() if picture[0]},
         peak=peak_bytes,
+        rise={d.a: _nats(d) for d in report.forgetting if d.b == BASE},
+        fields=list(report.ways[0].fields),
+        whole=METRICS[report.metric].whole,
     )
 
 
@@ -61,6 +78,14 @@ def _size(count: float) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):,.2f}"
+
+
+def _nats(d: Difference) -> str:
+    return f"{d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Measurements on held-out rows: the loss of the trained tokens, and exact match of generated answers."""
+"""What a model does on held-out rows: the loss of the trained tokens, and the answers, which scores.py judges."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from twinlora.data.packing import make_batch
 from twinlora.data.sources import listed
 from twinlora.data.template import Example, encode_prompt
 from twinlora.errors import DataError
-from twinlora.model.forward import loss_sum
+from twinlora.model.forward import loss_sum, token_log_probs
 from twinlora.model.generate import end_tokens, generate
 from twinlora.reporter import Reporter
 
-__all__ = ["Prediction", "exact_match", "mean_loss", "require_answers"]
+__all__ = ["Prediction", "RowLoss", "mean_loss", "predict", "require_answers", "row_losses"]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model said to a row, and whether it is what it should have said."""
+    """What a model said to a row, and what it should have said."""
 
     prompt: str
     expected: str
     output: str
 
-    @property
-    def hit(self) -> bool:
-        """Equal but for white space at the ends."""
-        return self.output.strip() == self.expected.strip()
+
+@dataclass(frozen=True)
+class RowLoss:
+    """Sum of -log p over the tokens of a row that carry loss, in nats, and how many they are."""
+
+    total: float
+    tokens: int
 
 
 def require_answers(rows: Sequence[Row]) -> None:
@@ -65,7 +68,33 @@ def mean_loss(
     return total / batch.trained_tokens
 
 
-def exact_match(
+@torch.no_grad()
+def row_losses(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    micro_batch_tokens: int,
+    packed: bool,
+    pad_id: int,
+    plain_head: bool,
+) -> list[RowLoss]:
+    """The loss of each row, in the order in which rows first appear; examples of one `where` are one row."""
+    training = model.training
+    model.eval()
+    by_length = sorted(examples, key=lambda example: len(example.ids))
+    device = model.get_input_embeddings().weight.device
+    batch = make_batch(by_length, micro_batch_tokens, packed=packed, pad_id=pad_id, device=device)
+    tokens = torch.cat([token_log_probs(model, m, plain_head=plain_head)[0] for m in batch.micro_batches])
+    model.train(training)
+    rows = {example.where: RowLoss(0.0, 0) for example in examples}
+    pieces = tokens.cpu().double().split([example.trained_tokens for example in by_length])
+    for example, piece in zip(by_length, pieces, strict=True):
+        row = rows[example.where]
+        rows[example.where] = RowLoss(row.total - piece.sum().item(), row.tokens + example.trained_tokens)
+    return list(rows.values())
+
+
+def predict(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],

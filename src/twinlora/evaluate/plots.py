@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from twinlora.evaluate.report import BASE, Report
+from twinlora.evaluate.scores import title_of
 from twinlora.evaluate.verdict import name_of
 
 __all__ = ["loss_curves", "paired_differences", "quality", "rate_search"]
@@ -34,11 +35,11 @@ _STYLE: dict[Any, Any] = {
 
 
 def quality(report: Report) -> str:
-    """Exact match of every way with its 95 % interval."""
+    """The deciding metric of every way with its 95 % interval."""
 
     def draw(axes: Axes) -> None:
         for y, way in enumerate(reversed(report.ways)):
-            score, colour = way.exact_match, _COLOURS[way.method]
+            score, colour = way.scores[report.metric], _COLOURS[way.method]
             axes.plot(
                 [100 * score.low, 100 * score.high],
                 [y, y],
@@ -57,7 +58,7 @@ def quality(report: Report) -> str:
         axes.set_yticks(range(len(report.ways)), [name_of(way.method) for way in reversed(report.ways)])
         axes.set_ylim(-0.6, len(report.ways) - 0.4)
         axes.set_xlim(-2, 102)
-        axes.set_xlabel("exact match on the test rows, %")
+        axes.set_xlabel(f"{title_of(report.metric)} on the test rows, %")
         axes.grid(axis="y", visible=False)
 
     return _draw("quality", draw, 0.75 + 0.42 * len(report.ways))

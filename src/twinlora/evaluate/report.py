@@ -1,6 +1,6 @@
 """The one schema of a comparison. Every table, page and verdict renders it; nothing else holds a figure.
 
-Sizes are bytes, times seconds, shares 0 to 1, losses nats per trained token.
+Sizes are bytes, times seconds, shares and scores 0 to 1, losses nats per trained token.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from twinlora.errors import InputError
 __all__ = [
     "BASE",
     "Difference",
+    "General",
     "MethodResult",
     "Report",
     "Sample",
@@ -35,13 +36,26 @@ class _Model(BaseModel):
 
 
 class Score(_Model):
-    """A share of rows with its 95 % interval."""
+    """The mean score of the rows, 0 to 1, with its 95 % interval; hits where a row is either right or wrong."""
 
     value: float
     low: float
     high: float
-    hits: int
     rows: int
+    hits: int | None = None
+
+
+class General(_Model):
+    """Loss on general text, by the same base in the same precision before training, and after it.
+
+    `rows_before` and `rows_after` are sums of nats over each text's `tokens`.
+    """
+
+    before: float
+    after: float
+    rows_before: list[float]
+    rows_after: list[float]
+    tokens: list[int]
 
 
 class SearchPoint(_Model):
@@ -64,9 +78,11 @@ class MethodResult(_Model):
     """Everything measured about one way: a method, or the untuned base."""
 
     method: str
-    exact_match: Score
+    scores: dict[str, Score]  # by metric
+    row_scores: list[float]  # of the metric that decides
+    fields: dict[str, float] = {}  # of json-fields: the share of rows by field
     test_loss: float
-    row_hits: list[bool]
+    general: General
     eval_seconds: float
     peak_rss_bytes: int
     peak_device_bytes: int = 0
@@ -88,7 +104,10 @@ class MethodResult(_Model):
 
 
 class Difference(_Model):
-    """Exact match of `a` minus that of `b` on the same rows, with its paired 95 % interval."""
+    """What `a` has more than `b` on the same rows, with its paired 95 % interval.
+
+    Of the deciding metric's scores; or of the rise of the loss on general text, where base stands for no rise.
+    """
 
     a: str
     b: str
@@ -104,26 +123,31 @@ class Difference(_Model):
 
 
 class Verdict(_Model):
-    """Which way to choose, in words in `sentence`. `choose` is None if the verdict is withheld or nothing helps."""
+    """Which way to choose, in words in `sentence`. `choose` is None if the verdict is withheld or nothing helps.
+
+    `notes` say what else should be known, such as a method that forgets more than another.
+    """
 
     choose: str | None
     sentence: str
     reasons: list[str]
     withheld: list[str] = []
+    notes: list[str] = []
 
 
 class Sample(_Model):
-    """A test row and what each way said."""
+    """A test row, what each way said, and how the deciding metric judges it."""
 
     prompt: str
     expected: str
     outputs: dict[str, str]
+    scores: dict[str, float]
 
 
 class Report(_Model):
     """A comparison of fine-tuning methods on one model and one data set."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     title: str
     created: str
     git_hash: str | None
@@ -133,9 +157,11 @@ class Report(_Model):
     base_fingerprint: str
     data: dict[str, Any]
     options: dict[str, Any]
+    metric: str  # the one that decides
     ways: list[MethodResult]
     diverged: list[str] = []  # methods whose every learning rate diverged; they have no result
     differences: list[Difference]
+    forgetting: list[Difference]
     verdict: Verdict
     samples: list[Sample]
     next_commands: list[str]

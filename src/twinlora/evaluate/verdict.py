@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from twinlora.evaluate.report import BASE, Difference, MethodResult, Verdict
+from twinlora.evaluate.scores import title_of
 
 __all__ = ["judge", "name_of", "peak_bytes"]
 
 _NAMES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning", BASE: "the untuned base"}
 _MATTERS = 0.05  # a smaller relative difference in memory or speed decides nothing
+_FORGETS = 0.01  # nats a token, 1 % of perplexity: a smaller difference in forgetting is not worth a word
 
 
 def name_of(method: str) -> str:
@@ -17,14 +19,26 @@ def name_of(method: str) -> str:
     return _NAMES.get(method, method)
 
 
-def judge(ways: list[MethodResult], differences: list[Difference], diverged: Sequence[str] = ()) -> Verdict:
-    """Choose among the tuned ways, or say why not.
+def judge(
+    ways: list[MethodResult],
+    differences: list[Difference],
+    diverged: Sequence[str] = (),
+    *,
+    metric: str,
+    forgetting: list[Difference],
+) -> Verdict:
+    """Choose among the tuned ways by `metric`, or say why not; and say in notes which of them forget more.
 
     Withheld if a best learning rate lies at the edge of its grid, or every rate diverged: then the comparison would be
     between badly tuned methods. Quality decides if the paired interval excludes 0, else memory, then speed.
     """
+    verdict = _choose(ways, differences, diverged, metric)
+    return verdict.model_copy(update={"notes": _forgets_more(ways, forgetting)})
+
+
+def _choose(ways: list[MethodResult], differences: list[Difference], diverged: Sequence[str], metric: str) -> Verdict:
     tuned = [way for way in ways if way.method != BASE]
-    reasons = [_describe(way) for way in tuned]
+    reasons = [_describe(way, metric) for way in tuned]
     withheld = [f"every learning rate diverged for {name_of(method)}" for method in diverged] + _edges(tuned)
     if withheld:
         sentence = "No verdict: " + "; ".join(withheld) + ". Widen the grid of learning rates and compare again."
@@ -33,21 +47,23 @@ def judge(ways: list[MethodResult], differences: list[Difference], diverged: Seq
     if useless:
         return Verdict(choose=None, sentence=useless, reasons=reasons)
     if len(tuned) == 1:
-        return Verdict(choose=tuned[0].method, sentence=f"Only {_describe(tuned[0])} was run.", reasons=reasons)
-    best = max(tuned, key=lambda way: way.exact_match.value)
+        return Verdict(choose=tuned[0].method, sentence=f"Only {_describe(tuned[0], metric)} was run.", reasons=reasons)
+    best = max(tuned, key=lambda way: way.scores[metric].value)
     rivals = [way for way in tuned if way is not best and _between(best, way, differences).undecided]
     if not rivals:
-        second = max((way for way in tuned if way is not best), key=lambda way: way.exact_match.value)
-        return Verdict(choose=best.method, sentence=_clear_winner(best, second, differences), reasons=reasons)
+        second = max((way for way in tuned if way is not best), key=lambda way: way.scores[metric].value)
+        sentence = _clear_winner(best, second, differences, metric)
+        return Verdict(choose=best.method, sentence=sentence, reasons=reasons)
     return _by_resources([best, *rivals], tuned, differences, reasons)
 
 
-def _describe(way: MethodResult) -> str:
-    score = way.exact_match
+def _describe(way: MethodResult, metric: str) -> str:
+    score = way.scores[metric]
     speed = f", {way.tokens_per_second:,.0f} tokens/s" if way.tokens_per_second else ""
+    interval = f"{score.low:.1%} to {score.high:.1%}, {score.rows} rows"
     return (
-        f"{name_of(way.method)}: {score.value:.1%} exact match ({score.low:.1%} to {score.high:.1%}, {score.rows} rows)"
-        f"{speed}, base weights {way.base_weight_bytes / 1e6:,.0f} MB, peak {peak_bytes(way) / 1e9:.2f} GB"
+        f"{name_of(way.method)}: {score.value:.1%} {title_of(metric)} ({interval}){speed}, "
+        f"base weights {way.base_weight_bytes / 1e6:,.0f} MB, peak {peak_bytes(way) / 1e9:.2f} GB"
     )
 
 
@@ -94,8 +110,8 @@ def _points(d: Difference) -> str:
     return f"{100 * d.value:+.1f} points (95 % interval {100 * d.low:+.1f} to {100 * d.high:+.1f}, {d.rows} rows)"
 
 
-def _clear_winner(best: MethodResult, second: MethodResult, differences: list[Difference]) -> str:
-    sentence = f"Choose {name_of(best.method)}: it is better than {name_of(second.method)} by "
+def _clear_winner(best: MethodResult, second: MethodResult, differences: list[Difference], metric: str) -> str:
+    sentence = f"Choose {name_of(best.method)}: in {title_of(metric)} it is better than {name_of(second.method)} by "
     sentence += _points(_between(best, second, differences))
     if peak_bytes(second) < (1 - _MATTERS) * peak_bytes(best):
         sentence += (
@@ -103,6 +119,24 @@ def _clear_winner(best: MethodResult, second: MethodResult, differences: list[Di
             f"instead of {peak_bytes(best) / 1e9:.2f} GB at its peak"
         )
     return sentence + "."
+
+
+def _forgets_more(ways: list[MethodResult], forgetting: list[Difference]) -> list[str]:
+    """A line for each pair of tuned ways of which one's loss on general text rose more, beyond noise."""
+    general = {way.method: way.general for way in ways}
+    out = []
+    for d in forgetting:
+        if d.b == BASE or d.low <= 0 <= d.high or abs(d.value) < _FORGETS:
+            continue
+        more, less = (d.a, d.b) if d.value > 0 else (d.b, d.a)
+        low, high = sorted((abs(d.low), abs(d.high)))
+        changes = [f"{general[m].before:.3f} → {general[m].after:.3f}" for m in (more, less)]
+        out.append(
+            f"{name_of(more)} forgets more than {name_of(less)}: its loss on general text goes {changes[0]}, that of "
+            f"{name_of(less)} {changes[1]}, a difference of {abs(d.value):.3f} nats a token (95 % interval {low:.3f} "
+            f"to {high:.3f}, {d.rows} texts)."
+        )
+    return out
 
 
 def _by_resources(

@@ -15,9 +15,10 @@ from twinlora.data.examples import encode_rows
 from twinlora.data.packing import epoch_size, steps_per_epoch
 from twinlora.data.sources import read_rows
 from twinlora.errors import TrainingDiverged
-from twinlora.evaluate.metrics import Prediction, exact_match, mean_loss
-from twinlora.evaluate.report import BASE, CurvePoint, MethodResult, Score, SearchPoint
-from twinlora.evaluate.stats import wilson_interval
+from twinlora.evaluate.general import encode_texts, read_texts
+from twinlora.evaluate.metrics import Prediction, mean_loss, predict, row_losses
+from twinlora.evaluate.report import BASE, CurvePoint, General, MethodResult, SearchPoint
+from twinlora.evaluate.scores import field_shares, row_scores, summarise
 from twinlora.model import swap
 from twinlora.model.forward import has_plain_head, packing_refusal
 from twinlora.model.load import (
@@ -30,13 +31,14 @@ from twinlora.model.load import (
     weight_bytes,
 )
 from twinlora.numerics import ops
+from twinlora.numerics.nf4 import NF4Format
 from twinlora.reporter import ConsoleReporter
 from twinlora.train.loop import TrainResult, train
 
 if TYPE_CHECKING:
     from twinlora.evaluate.compare import Splits
 
-__all__ = ["BaseMeasured", "measure_base", "search", "train_and_measure"]
+__all__ = ["BaseMeasured", "measure_base", "measure_nf4", "search", "train_and_measure"]
 
 _SHARED = set(TrainOptions.model_fields) & set(CompareOptions.model_fields) - {
     "data",
@@ -57,23 +59,46 @@ class BaseMeasured:
 
 
 def measure_base(options: CompareOptions, test: Path) -> tuple[BaseMeasured, list[Prediction]]:
-    """Exact match and loss of the model as it is."""
-    source, device = resolve(options.model), pick_device(options.device)
-    machine.reset_peaks(device)
-    dtype, _ = pick_dtype(options.dtype, device)
-    model = load_model(source, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code)
-    parameters, size, precision = (
-        sum(p.numel() for p in model.parameters()),
-        weight_bytes(model),
-        precision_by_layer(model),
-    )
-    swap.replace_blocks(model)
-    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
-    packed = packing_refusal(model, len(tokenizer)) is None
-    done = TrainResult({}, model, tokenizer, has_plain_head(model), packed)
+    """Scores and losses of the model as it is."""
+    machine.reset_peaks(pick_device(options.device))
+    done = _untrained(options, None)
+    parameters = sum(p.numel() for p in done.model.parameters())
+    size, precision = weight_bytes(done.model), precision_by_layer(done.model)
     figures, predictions = _measure(options, done, test, BASE)
     result = MethodResult(method=BASE, base_weight_bytes=size, base_precision=precision, **figures)
     return BaseMeasured(result, parameters), predictions
+
+
+def measure_nf4(options: CompareOptions) -> General:
+    """General text on the NF4 base without an adapter: what quantising costs must not count as forgetting."""
+    return _general(options, _untrained(options, NF4Format(options.block_size, 256 if options.double_quant else 0)))
+
+
+def _untrained(options: CompareOptions, quantize: NF4Format | None) -> TrainResult:
+    """The base, ready to measure."""
+    source, device = resolve(options.model), pick_device(options.device)
+    dtype, _ = pick_dtype(options.dtype, device)
+    model = load_model(
+        source, quantize=quantize, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code
+    )
+    swap.replace_blocks(model)
+    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    return TrainResult({}, model, tokenizer, has_plain_head(model), packing_refusal(model, len(tokenizer)) is None)
+
+
+def _general(options: CompareOptions, done: TrainResult) -> General:
+    """The loss on general text of a model as it is; `before` is filled in by who knows it."""
+    losses = row_losses(
+        done.model,
+        encode_texts(done.tokenizer, read_texts(options.general), options.max_length),
+        micro_batch_tokens=options.micro_batch_tokens,
+        packed=done.packed,
+        pad_id=done.tokenizer.pad_token_id or 0,
+        plain_head=done.plain_head,
+    )
+    totals, tokens = [row.total for row in losses], [row.tokens for row in losses]
+    mean = sum(totals) / sum(tokens)
+    return General(before=mean, after=mean, rows_before=totals, rows_after=totals, tokens=tokens)
 
 
 def _measure(
@@ -96,7 +121,7 @@ def _measure(
         pad_id=done.tokenizer.pad_token_id or 0,
         plain_head=done.plain_head,
     )
-    predictions = exact_match(
+    predictions = predict(
         done.model,
         done.tokenizer,
         rows,
@@ -104,14 +129,16 @@ def _measure(
         max_new_tokens=options.max_new_tokens,
         reporter=ConsoleReporter(name),
     )
-    hits = [p.hit for p in predictions]
-    low, high = wilson_interval(sum(hits), len(hits))
+    seconds = time.perf_counter() - start
+    scores = {name: row_scores(name, predictions) for name in options.metric}
     device = pick_device(options.device)
     figures = {
-        "exact_match": Score(value=sum(hits) / len(hits), low=low, high=high, hits=sum(hits), rows=len(hits)),
+        "scores": {name: summarise(name, values) for name, values in scores.items()},
+        "row_scores": scores[options.metric[0]],
+        "fields": field_shares(predictions) if "json-fields" in options.metric else {},
         "test_loss": loss,
-        "row_hits": hits,
-        "eval_seconds": time.perf_counter() - start,
+        "general": _general(options, done),
+        "eval_seconds": seconds,
         "peak_rss_bytes": machine.peak_rss_bytes(),
         "peak_device_bytes": machine.peak_device_bytes(device),
         "backend": ops.backend(device),

@@ -14,7 +14,9 @@ from twinlora.model.linear import DenseLinear
 from twinlora.numerics import ops
 from twinlora.numerics.loss import linear_cross_entropy
 
-__all__ = ["has_plain_head", "hidden_states", "loss_sum", "packing_refusal"]
+__all__ = ["has_plain_head", "hidden_states", "loss_sum", "packing_refusal", "token_log_probs"]
+
+_CHUNK_ELEMENTS = 1 << 24  # logits in hand at once when every token's own figure is wanted
 
 
 def _arguments(micro: Any) -> dict[str, Any]:
@@ -39,11 +41,34 @@ def loss_sum(model: PreTrainedModel, micro: Any, *, plain_head: bool) -> Tensor:
         rows = hidden_states(model, micro).index_select(0, micro.loss_rows)
         head: Any = model.get_output_embeddings()
         return linear_cross_entropy(rows, head.weight, micro.labels)
+    return F.cross_entropy(_loss_logits(model, micro).float(), micro.labels, reduction="sum")
+
+
+def _loss_logits(model: PreTrainedModel, micro: Any) -> Tensor:
+    """Logits of the rows that carry loss, [R, V]."""
     if micro.layout is None:
-        rows = model(**_arguments(micro)).logits.flatten(0, 1).index_select(0, micro.loss_rows)
+        rows: Tensor = model(**_arguments(micro)).logits.flatten(0, 1).index_select(0, micro.loss_rows)
     else:
         rows = model(**_arguments(micro), logits_to_keep=micro.loss_rows).logits[0]
-    return F.cross_entropy(rows.float(), micro.labels, reduction="sum")
+    return rows
+
+
+@torch.no_grad()
+def token_log_probs(model: PreTrainedModel, micro: Any, *, plain_head: bool) -> tuple[Tensor, Tensor]:
+    """log p(label) of each row that carries loss, float32 [R], and whether no token is likelier, bool [R]."""
+    if not plain_head:
+        return _log_probs(_loss_logits(model, micro), micro.labels)
+    rows = hidden_states(model, micro).index_select(0, micro.loss_rows)
+    head: Any = model.get_output_embeddings()
+    step = max(1, _CHUNK_ELEMENTS // head.weight.shape[0])
+    chunks = zip(rows.split(step), micro.labels.split(step), strict=True)
+    log_probs, best = zip(*(_log_probs(head(h), labels) for h, labels in chunks), strict=True)
+    return torch.cat(log_probs), torch.cat(best)
+
+
+def _log_probs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    chosen = torch.log_softmax(logits.float(), dim=-1).gather(1, labels[:, None]).squeeze(1)
+    return chosen, logits.argmax(dim=-1) == labels
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:

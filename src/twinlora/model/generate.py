@@ -49,10 +49,11 @@ def generate(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     on_token: Callable[[int], None] | None = None,
+    ended: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Answers to `prompts` (token ids), without the token of `stop` that ended them.
 
-    Rows that have ended leave the batch. `on_token` sees the first row's tokens.
+    Rows that have ended leave the batch. `on_token` sees the first row's tokens; `ended` ends an answer by its tokens.
     """
     state = (_Ragged if _is_ragged(model) else _Padded)(model, prompts, max_new_tokens, pad_id)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -65,10 +66,11 @@ def generate(
             if token in stop:
                 continue
             answers[active[row]].append(token)
-            keep.append(row)
-            kept.append(token)
             if active[row] == 0 and on_token is not None:
                 on_token(token)
+            if ended is None or not ended(answers[active[row]]):
+                keep.append(row)
+                kept.append(token)
         if not keep or number + 1 == max_new_tokens:
             break
         active = [active[row] for row in keep]
