@@ -96,3 +96,13 @@ def test_report_round_trip_and_damage(full, tmp_path):
         load(tmp_path / "bad.json")
     with pytest.raises(InputError, match="cannot be read"):
         load(tmp_path / "none.json")
+
+
+def test_the_printed_table_is_whole_where_stdout_is_no_terminal(full, capsys):
+    from twinlora.cli.compare import show
+
+    show(full)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["base", "lora", "qlora", "full"]
+    assert any(line.startswith("exact match") and "80.0% (73.9–85.0)" in line for line in lines)
+    assert not any("…" in line for line in lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from twinlora.cli.console import as_typed, out, print_json
+from twinlora.cli.console import as_typed, out, print_json, print_table
 from twinlora.config import CompareOptions
 from twinlora.evaluate.report import BASE, MethodResult, Report, Score
 from twinlora.reporter import ConsoleReporter
@@ -53,7 +53,7 @@ def show(report: Report) -> None:
     row("peak memory", tuned(lambda way: f"{peak_bytes(way) / 1e9:.2f} GB"))
     row("base weights", lambda way: f"{way.base_weight_bytes / 1e6:,.0f} MB")
     row("to keep", tuned(lambda way: f"{way.artefact_bytes / 1e6:,.1f} MB"))
-    out.print(table, width=200)  # as wide as it is, also where stdout is no terminal
+    print_table(table)
     for line in (report.verdict.sentence, *report.verdict.notes):
         out.print(line, markup=False)
 

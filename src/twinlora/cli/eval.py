@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from twinlora.cli.console import out, print_json
+from twinlora.cli.console import out, print_json, print_table
 from twinlora.config import EvalOptions
 from twinlora.reporter import ConsoleReporter
 
@@ -46,4 +46,4 @@ def show(result: dict[str, Any]) -> None:
             table.add_row(title_of(name), f"{figure['value']:.1%}", interval)
             for field, share in figure.get("fields", {}).items():
                 table.add_row(f"  {field}", f"{share:.1%}")
-    out.print(table)
+    print_table(table)
