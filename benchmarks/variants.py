@@ -41,8 +41,9 @@ def rows_of(path: Path, start: int, count: int) -> str:
 def one(args: argparse.Namespace) -> dict:
     """Train once; with `--search` the loss on the validation rows, else the hits on the test rows."""
     from twinlora.config import TrainOptions
-    from twinlora.data.formats import read_rows
-    from twinlora.evaluate.metrics import exact_match
+    from twinlora.data.sources import read_rows
+    from twinlora.evaluate.metrics import predict
+    from twinlora.evaluate.scores import row_scores
     from twinlora.reporter import ConsoleReporter
     from twinlora.train.loop import train
 
@@ -58,11 +59,11 @@ def one(args: argparse.Namespace) -> dict:
         done = train(options, ConsoleReporter(f"{args.one} {args.lr:g}"))
         found = {key: done.record[key] for key in ("eval_loss", "trainable_parameters", "seconds", "peak_rss_bytes")}
         if not args.search:
-            predictions = exact_match(
+            predictions = predict(
                 done.model, done.tokenizer, read_rows(test), batch_size=64, max_new_tokens=24,
                 reporter=ConsoleReporter(args.one),
             )  # fmt: skip
-            found["hits"] = [prediction.hit for prediction in predictions]
+            found["hits"] = [bool(score) for score in row_scores("exact-match", predictions)]
     return found
 
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import chat, write_jsonl
-from twinlora.data.formats import read_rows
-from twinlora.data.template import encode_rows
+from twinlora.data.examples import encode_rows
+from twinlora.data.sources import read_rows
 from twinlora.errors import DataError
 from twinlora.evaluate.general import encode_texts, read_texts
 from twinlora.evaluate.metrics import mean_loss, row_losses
