@@ -186,4 +186,4 @@ def test_sources_of_any_form_and_weight_reach_the_runs(tiny, tmp_path):
 def test_texts_have_no_exact_match(tiny, tmp_path):
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "x"}] * 3)
     with pytest.raises(DataError, match=r"3 rows without an answer in words[\s\S]*--metric loss"):
-        module._split(options(tiny, tmp_path, eval=texts), Notes())
+        module.compare(options(tiny, tmp_path, eval=texts), Notes())

@@ -39,7 +39,7 @@ def test_a_run_over_weighted_sources_resumes_bit_identical(tiny, data_file, seco
     train(cut)
     assert same(weights(tmp_path / "whole"), before)
     changed = options(tiny, [str(data_file), f"{second}@2"], tmp_path / "whole", resume=True, **arguments)
-    with pytest.raises(CheckpointError, match=r"data: was \w+, \w+@0.5, now \w+, \w+@2"):
+    with pytest.raises(CheckpointError, match=r"second.jsonl@2: was \w+, \w+@0.5, now \w+, \w+@2"):
         train(changed)
 
 

@@ -133,7 +133,7 @@ def test_changed_evaluation_rows_and_threads_are_refused_by_name(tiny, data_file
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        with pytest.raises(CheckpointError, match=r"the content of eval file[\s\S]*threads"):
+        with pytest.raises(CheckpointError, match=r"the content of eval [\s\S]*threads"):
             train(options(tiny, data_file, tmp_path / "r", eval=rows, resume=True))
     finally:
         torch.set_num_threads(threads)

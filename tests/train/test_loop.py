@@ -256,7 +256,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(tiny, data_fil
     with pytest.raises(CheckpointError, match=r"options.lr: was 0.005, now 0.001"):
         train(options(tiny, data_file, tmp_path / "r", resume=True, lr=1e-3))
     other = write_jsonl(data_file, [chat("other", "data")] * 24)
-    with pytest.raises(CheckpointError, match="the content of data file"):
+    with pytest.raises(CheckpointError, match="the content of data "):
         train(options(tiny, other, tmp_path / "r", resume=True))
 
 

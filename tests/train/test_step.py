@@ -20,7 +20,7 @@ from twinlora.train.prepare import prepare
 
 
 def _prepared(given):
-    inputs = read_inputs(given)
+    inputs = read_inputs(given, Notes(Reporter()))
     torch.manual_seed(0)
     made = prepare(given, inputs, torch.float32, torch.device("cpu"), Notes(Reporter()))
     with torch.no_grad():  # B is 0 at the start, and then A has no gradient
