@@ -15,7 +15,6 @@ import subprocess
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,17 +42,6 @@ _SAMPLES = 6
 _SEARCH_SHARE = 4  # a search run sees a quarter of the rows unless told otherwise
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The files of a comparison, and how many rows they have."""
-
-    train: list[str]
-    search: list[str]
-    validation: Path
-    test: Path
-    counts: dict[str, int]
 
 
 def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report:
@@ -174,12 +162,12 @@ def _claim(options: CompareOptions) -> None:
         shutil.rmtree(target) if target.is_dir() else target.unlink()
 
 
-def _write(options: CompareOptions, train: list[Row], validation: list[Row], test: list[Row]) -> Splits:
+def _write(options: CompareOptions, train: list[Row], validation: list[Row], test: list[Row]) -> worker.Splits:
     count = options.search_rows or max(options.batch_size, len(train) // _SEARCH_SHARE)
     searched = random.Random(options.seed).sample(train, min(count, len(train)))
     parts = {"train": train, "search": searched, "validation": validation, "test": test}
     directory = options.output / "data"
-    return Splits(
+    return worker.Splits(
         train=_write_weighted(directory, "train", train),
         search=_write_weighted(directory, "search", searched),
         validation=write_rows(directory / "validation.jsonl", validation),

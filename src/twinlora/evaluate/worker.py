@@ -7,7 +7,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from twinlora import machine
 from twinlora.config import CompareOptions, TrainOptions
@@ -35,10 +35,7 @@ from twinlora.numerics.nf4 import NF4Format
 from twinlora.reporter import ConsoleReporter
 from twinlora.train.loop import TrainResult, train
 
-if TYPE_CHECKING:
-    from twinlora.evaluate.compare import Splits
-
-__all__ = ["BaseMeasured", "measure_base", "measure_nf4", "search", "train_and_measure"]
+__all__ = ["BaseMeasured", "Splits", "measure_base", "measure_nf4", "search", "train_and_measure"]
 
 _SHARED = set(TrainOptions.model_fields) & set(CompareOptions.model_fields) - {
     "data",
@@ -48,6 +45,17 @@ _SHARED = set(TrainOptions.model_fields) & set(CompareOptions.model_fields) - {
     "overwrite",
 }
 _WARMUP_SHARE = 4  # short runs warm up for a quarter of their steps at most
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The files of a comparison, and how many rows they have."""
+
+    train: list[str]
+    search: list[str]
+    validation: Path
+    test: Path
+    counts: dict[str, int]
 
 
 @dataclass
