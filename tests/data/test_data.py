@@ -82,7 +82,9 @@ def test_a_model_without_a_template(tmp_path, tokenizer):
 def test_loss_rows_predict_the_next_trained_token():
     examples = [Example([1, 2, 3], [False, True, True], "a"), Example([4, 5], [False, True], "b")]
     packed = make_micro_batch(examples, packed=True)
-    assert packed.input_ids.tolist() == [[1, 2, 3, 4, 5]]
+    assert packed.input_ids[0, :5].tolist() == [1, 2, 3, 4, 5]
+    assert packed.layout.lengths == [3, 2, 59], "filled up by a sequence of its own, on a CPU"
+    assert packed.tokens == 5
     assert packed.loss_rows.tolist() == [0, 1, 3]
     assert packed.labels.tolist() == [2, 3, 5]
     padded = make_micro_batch(examples, packed=False, pad_id=9)
@@ -96,7 +98,8 @@ def test_loss_rows_predict_the_next_trained_token():
 def test_micro_batches_keep_the_limit_and_lose_nothing(packed):
     examples = [Example([7] * n, [False] + [True] * (n - 1), str(n)) for n in (3, 30, 5, 8, 2, 2)]
     batch = make_batch(examples, 16, packed=packed, pad_id=0)
-    assert batch.tokens == 50
+    sizes = [m.tokens if packed else m.input_ids.numel() for m in batch.micro_batches]
+    assert all(size <= 16 or m.tokens == 30 for size, m in zip(sizes, batch.micro_batches, strict=True))
     assert batch.trained_tokens == 44
     assert all(m.input_ids.numel() <= 16 or m.tokens == 30 for m in batch.micro_batches)
 
