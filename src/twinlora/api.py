@@ -16,10 +16,12 @@ from twinlora.config import AttachOptions, LoadOptions, TrainOptions, validated
 from twinlora.data.collate import PackedCollator, features
 from twinlora.data.examples import encode_rows
 from twinlora.data.sources import read_rows
+from twinlora.data.template import encode_chat, encode_text
 from twinlora.errors import ConfigError
 from twinlora.evaluate.opening import open_model
 from twinlora.model import generate as decoding
 from twinlora.model.fingerprint import fingerprint
+from twinlora.model.forward import evaluating
 from twinlora.model.load import precision_by_layer, resolve
 from twinlora.reporter import ConsoleReporter
 from twinlora.train.loop import TrainResult, train
@@ -94,21 +96,18 @@ def generate(
     """What the model says to `prompt`: text, or a list of messages. Text is a user's message if there is a template."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode_chat(tokenizer, messages)
     elif isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
+        ids = encode_text(tokenizer, prompt)
     else:
         raise ConfigError("this model has no chat template: give the prompt as text")
-    training = model.training
-    model.eval()
-    (answer,) = decoding.generate(
-        model,
-        [list(ids)],
-        max_new_tokens=max_new_tokens,
-        stop=decoding.end_tokens(model, tokenizer),
-        temperature=temperature,
-        generator=torch.Generator(device=model.device).manual_seed(seed),
-    )
-    model.train(training)
+    with evaluating(model):
+        (answer,) = decoding.generate(
+            model,
+            [ids],
+            max_new_tokens=max_new_tokens,
+            stop=decoding.end_tokens(model, tokenizer),
+            temperature=temperature,
+            generator=torch.Generator(device=model.device).manual_seed(seed),
+        )
     return str(tokenizer.decode(answer, skip_special_tokens=True))

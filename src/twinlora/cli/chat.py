@@ -75,16 +75,14 @@ class Conversation:
 
     def answer(self, text: str) -> str:
         """Say `text`; stream the answer to stdout and remember both."""
+        from twinlora.data.template import encode_chat, encode_text
         from twinlora.model.generate import end_tokens, generate
 
         model, tokenizer = self.opened.model, self.opened.tokenizer
         self.turns.append({"role": "user", "content": text})
         head = [{"role": "system", "content": self.system}] if self.system else []
-        if not tokenizer.chat_template:
-            prompt = tokenizer(text)["input_ids"]
-        else:
-            rendered = tokenizer.apply_chat_template(head + self.turns, add_generation_prompt=True, tokenize=False)
-            prompt = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        chat = bool(tokenizer.chat_template)
+        prompt = encode_chat(tokenizer, head + self.turns) if chat else encode_text(tokenizer, text)
         tokens: list[int] = []
         shown = ""
 

@@ -19,7 +19,7 @@ from twinlora.data.containers import Container, json_lines, open_container
 from twinlora.data.formats import Form, Row, file_digest, form_of
 from twinlora.errors import DataError
 
-__all__ = ["Data", "Loaded", "Note", "is_stream", "listed", "read", "read_rows", "split_weight"]
+__all__ = ["Data", "Loaded", "Note", "first_of", "is_stream", "listed", "read", "read_rows", "split_weight"]
 
 Note = Callable[[str], None]
 
@@ -233,6 +233,11 @@ class _Stream:
 
 def listed(places: Sequence[str], what: str) -> str:
     """`12 rows {what}`, the first ten, and how many more."""
-    more = f"\n  and {len(places) - _SHOWN:,} more" if len(places) > _SHOWN else ""
     rows = "row" if len(places) == 1 else "rows"
-    return f"{len(places):,} {rows} {what}\n  " + "\n  ".join(places[:_SHOWN]) + more
+    return f"{len(places):,} {rows} {what}\n  {first_of(places)}"
+
+
+def first_of(places: Sequence[str]) -> str:
+    """The first ten, a line each, and how many more."""
+    more = f"\n  and {len(places) - _SHOWN:,} more" if len(places) > _SHOWN else ""
+    return "\n  ".join(places[:_SHOWN]) + more

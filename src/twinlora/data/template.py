@@ -7,14 +7,16 @@ the assistant's words and on the token that ends the turn, on nothing else; in a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from twinlora.data.formats import Row, says_something
 from twinlora.errors import DataError
 
-__all__ = ["Example", "encode_prompt", "encode_row", "render_prompt"]
+__all__ = ["Example", "encode_chat", "encode_prompt", "encode_row", "encode_text", "render_prompt"]
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,19 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
     """Token ids of `render_prompt`; a plain prompt gets the special tokens that the tokenizer adds."""
     if not row.messages:
-        return _without_eos(tokenizer, list(tokenizer(row.prompt)["input_ids"]))
+        return encode_text(tokenizer, row.prompt)
     return _ids(tokenizer, render_prompt(tokenizer, row))
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text to go on from, with the special tokens that the tokenizer puts before it."""
+    return _without_eos(tokenizer, list(tokenizer(text)["input_ids"]))
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> list[int]:
+    """Token ids of a chat that the model must answer. Raises DataError if the template refuses it."""
+    row = Row("chat", messages=tuple(messages))
+    return _ids(tokenizer, _render(tokenizer, row, len(messages), generation_prompt=True))
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Example]:

@@ -13,7 +13,7 @@ from twinlora.data.packing import make_batch
 from twinlora.data.sources import listed
 from twinlora.data.template import Example, encode_prompt
 from twinlora.errors import DataError
-from twinlora.model.forward import loss_sum, token_log_probs
+from twinlora.model.forward import evaluating, loss_sum, token_log_probs
 from twinlora.model.generate import end_tokens, generate
 from twinlora.reporter import Reporter
 
@@ -58,13 +58,9 @@ def mean_loss(
     plain_head: bool,
 ) -> float:
     """Mean of -log p over all tokens that carry loss, in nats."""
-    training = model.training
-    model.eval()
-    by_length = sorted(examples, key=lambda example: len(example.ids))
-    device = model.get_input_embeddings().weight.device
-    batch = make_batch(by_length, micro_batch_tokens, packed=packed, pad_id=pad_id, device=device)
-    total = sum(loss_sum(model, micro, plain_head=plain_head).item() for micro in batch.micro_batches)
-    model.train(training)
+    batch = make_batch(_by_length(examples), micro_batch_tokens, packed=packed, pad_id=pad_id, device=_device_of(model))
+    with evaluating(model):
+        total = sum(loss_sum(model, micro, plain_head=plain_head).item() for micro in batch.micro_batches)
     return total / batch.trained_tokens
 
 
@@ -79,19 +75,26 @@ def row_losses(
     plain_head: bool,
 ) -> list[RowLoss]:
     """The loss of each row, in the order in which rows first appear; examples of one `where` are one row."""
-    training = model.training
-    model.eval()
-    by_length = sorted(examples, key=lambda example: len(example.ids))
-    device = model.get_input_embeddings().weight.device
-    batch = make_batch(by_length, micro_batch_tokens, packed=packed, pad_id=pad_id, device=device)
-    tokens = torch.cat([token_log_probs(model, m, plain_head=plain_head)[0] for m in batch.micro_batches])
-    model.train(training)
+    by_length = _by_length(examples)
+    batch = make_batch(by_length, micro_batch_tokens, packed=packed, pad_id=pad_id, device=_device_of(model))
+    with evaluating(model):
+        tokens = torch.cat([token_log_probs(model, m, plain_head=plain_head)[0] for m in batch.micro_batches])
     rows = {example.where: RowLoss(0.0, 0) for example in examples}
     pieces = tokens.cpu().double().split([example.trained_tokens for example in by_length])
     for example, piece in zip(by_length, pieces, strict=True):
         row = rows[example.where]
         rows[example.where] = RowLoss(row.total - piece.sum().item(), row.tokens + example.trained_tokens)
     return list(rows.values())
+
+
+def _by_length(examples: Sequence[Example]) -> list[Example]:
+    """Rows of like length go together, so that little is filled."""
+    return sorted(examples, key=lambda example: len(example.ids))
+
+
+def _device_of(model: PreTrainedModel) -> torch.device:
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
 
 
 def predict(
@@ -105,24 +108,22 @@ def predict(
     stage: str = "answering",
 ) -> list[Prediction]:
     """Greedy answers to every row, in the order of `rows`. Long prompts run first, so that memory peaks at once."""
-    training = model.training
-    model.eval()
     prompts = [encode_prompt(tokenizer, row) for row in rows]
     stop = end_tokens(model, tokenizer)
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
     outputs = [""] * len(rows)
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
-        answers = generate(
-            model,
-            [prompts[i] for i in chosen],
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            pad_id=tokenizer.pad_token_id or 0,
-        )
+        with evaluating(model):
+            answers = generate(
+                model,
+                [prompts[i] for i in chosen],
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                pad_id=tokenizer.pad_token_id or 0,
+            )
         for i, answer in zip(chosen, answers, strict=True):
             outputs[i] = tokenizer.decode(answer, skip_special_tokens=True)
         if reporter is not None:
             reporter.progress(stage, begin + len(chosen), len(rows))
-    model.train(training)
     return [Prediction(row.question, row.answer, output) for row, output in zip(rows, outputs, strict=True)]

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinlora.data.formats import Row
+from twinlora.data.sources import first_of
 from twinlora.errors import BackendError, DataError
 from twinlora.evaluate.metrics import Prediction, require_answers
 from twinlora.evaluate.report import Score
 from twinlora.evaluate.stats import mean_interval
 
 __all__ = ["METRICS", "Metric", "field_shares", "require", "row_scores", "summarise", "title_of"]
-
-_SHOWN = 10  # bad rows listed in an error
 
 
 @dataclass(frozen=True)
@@ -144,10 +143,8 @@ def require(names: Sequence[str], rows: Sequence[Row]) -> None:
     wanting = ", ".join(metric.title for metric in chosen if metric.wants_json)
     bad = [row.where for row in rows if parse_object(row.answer) is None] if wanting else []
     if bad:
-        more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        listed = "\n  ".join(bad[:_SHOWN])
         raise DataError(
-            f"metric {wanting}: {len(bad)} of {len(rows)} rows do not expect a JSON object\n  {listed}{more}\n"
+            f"metric {wanting}: {len(bad)} of {len(rows)} rows do not expect a JSON object\n  {first_of(bad)}\n"
             "leave the metric out, or measure on rows whose answers are JSON objects"
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from twinlora.model.linear import DenseLinear
 from twinlora.numerics import ops
 from twinlora.numerics.loss import linear_cross_entropy
 
-__all__ = ["has_plain_head", "hidden_states", "loss_sum", "packing_refusal", "token_log_probs"]
+__all__ = ["evaluating", "has_plain_head", "hidden_states", "loss_sum", "packing_refusal", "token_log_probs"]
 
 _CHUNK_ELEMENTS = 1 << 24  # logits in hand at once when every token's own figure is wanted
 
@@ -27,6 +29,17 @@ def _arguments(micro: Any) -> dict[str, Any]:
         "attention_mask": torch.empty(NO_MASK_SHAPE, device=micro.input_ids.device),
         "layout": micro.layout,
     }
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """In eval mode, without dropout; afterwards as before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def hidden_states(model: PreTrainedModel, micro: Any) -> Tensor:
@@ -96,18 +109,14 @@ def packing_refusal(model: PreTrainedModel, vocabulary: int) -> str | None:
     if any(getattr(model.config, key, 0.0) for key in ("attention_dropout", "attn_pdrop")):
         return "it uses attention dropout"
     device = model.get_input_embeddings().weight.device
-    training = model.training
-    model.eval()  # dropout is no difference between the two
     generator = torch.Generator().manual_seed(0)
     first, other, second = (torch.randint(0, vocabulary, (n,), generator=generator) for n in (7, 7, 11))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):  # dropout is no difference between the two
             one, two = (_packed_hidden(model, [head, second], device)[7:] for head in (first, other))
             alone = model.base_model(input_ids=second[None].to(device), use_cache=False)[0][0]
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         return f"it does not run packed ({type(error).__name__}: {error})"
-    finally:
-        model.train(training)
     eps = torch.finfo(alone.dtype).eps
     if _apart(one, two) > 4 * eps:
         return "a sequence sees its neighbour"
