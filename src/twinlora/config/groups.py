@@ -1,0 +1,162 @@
+"""Groups of options that several verbs share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from twinlora.config.values import HeldOut, Positive, Probability, Sources, parse_patterns, parse_ranges
+
+__all__ = [
+    "AdapterOptions",
+    "DataOptions",
+    "ModelOptions",
+    "OptimizerOptions",
+    "Options",
+    "SourceOptions",
+    "TokenizerOptions",
+]
+
+# Columns that rows may have (data/formats.py).
+_FIELDS = (
+    "messages", "conversations", "instruction", "input", "output", "history", "prompt", "completion", "text", "system",
+    "tools",
+)  # fmt: skip
+
+
+class Options(BaseModel):
+    """What every verb shares."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = Field(
+        False, description="Print one JSON document on stdout; prose and progress go to stderr."
+    )
+
+
+class TokenizerOptions(BaseModel):
+    """Which base model."""
+
+    model: str = Field(description="Base model: a local directory, a GGUF file, or a hub id such as owner/name.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Only for code you read."
+    )
+
+
+class ModelOptions(TokenizerOptions):
+    """Which base model, and where it runs."""
+
+    device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes the first GPU if there is one.")
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
+        "auto",
+        description="Type of computation and of weights that are not quantised. auto: bfloat16, unless this device is "
+        "slow at it (measured).",
+    )
+    block_size: int = Field(64, description="NF4: weights that share one scale.")
+    double_quant: bool = Field(True, description="NF4: quantise the scales too (4.127 instead of 4.5 bits per weight).")
+
+
+class AdapterOptions(BaseModel):
+    """The low-rank matrices."""
+
+    rank: Positive = Field(16, description="Rank r of the update B·A.")
+    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="The update is scaled by alpha / rank.")
+    dropout: Probability = Field(0.0, description="Dropout on the adapter's input while training.")
+    target: list[str] = Field(
+        ["all-linear"],
+        description="Layers that get an adapter: all-linear (the head excluded), names such as q_proj, or regular "
+        "expressions for whole names.",
+    )
+    exclude: list[str] = Field([], description="Layers that get none, named like targets.")
+    layers: str | None = Field(None, description="Only these blocks, for example 0-7,12.")
+    rank_pattern: list[str] = Field([], description="NAME=RANK for layers of another rank, for example down_proj=32.")
+    alpha_pattern: list[str] = Field([], description="NAME=ALPHA for layers of another alpha.")
+    rslora: bool = Field(False, description="Scale by alpha / √rank: steadier at high ranks.")
+    dora: bool = Field(False, description="DoRA: also train the length of each row of the updated weight.")
+    init: Literal["default", "pissa", "loftq"] = Field(
+        "default",
+        description="default: B is 0; pissa: the weight's principal components; loftq: what NF4 lost (method qlora).",
+    )
+    modules_to_save: list[str] = Field([], description="Modules trained as a whole and saved, for example lm_head.")
+
+    @field_validator("layers")
+    @classmethod
+    def _ranges(cls, text: str | None) -> str | None:
+        parse_ranges(text or "0")
+        return text
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, entries: list[str]) -> list[str]:
+        parse_patterns(entries)
+        return entries
+
+    @model_validator(mode="after")
+    def _variant(self) -> Self:
+        if self.dora and self.dropout:
+            raise ValueError("dora with dropout is not supported: leave one out")
+        return self
+
+
+class SourceOptions(BaseModel):
+    """Rows, wherever they come from."""
+
+    data: Sources = Field(
+        min_length=1,
+        description="Rows: files (.jsonl, .json, .csv, .tsv, .parquet), hub data sets (owner/name, owner/name:PART), "
+        "or - for JSON Lines on standard input. Several are mixed; FILE@0.5 shows half of its rows in an epoch, FILE@2 "
+        "all of them twice.",
+    )
+    columns: list[str] = Field(
+        [], description="FIELD=COLUMN for columns of other names, for example prompt=question,completion=answer."
+    )
+    max_length: Positive = Field(2048, description="Longest row in tokens.")
+
+    @field_validator("columns")
+    @classmethod
+    def _columns(cls, entries: list[str]) -> list[str]:
+        for entry in entries:
+            field, _, column = entry.partition("=")
+            if field not in _FIELDS or not column:
+                raise ValueError(f"{entry!r} is not FIELD=COLUMN with a field of {', '.join(_FIELDS)}")
+        if len({entry.partition("=")[2] for entry in entries}) < len(entries):
+            raise ValueError("a column is named twice")
+        return entries
+
+
+class DataOptions(SourceOptions):
+    """Training rows and how they become batches."""
+
+    eval: HeldOut = Field([], description="Held-out rows for the loss during and after training; sources like data.")
+    overlong: Literal["error", "truncate", "drop"] = Field(
+        "error", description="Rows above max_length; truncate keeps the answer and the end of the prompt."
+    )
+    allow_untrained: bool = Field(False, description="Leave out rows with nothing to train on instead of stopping.")
+    batch_size: Positive = Field(16, description="Rows per optimiser step.")
+    micro_batch_tokens: Positive = Field(
+        2048, description="Tokens that go through the model at once; a batch is split into as many parts as it needs."
+    )
+    packing: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: rows are concatenated without padding where the model is proved to allow it; off: padded.",
+    )
+    shuffle: bool = Field(True, description="New random order each epoch (from the seed); off keeps the file's order.")
+
+
+class OptimizerOptions(BaseModel):
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Field(gt=0)] = Field(2e-4, description="Peak learning rate.")
+    scheduler: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up.")
+    lora_plus_ratio: Annotated[float, Field(ge=1)] = Field(
+        1.0, description="LoRA+: B learns this many times as fast as A; 16 is usual."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(10, description="Steps of linear warm-up.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
+    beta1: Probability = Field(0.9, description="AdamW first-moment decay.")
+    beta2: Probability = Field(0.999, description="AdamW second-moment decay.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
+    epochs: Positive = Field(1, description="Passes over the data.")
+    max_steps: Positive | None = Field(None, description="Stop after this many optimiser steps.")
