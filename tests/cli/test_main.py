@@ -28,6 +28,13 @@ def test_lists_in_every_way_people_write_them(given):
     assert parse_options("train", [*REQUIRED, *given, "--rank", "2"]).target == ["a", "b"]
 
 
+def test_a_path_with_a_comma_is_one_path(tmp_path):
+    rows = tmp_path / "a,b.jsonl"
+    rows.touch()
+    given = parse_options("train", [*REQUIRED, "--eval", str(rows), f"{rows}x,other.jsonl"])
+    assert given.eval == [str(rows), f"{tmp_path}/a", "b.jsonlx", "other.jsonl"]
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.conftest import TEMPLATE
 from twinlora.data.examples import encode_rows
 from twinlora.data.formats import Row, form_of
-from twinlora.data.template import encode_prompt, encode_row
+from twinlora.data.template import answer_opening, encode_prompt, encode_row
 
 # Like Qwen3's: reasoning stays in the turns after the last question and is dropped from those before it.
 REASONING = (
@@ -162,3 +162,10 @@ def test_a_begin_token_that_the_text_spells_stands_once(tokenizer):
     assert example.ids[:2] == encode_prompt(adding, row), "inference does not close the prompt either"
     (example,) = encode_row(adding, row_of({"text": "<|im_start|>x"}))
     assert adding.decode(example.ids) == "<|im_start|>x<|im_end|>"
+
+
+def test_what_opens_an_answer_is_what_the_template_adds(tokenizer):
+    changed = with_template(tokenizer, REASONING)
+    assert answer_opening(changed, row_of({"messages": thinking("a", "end")})) == "<think>\nhm, end\n</think>\n\n"
+    assert answer_opening(tokenizer, row_of({"messages": thinking("a", "end")})) == ""
+    assert answer_opening(tokenizer, row_of({"prompt": "a", "completion": "b"})) == ""

@@ -1,17 +1,18 @@
 """Losses of rows against transformers' own loss; general text; forgetting measured end to end."""
 
+import copy
 import math
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import chat, write_jsonl
+from tests.conftest import TEMPLATE, chat, write_jsonl
 from twinlora.data.examples import encode_rows
 from twinlora.data.sources import read_rows
 from twinlora.errors import DataError
 from twinlora.evaluate.general import encode_texts, read_texts
-from twinlora.evaluate.metrics import mean_loss, row_losses
+from twinlora.evaluate.metrics import mean_loss, predict, row_losses
 from twinlora.model import swap
 from twinlora.model.load import load_model, resolve
 
@@ -48,6 +49,20 @@ def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary(tiny, tokeni
     examples = encode_texts(tokenizer, read_texts(None), 512)
     losses = row_losses(model, examples, micro_batch_tokens=2048, packed=False, pad_id=258, plain_head=False)
     assert math.exp(sum(r.total for r in losses) / sum(r.tokens for r in losses)) == pytest.approx(259, rel=1e-4)
+
+
+def test_an_answer_is_compared_without_what_the_template_opens_it_with(tiny, tokenizer, tmp_path, monkeypatch):
+    rows = read_rows(write_jsonl(tmp_path / "d.jsonl", [chat("a", "yes")]))
+    opened = copy.deepcopy(tokenizer)
+    opened.chat_template = TEMPLATE.replace(
+        "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think>{% endif %}{{ m['content'] }}"
+    )
+    said = [opened("<think>yes")["input_ids"]]
+    monkeypatch.setattr("twinlora.evaluate.metrics.generate", lambda *_, **__: said)
+    model = load_model(resolve(str(tiny)), dtype=torch.float32)
+    for known, output in ((opened, "yes"), (tokenizer, "<think>yes")):
+        (prediction,) = predict(model, known, rows, batch_size=1, max_new_tokens=4)
+        assert prediction.output == output
 
 
 def test_built_in_texts_are_a_few_dozen_in_two_languages():

@@ -71,7 +71,7 @@ def parse_options(verb: str, arguments: list[str]) -> Any:
 def _normalise(arguments: list[str], lists: set[str], first: str | None = None) -> tuple[Path | None, list[str]]:
     """Cut out `--config FILE` and gather lists: `--x a,b`, `--x a b` and `--x a --x b` are the same.
 
-    What comes before any flag belongs to the list `first`.
+    A path that exists is not split at its commas. What comes before any flag belongs to the list `first`.
     """
     rest: list[str] = []
     gathered: dict[str, list[str]] = {}
@@ -94,8 +94,12 @@ def _normalise(arguments: list[str], lists: set[str], first: str | None = None) 
             raise ConfigError("--config: expected the path of one YAML recipe after it")
         recipe = Path(gathered.pop("config")[0])
     for name, values in gathered.items():
-        rest += [f"--{name.replace('_', '-')}", *(part for value in values for part in value.split(",") if part)]
+        rest += [f"--{name.replace('_', '-')}", *(part for value in values for part in _parts(value))]
     return recipe, rest
+
+
+def _parts(value: str) -> list[str]:
+    return [value] if Path(value).exists() else [part for part in value.split(",") if part]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ the assistant's words and on the token that ends the turn, on nothing else; in a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +16,17 @@ from transformers import PreTrainedTokenizerBase
 from twinlora.data.formats import Row, says_something
 from twinlora.errors import DataError
 
-__all__ = ["Example", "encode_chat", "encode_prompt", "encode_row", "encode_text", "render_prompt"]
+__all__ = [
+    "Example",
+    "answer_opening",
+    "encode_chat",
+    "encode_prompt",
+    "encode_row",
+    "encode_text",
+    "render_prompt",
+]
+
+_MARK = "⟦answer⟧"
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,16 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
     if not row.messages:
         return row.prompt
     return _render(tokenizer, row, len(row.messages) - 1, generation_prompt=True)
+
+
+def answer_opening(tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
+    """What the template puts before the words of the last answer, and so is trained: Qwen3's empty reasoning."""
+    if not row.messages:
+        return ""
+    marked = replace(row, messages=(*row.messages[:-1], {**row.messages[-1], "content": _MARK}))
+    prompt, said = render_prompt(tokenizer, row), _render(tokenizer, marked, len(row.messages), generation_prompt=False)
+    opening, found, _ = said.removeprefix(prompt).partition(_MARK)
+    return opening if said.startswith(prompt) and found else ""
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:

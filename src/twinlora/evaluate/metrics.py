@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from twinlora.data.formats import Row
 from twinlora.data.packing import make_batch
 from twinlora.data.sources import listed
-from twinlora.data.template import Example, encode_prompt
+from twinlora.data.template import Example, answer_opening, encode_prompt
 from twinlora.errors import DataError
 from twinlora.model.forward import evaluating, loss_sum, token_log_probs
 from twinlora.model.generate import end_tokens, generate
@@ -107,7 +107,10 @@ def predict(
     reporter: Reporter | None = None,
     stage: str = "answering",
 ) -> list[Prediction]:
-    """Greedy answers to every row, in the order of `rows`. Long prompts run first, so that memory peaks at once."""
+    """Greedy answers to every row, in the order of `rows`, without what the template opens them with.
+
+    Long prompts run first, so that memory peaks at once.
+    """
     prompts = [encode_prompt(tokenizer, row) for row in rows]
     stop = end_tokens(model, tokenizer)
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))
@@ -123,7 +126,8 @@ def predict(
                 pad_id=tokenizer.pad_token_id or 0,
             )
         for i, answer in zip(chosen, answers, strict=True):
-            outputs[i] = tokenizer.decode(answer, skip_special_tokens=True)
+            text = tokenizer.decode(answer, skip_special_tokens=True)
+            outputs[i] = text.removeprefix(answer_opening(tokenizer, rows[i]))
         if reporter is not None:
             reporter.progress(stage, begin + len(chosen), len(rows))
     return [Prediction(row.question, row.answer, output) for row, output in zip(rows, outputs, strict=True)]
