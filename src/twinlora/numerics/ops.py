@@ -8,7 +8,11 @@ reference serves every device without one. Shapes: `weight` [N, K] in general an
     nf4_dequantize(packed, scales, …, shape, …, dtype) -> [*shape]
     nf4_linear(x, packed, …)                           -> x [..., K] @ W.T -> [..., N]; differentiable in x
     nf4_linears(x, tensors, rows, …)                   -> nf4_linear of several weights of one format; no gradient
+    nf4_linear_with(x, extra, packed, …)               -> x times the rows of W and of extra [R, K] -> [..., N + R]
+    nf4_linear_add_(y, x, packed, …)                   -> y [..., N] += x @ W.T
     nf4_linear_transposed(dy, packed, …)               -> dy [..., N] @ W  -> [..., K]
+    nf4_linear_transposed_add_(dx, dy, packed, …)      -> dx [..., K] += dy @ W
+    grouped_lora_(y, x, a, b, scales, starts)          -> y [R, N] += scale · x Aᵀ Bᵀ, an adapter for each group of rows
     dense_linear(x, weight)                            -> x [..., K] @ weight [N, K].T -> [..., N]; no gradient
     attention(q, k, v, cos, sin, starts, …)            -> out [T, H, D], lse f32 [T, H]; differentiable in q, k, v
     attention_backward(dout, q, …, out, lse, …)        -> dq, dk, dv
@@ -41,7 +45,7 @@ from torch import Tensor
 
 from twinlora.errors import ModelError
 from twinlora.numerics import attention as reference_attention
-from twinlora.numerics import cpu, elementwise, reference
+from twinlora.numerics import cpu, elementwise, reference, triton
 from twinlora.numerics.nf4 import NF4Format
 
 __all__ = [
@@ -68,7 +72,11 @@ _SCHEMAS = {
     "nf4_dequantize": f"({_QUANT}, ScalarType dtype) -> Tensor",
     "nf4_linear": f"(Tensor x, {_QUANT}) -> Tensor",
     "nf4_linears": "(Tensor x, Tensor[] tensors, int[] rows, int block_size, int nested_block_size) -> Tensor[]",
+    "nf4_linear_with": f"(Tensor x, Tensor extra, {_QUANT}) -> Tensor",
+    "nf4_linear_add_": f"(Tensor(a!) y, Tensor x, {_QUANT}) -> ()",
     "nf4_linear_transposed": f"(Tensor dy, {_QUANT}) -> Tensor",
+    "nf4_linear_transposed_add_": f"(Tensor(a!) dx, Tensor dy, {_QUANT}) -> ()",
+    "grouped_lora_": "(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, float[] scales, int[] starts) -> ()",
     "dense_linear": "(Tensor x, Tensor weight) -> Tensor",
     "attention": f"({_HEADS}, {_SEEN}) -> (Tensor, Tensor)",
     "attention_backward": f"(Tensor dout, {_HEADS}, Tensor out, Tensor lse, {_SEEN}) -> (Tensor, Tensor, Tensor)",
@@ -90,6 +98,9 @@ for _name, _schema in _SCHEMAS.items():
 if cpu.paths():
     for _name in cpu.OPS:
         _library.impl(_name, getattr(cpu, _name), "CPU")
+if triton.available():
+    for _name in triton.OPS:
+        _library.impl(_name, triton.on_first_use(_name), "CUDA")
 
 
 @torch.library.register_fake("twinlora::nf4_quantize")
@@ -126,6 +137,18 @@ def _(x: Tensor, tensors: list[Tensor], rows: list[int], block: int, nested_bloc
 @torch.library.register_fake("twinlora::nf4_linear_transposed")
 def _(dy: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], b: int, nb: int) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], shape[1])
+
+
+@torch.library.register_fake("twinlora::nf4_linear_with")
+def _(x: Tensor, extra: Tensor, p: Tensor, s: Tensor, ns: Any, no: Any, shape: list[int], b: int, nb: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0] + extra.shape[0])
+
+
+@torch.library.register_fake("twinlora::nf4_linear_add_")
+@torch.library.register_fake("twinlora::nf4_linear_transposed_add_")
+@torch.library.register_fake("twinlora::grouped_lora_")
+def _(y: Tensor, *_: Any) -> None:
+    return None
 
 
 @torch.library.register_fake("twinlora::dense_linear")
@@ -319,4 +342,6 @@ def attention_step(
 def backend(device: torch.device | str = "cpu") -> str:
     """The backend that serves `device`, as printed and recorded with every result, for example `cpu (avx512-bf16)`."""
     kind = torch.device(device).type
-    return f"{kind} ({cpu.path()})" if kind == "cpu" and cpu.paths() else f"{kind} (reference)"
+    if kind == "cpu" and cpu.paths():
+        return f"cpu ({cpu.path()})"
+    return "cuda (triton)" if kind == "cuda" and triton.available() else f"{kind} (reference)"

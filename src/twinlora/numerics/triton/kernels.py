@@ -1,0 +1,297 @@
+"""The device code: NF4 to and from 16 or 32 bit, products of few rows, low-rank updates of many adapters.
+
+Kernels know offsets and masks only; what is cut how is decided in `codes.py` and `products.py`. None uses inline
+assembly, so that Triton's interpreter runs every line on a processor. Where a result must have the reference's bits, the
+launch forbids fused multiply-add.
+
+Terms: a word is 4 packed bytes, 8 weights. `words_shift` and `nested_shift` are base-2 logarithms of the words of a block
+and of the scales of a nested block. `WIDE` multiplies in float32: the interpreter has no product in bfloat16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "dequantize",
+    "lora_expand",
+    "lora_shrink",
+    "multiply_rows",
+    "quantize",
+    "quantize_scales",
+    "sum_parts",
+]
+
+
+@triton.jit
+def _block_scales(
+    scales, nested_scales, nested_offset, dynamic_map, block, mask, NESTED: tl.constexpr, nested_shift: tl.constexpr
+):
+    """float32 scales of the blocks numbered `block`, decoded if they are codes."""
+    if NESTED:
+        code = tl.load(scales + block, mask=mask, other=0).to(tl.int32)
+        nested = tl.load(nested_scales + (block >> nested_shift), mask=mask, other=0.0)
+        result = tl.load(dynamic_map + code) * nested + tl.load(nested_offset)
+    else:
+        result = tl.load(scales + block, mask=mask, other=0.0)
+    return result
+
+
+@triton.jit
+def _words(packed, word, byte_count, mask, RAGGED: tl.constexpr):
+    """Words as int32. RAGGED: byte by byte, where the last word is short or the first one is not aligned."""
+    if RAGGED:
+        result = tl.zeros(word.shape, tl.int32)
+        for i in tl.static_range(4):
+            at = word * 4 + i
+            byte = tl.load(packed + at, mask=mask & (at < byte_count), other=0).to(tl.int32)
+            result = result | (byte << (8 * i))
+    else:
+        result = tl.load(packed.to(tl.pointer_type(tl.int32)) + word, mask=mask, other=0)
+    return result
+
+
+@triton.jit
+def dequantize(
+    packed,
+    scales,
+    nested_scales,
+    nested_offset,
+    levels,
+    dynamic_map,
+    out,
+    first,
+    rows,
+    width,
+    stride,
+    byte_count,
+    count,
+    words_shift: tl.constexpr,
+    nested_shift: tl.constexpr,
+    NESTED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Words first + r · stride + c (r < rows, c < width) -> out [rows, 8 · width], of which `count` weights exist.
+
+    A thread stores 8 weights of one word: 16 bytes in 16 bit. Levels are looked up in a table of 64 bytes: the 32
+    lanes of a warp then hit one line of the first cache, one access, where a tree of selects takes 15 instructions.
+    """
+    column_tiles = tl.cdiv(width, W)
+    tile = tl.program_id(0)
+    row0 = tile // column_tiles * R
+    column0 = tile % column_tiles * W
+    index = tl.arange(0, R * W)
+    row, column = index // W, index % W
+    mask = (row0 + row < rows) & (column0 + column < width)
+    word = first + row0 * stride + column0 + row * stride + column
+    value = _words(packed, word, byte_count, mask, RAGGED)
+    scale = _block_scales(
+        scales, nested_scales, nested_offset, dynamic_map, word >> words_shift, mask, NESTED, nested_shift
+    )
+    nibble = tl.arange(0, 8)
+    shift = (nibble // 2) * 8 + 4 - (nibble % 2) * 4  # the first weight of a byte is its high half
+    code = (value[:, None] >> shift[None, :]) & 15
+    weight = tl.load(levels + code) * scale[:, None]
+    base = (row0.to(tl.int64) * width + column0) * 8
+    offset = (row * width + column)[:, None] * 8 + nibble[None, :]
+    exists = mask[:, None]
+    if RAGGED:
+        exists = exists & (base + offset < count)
+    tl.store(out + base + offset, weight.to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _code(value, borders, STEPS: tl.constexpr):
+    """How many of the ascending 2^STEPS - 1 borders lie below the value: on a border the lower code, as in NF4."""
+    code = tl.zeros(value.shape, tl.int32)
+    for i in tl.static_range(STEPS):
+        step: tl.constexpr = 1 << (STEPS - 1 - i)
+        border = tl.load(borders + code + (step - 1))
+        code += tl.where(border < value, step, 0)
+    return code
+
+
+@triton.jit
+def _maximum(value):
+    """Largest magnitude of each row. As integers, float32 magnitudes keep their order and a NaN is above all."""
+    return tl.max(tl.abs(value).to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _inverse(maximum):
+    """1 / maximum, correctly rounded; finite, so that a block of zeros stays zero."""
+    return tl.minimum(tl.div_rn(tl.full(maximum.shape, 1.0, tl.float32), maximum), 3.4028234663852886e38)
+
+
+@triton.jit
+def quantize(x, packed, scales, borders, count, BLOCK: tl.constexpr, B: tl.constexpr):
+    """B blocks a program: weights [count] -> codes, two a byte, and block maxima. Half a byte too many holds level 0."""
+    block = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    index = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    exists = index < count
+    value = tl.load(x + index, mask=exists, other=0.0).to(tl.float32)
+    maximum = _maximum(value)
+    tl.store(scales + block, maximum, mask=block * BLOCK < count)
+    code = tl.where(exists, _code(value * _inverse(maximum)[:, None], borders, 4), 7)
+    high, low = tl.split(tl.reshape(code, (B, BLOCK // 2, 2)))
+    half = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    tl.store(packed + half, (high * 16 + low).to(tl.uint8), mask=half * 2 < count)
+
+
+@triton.jit
+def quantize_scales(scales, offset, codes, nested, borders, count, BLOCK: tl.constexpr, B: tl.constexpr):
+    """B nested blocks a program: scales [count] less `offset` -> codes of the dynamic map, and block maxima."""
+    block = tl.program_id(0) * B + tl.arange(0, B)
+    index = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    exists = index < count
+    value = tl.where(exists, tl.load(scales + index, mask=exists, other=0.0) - tl.load(offset), 0.0)
+    maximum = _maximum(value)
+    tl.store(nested + block, maximum, mask=block * BLOCK < count)
+    code = _code(value * _inverse(maximum)[:, None], borders, 8)
+    tl.store(codes + index, code.to(tl.uint8), mask=exists)
+
+
+@triton.jit
+def _dot(a, b, sums, WIDE: tl.constexpr):
+    if WIDE:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
+@triton.jit
+def multiply_rows(
+    x,
+    packed,
+    scales,
+    nested_scales,
+    nested_offset,
+    levels,
+    dynamic_map,
+    y,
+    rows,
+    n,
+    k,
+    span,
+    y_stride,
+    part_stride,
+    block_shift: tl.constexpr,
+    nested_shift: tl.constexpr,
+    NESTED: tl.constexpr,
+    ADD: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """x [rows, k] times BN rows of the weight [n, k], over part `program_id(1)` of k -> that part of y [part, rows, n].
+
+    The weight is the left side of the product, decoded in registers. Codes of even and of odd columns are multiplied
+    apart, with the even and odd columns of x. BK divides the block, so that a tile has one scale a row; weights are
+    rounded to x's type as `dequantize` rounds them.
+    """
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    real = row < n
+    m = tl.arange(0, BM)
+    half, column = tl.arange(0, BK // 2), tl.arange(0, BK)
+    start = tl.program_id(1) * span
+    stop = tl.minimum(start + span, k)
+    codes = packed + row.to(tl.int64)[:, None] * (k // 2) + half[None, :]
+    sums = tl.zeros((BN, BM), tl.float32)
+    for at in range(start, stop, BK):
+        byte = tl.load(codes + at // 2, mask=real[:, None], other=0).to(tl.int32)
+        block = (row.to(tl.int64) * k + at) >> block_shift
+        scale = _block_scales(scales, nested_scales, nested_offset, dynamic_map, block, real, NESTED, nested_shift)
+        high = (tl.load(levels + (byte >> 4)) * scale[:, None]).to(x.dtype.element_ty)
+        low = (tl.load(levels + (byte & 15)) * scale[:, None]).to(x.dtype.element_ty)
+        values = tl.load(x + m[:, None] * k + at + column[None, :], mask=m[:, None] < rows, other=0.0)
+        even, odd = tl.split(tl.reshape(values, (BM, BK // 2, 2)))
+        sums = _dot(high, tl.trans(even), sums, WIDE)
+        sums = _dot(low, tl.trans(odd), sums, WIDE)
+    target = y + tl.program_id(1) * part_stride + m[None, :] * y_stride + row[:, None]
+    mask = real[:, None] & (m[None, :] < rows)
+    if ADD:
+        sums += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, sums.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sum_parts(parts, y, count, width, y_stride, PARTS: tl.constexpr, ADD: tl.constexpr, B: tl.constexpr):
+    """Sum of parts [PARTS, count] in a fixed order -> y, rows of `width` values y_stride apart, rounded once."""
+    index = tl.program_id(0) * B + tl.arange(0, B)
+    exists = index < count
+    target = y + index // width * y_stride + index % width
+    total = tl.zeros((B,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * count + index, mask=exists, other=0.0)
+    if ADD:
+        total += tl.load(target, mask=exists, other=0.0).to(tl.float32)
+    tl.store(target, total.to(y.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def lora_shrink(
+    table, x, parts, count, k, span, WIDE: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
+):
+    """Rows of x [count, k] of a tile times its adapter's Aᵀ, over a part of k -> parts [part, count, BR].
+
+    `table` int64 [tiles, 6]: addresses of A and B, rank, scale (bits of a float32), first row, rows.
+    """
+    entry = table + tl.program_id(0) * 6
+    a = tl.load(entry).to(tl.pointer_type(x.dtype.element_ty))
+    rank, first, rows = tl.load(entry + 2), tl.load(entry + 4), tl.load(entry + 5)
+    m, r = tl.arange(0, BM), tl.arange(0, BR)
+    start = tl.program_id(1) * span
+    stop = tl.minimum(start + span, k)
+    sums = tl.zeros((BM, BR), tl.float32)
+    for at in range(start, stop, BK):
+        column = at + tl.arange(0, BK)
+        inside = column < stop
+        values = tl.load(
+            x + (first + m)[:, None] * k + column[None, :], mask=(m < rows)[:, None] & inside[None, :], other=0.0
+        )
+        factor = tl.load(
+            a + r.to(tl.int64)[:, None] * k + column[None, :], mask=(r < rank)[:, None] & inside[None, :], other=0.0
+        )
+        sums = _dot(values, tl.trans(factor), sums, WIDE)
+    target = parts + (tl.program_id(1) * count + first + m)[:, None] * BR + r[None, :]
+    tl.store(target, sums, mask=(m < rows)[:, None])
+
+
+@triton.jit
+def lora_expand(
+    table,
+    parts,
+    y,
+    count,
+    n,
+    y_stride,
+    PARTS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """y [count, n], rows y_stride apart, += scale · h Bᵀ for the rows of a tile and BN columns; h is the sum of `lora_shrink`'s parts."""
+    entry = table + tl.program_id(0) * 6
+    b = tl.load(entry + 1).to(tl.pointer_type(y.dtype.element_ty))
+    rank, first, rows = tl.load(entry + 2), tl.load(entry + 4), tl.load(entry + 5)
+    scale = tl.load(entry + 3).to(tl.int32).to(tl.float32, bitcast=True)
+    m, r = tl.arange(0, BM), tl.arange(0, BR)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    h = tl.zeros((BM, BR), tl.float32)
+    for part in tl.static_range(PARTS):
+        h += tl.load(parts + (part * count + first + m)[:, None] * BR + r[None, :], mask=(m < rows)[:, None], other=0.0)
+    factor = tl.load(
+        b + column.to(tl.int64)[:, None] * rank + r[None, :],
+        mask=(column < n)[:, None] & (r < rank)[None, :],
+        other=0.0,
+    )
+    sums = tl.zeros((BM, BN), tl.float32)
+    sums = _dot(h.to(y.dtype.element_ty), tl.trans(factor), sums, WIDE)
+    target = y + (first + m)[:, None] * y_stride + column[None, :]
+    mask = (m < rows)[:, None] & (column < n)[None, :]
+    result = tl.load(target, mask=mask, other=0.0).to(tl.float32) + sums * scale
+    tl.store(target, result.to(y.dtype.element_ty), mask=mask)
