@@ -34,11 +34,12 @@ def grouped_lora_(y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scales
     ranks, tiles = padded_rank(max(p.shape[0] for p in a)), table.shape[0]
     parts, span = grouped_cut(k, ranks, tiles, x.device)
     h = workspace(x.device, parts * rows * ranks, torch.float32)
+    aligned = all(p % 16 == q % 16 == rank % 8 == 0 for p, q, rank, _ in adapters)
     step, wide = 128 if ranks <= 64 else 64, not x.is_cuda
     with on(x):
-        kernels.lora_shrink[(tiles, parts)](table, x, h, rows, k, span, WIDE=wide, BM=height, BR=ranks, BK=step)
+        kernels.lora_shrink[(tiles, parts)](table, x, h, rows, k, span, ALIGNED=aligned, WIDE=wide, BM=height, BR=ranks, BK=step)
         kernels.lora_expand[(tiles, -(-n // _COLUMNS))](
-            table, h, y, rows, n, y.stride(0), PARTS=parts, WIDE=wide, BM=height, BR=ranks, BN=_COLUMNS
+            table, h, y, rows, n, y.stride(0), PARTS=parts, ALIGNED=aligned, WIDE=wide, BM=height, BR=ranks, BN=_COLUMNS
         )
 
 

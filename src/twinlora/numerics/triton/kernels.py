@@ -108,7 +108,7 @@ def _code(value, borders, STEPS: tl.constexpr):
     """How many of the ascending 2^STEPS - 1 borders lie below the value: on a border the lower code, as in NF4."""
     code = tl.zeros(value.shape, tl.int32)
     for i in tl.static_range(STEPS):
-        step: tl.constexpr = 1 << (STEPS - 1 - i)
+        step = 1 << (STEPS - 1 - i)
         border = tl.load(borders + code + (step - 1))
         code += tl.where(border < value, step, 0)
     return code
@@ -199,17 +199,30 @@ def multiply_rows(
     start = tl.program_id(1) * span
     stop = tl.minimum(start + span, k)
     codes = packed + row.to(tl.int64)[:, None] * (k // 2) + half[None, :]
+    values = x + m[:, None] * k + column[None, :]
+    blocks = row.to(tl.int64) * k
+    read, inside = real[:, None], (m < rows)[:, None]
     sums = tl.zeros((BN, BM), tl.float32)
-    for at in range(start, stop, BK):
-        byte = tl.load(codes + at // 2, mask=real[:, None], other=0).to(tl.int32)
-        block = (row.to(tl.int64) * k + at) >> block_shift
-        scale = _block_scales(scales, nested_scales, nested_offset, dynamic_map, block, real, NESTED, nested_shift)
-        high = (tl.load(levels + (byte >> 4)) * scale[:, None]).to(x.dtype.element_ty)
-        low = (tl.load(levels + (byte & 15)) * scale[:, None]).to(x.dtype.element_ty)
-        values = tl.load(x + m[:, None] * k + at + column[None, :], mask=m[:, None] < rows, other=0.0)
-        even, odd = tl.split(tl.reshape(values, (BM, BK // 2, 2)))
+    byte = tl.load(codes + start // 2, mask=read, other=0)
+    scale = _block_scales(
+        scales, nested_scales, nested_offset, dynamic_map, blocks + start >> block_shift, real, NESTED, nested_shift
+    )
+    value = tl.load(values + start, mask=inside, other=0.0)
+    # What the next turn needs is fetched by hand: Triton's own pipeline would take the look-ups through shared memory.
+    for at in tl.range(start, stop, BK, num_stages=1):
+        ahead = tl.where(at + BK < stop, at + BK, start)
+        next_byte = tl.load(codes + ahead // 2, mask=read, other=0)
+        next_scale = _block_scales(
+            scales, nested_scales, nested_offset, dynamic_map, blocks + ahead >> block_shift, real, NESTED, nested_shift
+        )
+        next_value = tl.load(values + ahead, mask=inside, other=0.0)
+        code = byte.to(tl.int32)
+        high = (tl.load(levels + (code >> 4)) * scale[:, None]).to(x.dtype.element_ty)
+        low = (tl.load(levels + (code & 15)) * scale[:, None]).to(x.dtype.element_ty)
+        even, odd = tl.split(tl.reshape(value, (BM, BK // 2, 2)))
         sums = _dot(high, tl.trans(even), sums, WIDE)
         sums = _dot(low, tl.trans(odd), sums, WIDE)
+        byte, scale, value = next_byte, next_scale, next_value
     target = y + tl.program_id(1) * part_stride + m[None, :] * y_stride + row[:, None]
     mask = real[:, None] & (m[None, :] < rows)
     if ADD:
@@ -233,15 +246,28 @@ def sum_parts(parts, y, count, width, y_stride, PARTS: tl.constexpr, ADD: tl.con
 
 @triton.jit
 def lora_shrink(
-    table, x, parts, count, k, span, WIDE: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr
+    table,
+    x,
+    parts,
+    count,
+    k,
+    span,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
 ):
     """Rows of x [count, k] of a tile times its adapter's Aᵀ, over a part of k -> parts [part, count, BR].
 
-    `table` int64 [tiles, 6]: addresses of A and B, rank, scale (bits of a float32), first row, rows.
+    `table` int64 [tiles, 6]: addresses of A and B, rank, scale (bits of a float32), first row, rows. ALIGNED: all
+    addresses are multiples of 16 and all ranks of 8, so that factors are read 16 bytes at a time.
     """
     entry = table + tl.program_id(0) * 6
     a = tl.load(entry).to(tl.pointer_type(x.dtype.element_ty))
     rank, first, rows = tl.load(entry + 2), tl.load(entry + 4), tl.load(entry + 5)
+    if ALIGNED:
+        a, rank = tl.multiple_of(a, 16), tl.multiple_of(rank, 8)
     m, r = tl.arange(0, BM), tl.arange(0, BR)
     start = tl.program_id(1) * span
     stop = tl.minimum(start + span, k)
@@ -269,6 +295,7 @@ def lora_expand(
     n,
     y_stride,
     PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     BM: tl.constexpr,
     BR: tl.constexpr,
@@ -278,6 +305,8 @@ def lora_expand(
     entry = table + tl.program_id(0) * 6
     b = tl.load(entry + 1).to(tl.pointer_type(y.dtype.element_ty))
     rank, first, rows = tl.load(entry + 2), tl.load(entry + 4), tl.load(entry + 5)
+    if ALIGNED:
+        b, rank = tl.multiple_of(b, 16), tl.multiple_of(rank, 8)
     scale = tl.load(entry + 3).to(tl.int32).to(tl.float32, bitcast=True)
     m, r = tl.arange(0, BM), tl.arange(0, BR)
     column = tl.program_id(1) * BN + tl.arange(0, BN)

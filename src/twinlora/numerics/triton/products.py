@@ -146,7 +146,6 @@ def _multiply_few(y: Tensor, x: Tensor, weight: Weight, *, add: bool) -> None:
             target, rows, n, k, span, target.stride(-2), rows * n,
             block_shift=weight.block.bit_length() - 1, nested_shift=weight.nested_shift, NESTED=weight.nested,
             ADD=add and parts == 1, WIDE=not x.is_cuda, BM=max(16, 1 << (rows - 1).bit_length()), BN=64, BK=step,
-            num_stages=4,
             enable_fp_fusion=False,
         )  # fmt: skip
         if parts > 1:
