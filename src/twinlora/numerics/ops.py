@@ -50,12 +50,16 @@ from twinlora.numerics.nf4 import NF4Format
 
 __all__ = [
     "NF4Tensor",
+    "adds_products",
     "attention",
     "attention_step",
     "backend",
     "dense_linear",
     "linear",
+    "linear_add_",
     "linear_transposed",
+    "linear_transposed_add_",
+    "linear_with",
     "linears",
     "quantize",
 ]
@@ -295,6 +299,27 @@ def linear_transposed(dy: Tensor, weight: NF4Tensor) -> Tensor:
     """dy [..., N] @ weight [N, K] -> [..., K]."""
     out: Tensor = torch.ops.twinlora.nf4_linear_transposed(dy, *weight.arguments)
     return out
+
+
+def linear_with(x: Tensor, extra: Tensor, weight: NF4Tensor) -> Tensor:
+    """x [..., K] times the rows of the weight [N, K] and then of extra [R, K] -> [..., N + R]; no gradient."""
+    out: Tensor = torch.ops.twinlora.nf4_linear_with(x, extra, *weight.arguments)
+    return out
+
+
+def linear_add_(y: Tensor, x: Tensor, weight: NF4Tensor) -> None:
+    """y [..., N] += x [..., K] @ weight [N, K].T; no gradient."""
+    torch.ops.twinlora.nf4_linear_add_(y, x, *weight.arguments)
+
+
+def linear_transposed_add_(dx: Tensor, dy: Tensor, weight: NF4Tensor) -> None:
+    """dx [..., K] += dy [..., N] @ weight [N, K]; no gradient."""
+    torch.ops.twinlora.nf4_linear_transposed_add_(dx, dy, *weight.arguments)
+
+
+def adds_products(device: torch.device) -> bool:
+    """Whether a product is added to what is there in its own pass, as a GPU's GEMM does; a CPU takes a second one."""
+    return device.type == "cuda"
 
 
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor:

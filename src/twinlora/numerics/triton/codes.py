@@ -125,6 +125,8 @@ def decode(weight: Weight, out: Tensor, *, first: int, rows: int, width: int, st
     wide = min(_TILE_WORDS, 1 << (width - 1).bit_length()) if width else 1
     high = _TILE_WORDS // wide if rows > 1 else 1
     programs = -(-width // wide) * -(-rows // high)
+    block = weight.block // 8
+    whole = first % block == wide % block == 0 and (rows == 1 or stride % block == 0)
     levels, _, dynamic, _ = tables(out.device)
     if not programs:
         return
@@ -132,6 +134,5 @@ def decode(weight: Weight, out: Tensor, *, first: int, rows: int, width: int, st
         kernels.dequantize[(programs,)](
             weight.packed, weight.scales, weight.nested_scales, weight.nested_offset, levels, dynamic, out,
             first, rows, width, stride, weight.packed.numel(), out.numel(),
-            words_shift=(weight.block // 8).bit_length() - 1, nested_shift=weight.nested_shift, NESTED=weight.nested,
-            RAGGED=ragged, R=high, W=wide, enable_fp_fusion=False,
+            BLOCK_WORDS=block, nested_shift=weight.nested_shift, NESTED=weight.nested, RAGGED=ragged, WHOLE=whole, R=high, W=wide, enable_fp_fusion=False,
         )  # fmt: skip

@@ -4,8 +4,8 @@ Kernels know offsets and masks only; what is cut how is decided in `codes.py` an
 assembly, so that Triton's interpreter runs every line on a processor. Where a result must have the reference's bits, the
 launch forbids fused multiply-add.
 
-Terms: a word is 4 packed bytes, 8 weights. `words_shift` and `nested_shift` are base-2 logarithms of the words of a block
-and of the scales of a nested block. `WIDE` multiplies in float32: the interpreter has no product in bfloat16.
+Terms: a word is 4 packed bytes, 8 weights. `block_shift` and `nested_shift` are base-2 logarithms of the weights of a
+block and of the scales of a nested block. `WIDE` multiplies in float32: the interpreter has no product in bfloat16.
 """
 
 from __future__ import annotations
@@ -53,6 +53,16 @@ def _words(packed, word, byte_count, mask, RAGGED: tl.constexpr):
 
 
 @triton.jit
+def _level(levels, code):
+    """The levels of codes [n], out of a table in shared memory: its 16 entries lie in 16 banks, no two lanes collide.
+
+    4.5 instructions a weight are left with the product and the rounding; a look-up in global memory takes two more
+    (64-bit addresses), a tree of selects 15.
+    """
+    return tl.gather(tl.load(levels + tl.arange(0, 16)), code, 0)
+
+
+@triton.jit
 def dequantize(
     packed,
     scales,
@@ -67,17 +77,18 @@ def dequantize(
     stride,
     byte_count,
     count,
-    words_shift: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
     nested_shift: tl.constexpr,
     NESTED: tl.constexpr,
     RAGGED: tl.constexpr,
+    WHOLE: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
     """Words first + r · stride + c (r < rows, c < width) -> out [rows, 8 · width], of which `count` weights exist.
 
-    A thread stores 8 weights of one word: 16 bytes in 16 bit. Levels are looked up in a table of 64 bytes: the 32
-    lanes of a warp then hit one line of the first cache, one access, where a tree of selects takes 15 instructions.
+    A thread stores 8 weights of one word: 16 bytes in 16 bit. WHOLE: a program's rows start and end with a block, so
+    that each scale is decoded once.
     """
     column_tiles = tl.cdiv(width, W)
     tile = tl.program_id(0)
@@ -86,15 +97,27 @@ def dequantize(
     index = tl.arange(0, R * W)
     row, column = index // W, index % W
     mask = (row0 + row < rows) & (column0 + column < width)
-    word = first + row0 * stride + column0 + row * stride + column
+    origin = first + row0 * stride + column0
+    word = origin + row * stride + column
     value = _words(packed, word, byte_count, mask, RAGGED)
-    scale = _block_scales(
-        scales, nested_scales, nested_offset, dynamic_map, word >> words_shift, mask, NESTED, nested_shift
-    )
+    if WHOLE:
+        number = tl.arange(0, R * W // BLOCK_WORDS)
+        block_row, block_column = number // (W // BLOCK_WORDS), number % (W // BLOCK_WORDS)
+        block = origin // BLOCK_WORDS + block_row * (stride // BLOCK_WORDS) + block_column
+        real = (row0 + block_row < rows) & (column0 + block_column * BLOCK_WORDS < width)
+        scale = _block_scales(
+            scales, nested_scales, nested_offset, dynamic_map, block, real, NESTED, nested_shift
+        )
+        scale = tl.broadcast_to(scale[:, None], (R * W // BLOCK_WORDS, BLOCK_WORDS)).reshape(R * W)
+    else:
+        block = word // BLOCK_WORDS
+        scale = _block_scales(
+            scales, nested_scales, nested_offset, dynamic_map, block, mask, NESTED, nested_shift
+        )
     nibble = tl.arange(0, 8)
     shift = (nibble // 2) * 8 + 4 - (nibble % 2) * 4  # the first weight of a byte is its high half
     code = (value[:, None] >> shift[None, :]) & 15
-    weight = tl.load(levels + code) * scale[:, None]
+    weight = _level(levels, code.reshape(R * W * 8)).reshape(R * W, 8) * scale[:, None]
     base = (row0.to(tl.int64) * width + column0) * 8
     offset = (row * width + column)[:, None] * 8 + nibble[None, :]
     exists = mask[:, None]
@@ -217,8 +240,9 @@ def multiply_rows(
         )
         next_value = tl.load(values + ahead, mask=inside, other=0.0)
         code = byte.to(tl.int32)
-        high = (tl.load(levels + (code >> 4)) * scale[:, None]).to(x.dtype.element_ty)
-        low = (tl.load(levels + (code & 15)) * scale[:, None]).to(x.dtype.element_ty)
+        both = tl.join(code >> 4, code & 15).reshape(BN * BK)
+        weight = _level(levels, both).reshape(BN, BK) * scale[:, None]
+        high, low = tl.split(weight.to(x.dtype.element_ty).reshape(BN, BK // 2, 2))
         even, odd = tl.split(tl.reshape(value, (BM, BK // 2, 2)))
         sums = _dot(high, tl.trans(even), sums, WIDE)
         sums = _dot(low, tl.trans(odd), sums, WIDE)
