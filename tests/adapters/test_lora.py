@@ -109,4 +109,3 @@ def test_a_model_trains_alike(tiny, monkeypatch):
         del model
     assert losses[3] < losses[0]
     assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)
-

@@ -20,7 +20,10 @@ EXACT = {"enable_fp_fusion": False}
 # kernel: types of the arguments, constants, options of the launch
 KERNELS = {
     "dequantize": (
-        NF4 | {"out": "*bf16"} | dict.fromkeys(("first", "width", "stride", "byte_count", "count"), "i32") | {"rows": "i1"},
+        NF4
+        | {"out": "*bf16"}
+        | dict.fromkeys(("first", "width", "stride", "byte_count", "count"), "i32")
+        | {"rows": "i1"},
         {"BLOCK_WORDS": 8, "nested_shift": 8, "NESTED": True, "RAGGED": False, "WHOLE": True, "R": 1, "W": 1024},
         EXACT,
     ),
@@ -35,8 +38,19 @@ KERNELS = {
         EXACT,
     ),
     "multiply_rows": (
-        NF4 | {"x": "*bf16", "y": "*fp32"} | dict.fromkeys(("rows", "n", "k", "span", "y_stride", "part_stride"), "i32"),
-        {"block_shift": 6, "nested_shift": 8, "NESTED": True, "ADD": False, "WIDE": False, "BM": 16, "BN": 64, "BK": 64},
+        NF4
+        | {"x": "*bf16", "y": "*fp32"}
+        | dict.fromkeys(("rows", "n", "k", "span", "y_stride", "part_stride"), "i32"),
+        {
+            "block_shift": 6,
+            "nested_shift": 8,
+            "NESTED": True,
+            "ADD": False,
+            "WIDE": False,
+            "BM": 16,
+            "BN": 64,
+            "BK": 64,
+        },
         EXACT,
     ),
     "sum_parts": (

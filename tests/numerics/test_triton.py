@@ -104,7 +104,9 @@ def test_not_finite_shows_in_its_block(bad):
 def test_dequantising_ragged_shapes(shape, nested):
     q = ops.quantize(weight(shape), NF4Format(64, nested))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        found, wanted = (f(*q.arguments, dtype) for f in (triton.implementation("nf4_dequantize"), reference.nf4_dequantize))
+        found, wanted = (
+            f(*q.arguments, dtype) for f in (triton.implementation("nf4_dequantize"), reference.nf4_dequantize)
+        )
         assert same(found.nan_to_num(), wanted.nan_to_num())
 
 
@@ -142,7 +144,9 @@ def test_codes_at_an_odd_address():
 def product(name, x, q, *more):
     """Found and true, for x in its own type."""
     w = q.dequantize(torch.float32)
-    return run(name, x, *more, *q.arguments), x.double() @ (w.double().T if name != "nf4_linear_transposed" else w.double())
+    return run(name, x, *more, *q.arguments), x.double() @ (
+        w.double().T if name != "nf4_linear_transposed" else w.double()
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 17, 64])

@@ -56,7 +56,9 @@ class _Lora(torch.autograd.Function):
         z, h, a, *bs = ctx.saved_tensors
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grads]
         wanted = ctx.needs_input_grad[0]
-        dh, dbs, dx = (_ride_back if ops.adds_products(z.device) else _back)(ctx.layers, dys, h, a, bs, ctx.same, wanted)
+        dh, dbs, dx = (_ride_back if ops.adds_products(z.device) else _back)(
+            ctx.layers, dys, h, a, bs, ctx.same, wanted
+        )
         das = (dh.T @ z.reshape(-1, z.shape[-1])).float().split([b.shape[1] for b in bs])
         dz = (dh @ a).view(ctx.x_shape) if not ctx.same and ctx.needs_input_grad[1] else None
         return None if dx is None else dx.view(ctx.x_shape), dz, None, *das, *dbs

@@ -162,7 +162,9 @@ def nf4_linear_transposed_add_(dx: Tensor, dy: Tensor, packed: Tensor, *quant: A
     dx.view(-1, dx.shape[-1]).addmm_(dy.reshape(-1, dy.shape[-1]), nf4_dequantize(packed, *quant))
 
 
-def grouped_lora_(y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scales: list[float], starts: list[int]) -> None:
+def grouped_lora_(
+    y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scales: list[float], starts: list[int]
+) -> None:
     """y [R, N] += scale_i · (x A_iᵀ) B_iᵀ in rows starts[i] .. starts[i + 1]; x [R, K], A_i [r_i, K], B_i [N, r_i]."""
     for i, (start, stop) in enumerate(itertools.pairwise(starts)):
         h = x[start:stop] @ a[i].to(x.dtype).T

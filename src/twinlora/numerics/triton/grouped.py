@@ -19,14 +19,14 @@ __all__ = ["grouped_lora_"]
 _COLUMNS = 128  # of y, a program
 
 
-def grouped_lora_(y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scales: list[float], starts: list[int]) -> None:
+def grouped_lora_(
+    y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scales: list[float], starts: list[int]
+) -> None:
     """See ops.py."""
     a, b = ([factor.to(x.dtype).contiguous() for factor in factors] for factors in (a, b))
     x = x.contiguous()
     rows, k, n = starts[-1], x.shape[-1], y.shape[-1]
-    adapters = tuple(
-        (p.data_ptr(), q.data_ptr(), p.shape[0], scale) for p, q, scale in zip(a, b, scales, strict=True)
-    )
+    adapters = tuple((p.data_ptr(), q.data_ptr(), p.shape[0], scale) for p, q, scale in zip(a, b, scales, strict=True))
     height = grouped_tile_rows(starts)
     table = _table(adapters, tuple(starts), height, x.device)
     if not table.shape[0]:
@@ -37,7 +37,9 @@ def grouped_lora_(y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scales
     aligned = all(p % 16 == q % 16 == rank % 8 == 0 for p, q, rank, _ in adapters)
     step, wide = 128 if ranks <= 64 else 64, not x.is_cuda
     with on(x):
-        kernels.lora_shrink[(tiles, parts)](table, x, h, rows, k, span, ALIGNED=aligned, WIDE=wide, BM=height, BR=ranks, BK=step)
+        kernels.lora_shrink[(tiles, parts)](
+            table, x, h, rows, k, span, ALIGNED=aligned, WIDE=wide, BM=height, BR=ranks, BK=step
+        )
         kernels.lora_expand[(tiles, -(-n // _COLUMNS))](
             table, h, y, rows, n, y.stride(0), PARTS=parts, ALIGNED=aligned, WIDE=wide, BM=height, BR=ranks, BN=_COLUMNS
         )

@@ -105,15 +105,11 @@ def dequantize(
         block_row, block_column = number // (W // BLOCK_WORDS), number % (W // BLOCK_WORDS)
         block = origin // BLOCK_WORDS + block_row * (stride // BLOCK_WORDS) + block_column
         real = (row0 + block_row < rows) & (column0 + block_column * BLOCK_WORDS < width)
-        scale = _block_scales(
-            scales, nested_scales, nested_offset, dynamic_map, block, real, NESTED, nested_shift
-        )
+        scale = _block_scales(scales, nested_scales, nested_offset, dynamic_map, block, real, NESTED, nested_shift)
         scale = tl.broadcast_to(scale[:, None], (R * W // BLOCK_WORDS, BLOCK_WORDS)).reshape(R * W)
     else:
         block = word // BLOCK_WORDS
-        scale = _block_scales(
-            scales, nested_scales, nested_offset, dynamic_map, block, mask, NESTED, nested_shift
-        )
+        scale = _block_scales(scales, nested_scales, nested_offset, dynamic_map, block, mask, NESTED, nested_shift)
     nibble = tl.arange(0, 8)
     shift = (nibble // 2) * 8 + 4 - (nibble % 2) * 4  # the first weight of a byte is its high half
     code = (value[:, None] >> shift[None, :]) & 15
