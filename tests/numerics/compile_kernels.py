@@ -65,7 +65,7 @@ KERNELS = {
     ),
     "lora_expand": (
         {"table": "*i64", "parts": "*fp32", "y": "*bf16", "count": "i32", "n": "i32", "y_stride": "i32"},
-        {"PARTS": 4, "ALIGNED": True, "WIDE": False, "BM": 16, "BR": 16, "BN": 128},
+        {"PARTS": 4, "ALIGNED": True, "TRANSPOSED": False, "WIDE": False, "BM": 16, "BR": 16, "BN": 128},
         {},
     ),
 }

@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'twin
 if torch.cuda.is_available():
     pytest.skip("with a GPU the kernels are tested on it, in tests/gpu", allow_module_level=True)
 
-from twinlora.numerics.triton import codes, products
+from twinlora.numerics.triton import codes, products  # noqa: E402
 
 SHAPES = [(64, 64), (7, 96), (1, 1), (3, 33), (5, 257), (2, 4097), (1, 31)]
 
@@ -255,6 +255,19 @@ def test_grouped_lora(case, k, n, processors, monkeypatch):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-3)
     (buffer,) = products._buffers.values()
     assert buffer.numel() == workspace_bytes("grouped_lora_", y, *arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_lora_reads_factors_as_they_lie(dtype):
+    x, y = torch.randn(5, 64).to(dtype), torch.randn(5, 96).to(dtype)
+    a, b = [torch.randn(r, 64) / 8 for r in (8, 16)], [torch.randn(r, 96).T for r in (8, 16)]
+    rest = ([1.0, 0.5], [0, 2, 5])
+    found, truth = y.clone(), y.double()
+    reference.grouped_lora_(truth, x.double(), a, b, *rest)
+    run("grouped_lora_", found, x, [f.to(dtype) for f in a], [f.to(dtype) for f in b], *rest)
+    naive = y.clone()
+    reference.grouped_lora_(naive, x, a, b, *rest)
+    assert (found.double() - truth).norm() <= 3 * (naive.double() - truth).norm() + 1e-4
 
 
 def test_grouped_lora_of_no_rows():

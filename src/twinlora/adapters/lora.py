@@ -108,8 +108,8 @@ def _ride(
     """What `_Lora` returns, and h = z Aᵀ [T, R], with the least reading and writing of x and y.
 
     h comes out of the first base's product, A's rows behind W's, where the base can do that and its outputs are no
-    more than its inputs: reading x again would cost more than B's part added to y afterwards. (That y has gaps of R between
-    its rows.) All other y begin as the adapter's part, and the base's product is added as it is written.
+    more than its inputs: reading x again would cost more than B's part added to y afterwards. (That y has gaps of R
+    between its rows.) All other y begin as the adapter's part, and the base's product is added as it is written.
     """
     flat, first = x.reshape(-1, x.shape[-1]), layers[0].base
     ranks, ys = [b.shape[1] for b in bs], []

@@ -23,6 +23,9 @@ reference serves every device without one. Shapes: `weight` [N, K] in general an
     swiglu_backward(dy, gate, up)                      -> d_gate, d_up
     cross_entropy_(logits, labels)                     -> losses f32 [R]; logits [R, V] become their gradient
 
+grouped_lora_: rows starts[i] .. starts[i + 1] of x [R, K] use adapter i, a[i] [r_i, K] and b[i] [N, r_i]; other rows of
+y stay. Factors of x's type are read as they lie, also a b that is the transpose of a tensor.
+
 Attention is causal within each sequence starts[i] .. starts[i + 1] of the T tokens: q [T, H, D], k, v [T, K, D], head h
 with key/value head h // (H / K). Given cos and sin [T, D], q and k are rotated first (rotate-half). A query sees its
 last `window` keys, itself included; 0 means all. lse is the log of the sum of exponentials of its scores.

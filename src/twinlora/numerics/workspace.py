@@ -2,7 +2,8 @@
 
 Of the C++ kernels it is what csrc allocates (they keep their buffers for the next call, a set for each thread, so that
 the largest call so far decides), of the GPU's what triton/shapes.py says, of plain PyTorch what the reference itself
-does when it runs on tensors without data. Not counted: tables of a few kB, and what oneDNN or cuBLAS take for a product.
+does when it runs on tensors without data. Not counted: tables of a few kB, and what oneDNN or cuBLAS take for
+a product.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _REFERENCE = vars(reference) | vars(attention) | vars(elementwise)
 def workspace_bytes(op: str, *args: Any, target: str = "cpu") -> int:
     """Bytes that `op` takes at its peak beside its outputs, on `target` (`cpu` or `cuda`).
 
-    Arguments as for the op; fake tensors will do. For the CPU: of the backend and on as many threads as are in use here.
+    Arguments as for the op; fake tensors will do. For the CPU: on the threads that are in use here.
     """
     if target == "cuda" and op in triton.OPS:
         return triton.workspace_bytes(op, *args)
@@ -42,13 +43,14 @@ def workspace_bytes(op: str, *args: Any, target: str = "cpu") -> int:
 def _kernel_bytes(op: str, args: tuple[Any, ...], threads: int) -> int:
     """Of an op that cpu.py hands to its kernel."""
     x = args[0]
-    if op in ("nf4_linear", "nf4_linears", "nf4_linear_transposed"):
-        n, (k, block) = (
-            (sum(args[2]), (x.shape[-1], args[3])) if op == "nf4_linears" else (args[5][0], (args[5][1], args[6]))
-        )
-        if op != "nf4_linear_transposed" and cpu.has_few_rows(x, k, block):
-            return copy_bytes(x) + few_rows_bytes(x.numel() // k, n, k, block, threads, cpu.path())
-        return (max(args[2]) if op == "nf4_linears" else n) * k * x.dtype.itemsize
+    if op == "nf4_linears":
+        rows, k, block = args[2], x.shape[-1], args[3]
+        return _linear_bytes(x, sum(rows), max(rows), k, block, threads)
+    if op == "nf4_linear":
+        (n, k), block = args[5], args[6]
+        return _linear_bytes(x, n, n, k, block, threads)
+    if op == "nf4_linear_transposed":
+        return prod(args[5]) * x.dtype.itemsize
     if op == "dense_linear":
         n, k = args[1].shape
         return copy_bytes(x) + few_rows_bytes(x.numel() // k, n, k, 0, threads, cpu.path())
@@ -66,6 +68,13 @@ def _kernel_bytes(op: str, args: tuple[Any, ...], threads: int) -> int:
             + attention_bytes(longest, heads[0].shape[2], items, threads, backward=backward)
         )
     return copy_bytes(*(t for t in args if isinstance(t, Tensor)))  # what stands between the products, and codes
+
+
+def _linear_bytes(x: Tensor, n: int, largest: int, k: int, block: int, threads: int) -> int:
+    """Of weights with n rows in all, or else of the buffer into which they are decoded one by one."""
+    if cpu.has_few_rows(x, k, block):
+        return copy_bytes(x) + few_rows_bytes(x.numel() // k, n, k, block, threads, cpu.path())
+    return largest * k * x.dtype.itemsize
 
 
 def _threads_used(threads: int, total: int, grain: int) -> int:
@@ -118,7 +127,8 @@ def reference_bytes(function: Callable[..., Any], arguments: tuple[Any, ...]) ->
         with _Peak() as mode:
             out = function(*given)
     made = [out] if isinstance(out, Tensor) else list(out or ())
-    return max(0, mode.peak - sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in made}.values()))
+    left = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in made}
+    return max(0, mode.peak - sum(left.values()))
 
 
 class _Peak(TorchDispatchMode):

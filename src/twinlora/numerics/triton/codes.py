@@ -134,5 +134,6 @@ def decode(weight: Weight, out: Tensor, *, first: int, rows: int, width: int, st
         kernels.dequantize[(programs,)](
             weight.packed, weight.scales, weight.nested_scales, weight.nested_offset, levels, dynamic, out,
             first, rows, width, stride, weight.packed.numel(), out.numel(),
-            BLOCK_WORDS=block, nested_shift=weight.nested_shift, NESTED=weight.nested, RAGGED=ragged, WHOLE=whole, R=high, W=wide, enable_fp_fusion=False,
+            BLOCK_WORDS=block, nested_shift=weight.nested_shift, NESTED=weight.nested, RAGGED=ragged,
+            WHOLE=whole, R=high, W=wide, enable_fp_fusion=False,
         )  # fmt: skip

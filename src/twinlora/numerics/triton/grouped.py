@@ -23,8 +23,10 @@ def grouped_lora_(
     y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scales: list[float], starts: list[int]
 ) -> None:
     """See ops.py."""
-    a, b = ([factor.to(x.dtype).contiguous() for factor in factors] for factors in (a, b))
-    x = x.contiguous()
+    a, b = ([factor.to(x.dtype) for factor in factors] for factors in (a, b))
+    a, x, transposed = [factor.contiguous() for factor in a], x.contiguous(), all(f.T.is_contiguous() for f in b)
+    if not transposed:
+        b = [factor.contiguous() for factor in b]
     rows, k, n = starts[-1], x.shape[-1], y.shape[-1]
     adapters = tuple((p.data_ptr(), q.data_ptr(), p.shape[0], scale) for p, q, scale in zip(a, b, scales, strict=True))
     height = grouped_tile_rows(starts)
@@ -41,7 +43,19 @@ def grouped_lora_(
             table, x, h, rows, k, span, ALIGNED=aligned, WIDE=wide, BM=height, BR=ranks, BK=step
         )
         kernels.lora_expand[(tiles, -(-n // _COLUMNS))](
-            table, h, y, rows, n, y.stride(0), PARTS=parts, ALIGNED=aligned, WIDE=wide, BM=height, BR=ranks, BN=_COLUMNS
+            table,
+            h,
+            y,
+            rows,
+            n,
+            y.stride(0),
+            PARTS=parts,
+            ALIGNED=aligned,
+            TRANSPOSED=transposed,
+            WIDE=wide,
+            BM=height,
+            BR=ranks,
+            BN=_COLUMNS,
         )
 
 

@@ -1,8 +1,8 @@
 """The device code: NF4 to and from 16 or 32 bit, products of few rows, low-rank updates of many adapters.
 
 Kernels know offsets and masks only; what is cut how is decided in `codes.py` and `products.py`. None uses inline
-assembly, so that Triton's interpreter runs every line on a processor. Where a result must have the reference's bits, the
-launch forbids fused multiply-add.
+assembly, so that Triton's interpreter runs every line on a processor. Where a result must have the reference's bits,
+the launch forbids fused multiply-add.
 
 Terms: a word is 4 packed bytes, 8 weights. `block_shift` and `nested_shift` are base-2 logarithms of the weights of a
 block and of the scales of a nested block. `WIDE` multiplies in float32: the interpreter has no product in bfloat16.
@@ -147,7 +147,7 @@ def _inverse(maximum):
 
 @triton.jit
 def quantize(x, packed, scales, borders, count, BLOCK: tl.constexpr, B: tl.constexpr):
-    """B blocks a program: weights [count] -> codes, two a byte, and block maxima. Half a byte too many holds level 0."""
+    """B blocks a program: weights [count] -> codes, two a byte, and block maxima. What is over holds level 0."""
     block = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     index = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     exists = index < count
@@ -316,12 +316,16 @@ def lora_expand(
     y_stride,
     PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     WIDE: tl.constexpr,
     BM: tl.constexpr,
     BR: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """y [count, n], rows y_stride apart, += scale · h Bᵀ for the rows of a tile and BN columns; h is the sum of `lora_shrink`'s parts."""
+    """y [count, n], rows y_stride apart, += scale · h Bᵀ for the rows of a tile and BN columns.
+
+    h is the sum of `lora_shrink`'s parts, rounded to y's type. TRANSPOSED: each B lies as [rank, n].
+    """
     entry = table + tl.program_id(0) * 6
     b = tl.load(entry + 1).to(tl.pointer_type(y.dtype.element_ty))
     rank, first, rows = tl.load(entry + 2), tl.load(entry + 4), tl.load(entry + 5)
@@ -333,13 +337,14 @@ def lora_expand(
     h = tl.zeros((BM, BR), tl.float32)
     for part in tl.static_range(PARTS):
         h += tl.load(parts + (part * count + first + m)[:, None] * BR + r[None, :], mask=(m < rows)[:, None], other=0.0)
-    factor = tl.load(
-        b + column.to(tl.int64)[:, None] * rank + r[None, :],
-        mask=(column < n)[:, None] & (r < rank)[None, :],
-        other=0.0,
-    )
+    if TRANSPOSED:
+        inside = (r < rank)[:, None] & (column < n)[None, :]
+        factor = tl.load(b + r.to(tl.int64)[:, None] * n + column[None, :], mask=inside, other=0.0)
+    else:
+        inside = (column < n)[:, None] & (r < rank)[None, :]
+        factor = tl.trans(tl.load(b + column.to(tl.int64)[:, None] * rank + r[None, :], mask=inside, other=0.0))
     sums = tl.zeros((BM, BN), tl.float32)
-    sums = _dot(h.to(y.dtype.element_ty), tl.trans(factor), sums, WIDE)
+    sums = _dot(h.to(y.dtype.element_ty), factor, sums, WIDE)
     target = y + (first + m)[:, None] * y_stride + column[None, :]
     mask = (m < rows)[:, None] & (column < n)[None, :]
     result = tl.load(target, mask=mask, other=0.0).to(tl.float32) + sums * scale

@@ -1,10 +1,11 @@
-"""How the GPU backend cuts its work, and what memory that takes: arithmetic alone, for the launches and for the planner.
+"""How the GPU backend cuts its work, and the memory that takes: arithmetic alone, for launches and for the planner.
 
 Constants follow from a Hopper GPU's data sheet (132 multiprocessors, 50 MB of L2); none of them has been measured yet.
 """
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from math import prod
 from typing import Any
@@ -77,7 +78,7 @@ def grouped_cut(k: int, ranks: int, tiles: int, device: torch.device) -> tuple[i
 
 
 def workspace_bytes(op: str, *args: Any) -> int:
-    """Bytes that `op` takes at its peak beside its outputs, on a CUDA device; arguments as for the op, fake tensors too.
+    """Bytes that `op` takes at its peak beside its outputs, on a CUDA device; fake tensors will do.
 
     The buffer is kept for the next call: a process has one for each stream, as large as the largest call needed.
     0 for an op without a kernel of ours. What cuBLAS takes for itself is not counted.
@@ -94,7 +95,8 @@ def workspace_bytes(op: str, *args: Any) -> int:
     if op in ("nf4_linear_transposed", "nf4_linear_transposed_add_"):
         dy, shape = (args[0], args[5]) if op == "nf4_linear_transposed" else (args[1], args[6])
         rows = dy.numel() // dy.shape[-1]
-        return shape[0] * transposed_panel(shape, rows, dy.dtype.itemsize, dy.device) * dy.dtype.itemsize
+        count: int = shape[0] * transposed_panel(shape, rows, dy.dtype.itemsize, dy.device) * dy.dtype.itemsize
+        return count
     if op == "grouped_lora_":
         _, x, a, _, _, starts = args
         return _grouped_bytes(x, max((f.shape[0] for f in a), default=1), starts)
@@ -119,14 +121,14 @@ def _product_bytes(x: Tensor, extra: int, shape: list[int], block: int) -> int:
 
 def grouped_tile_rows(starts: list[int]) -> int:
     """Rows of a tile of `grouped_lora_`: 16, the least that tensor cores take, unless some adapter has many rows."""
-    longest = max((stop - start for start, stop in zip(starts, starts[1:], strict=False)), default=0)
+    longest = max((stop - start for start, stop in itertools.pairwise(starts)), default=0)
     return 16 if longest <= 16 else 64
 
 
 def _grouped_bytes(x: Tensor, rank: int, starts: list[int]) -> int:
     rows, ranks = starts[-1], padded_rank(rank)
     height = grouped_tile_rows(starts)
-    tiles = sum(-(-(stop - start) // height) for start, stop in zip(starts, starts[1:], strict=False))
+    tiles = sum(-(-(stop - start) // height) for start, stop in itertools.pairwise(starts))
     parts, _ = grouped_cut(x.shape[-1], ranks, tiles, x.device)
     return 4 * parts * rows * ranks if prod(x.shape) else 0
 
