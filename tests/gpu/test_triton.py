@@ -39,8 +39,8 @@ def test_codes_have_the_reference_bits(shape, block, dtype):
         assert torch.equal(q.dequantize(out), reference.nf4_dequantize(*q.arguments, out))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 33, 64, 65, 512, 4096])
-@pytest.mark.parametrize("shape", [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (577, 2048), (130, 33)])
+@pytest.mark.parametrize("rows", [1, 5, 16, 33, 64, 65, 2048])
+@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (1024, 14336), (577, 2048), (130, 33)])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_products_are_as_exact_as_the_naive_ones(rows, shape, dtype):
     q = quantized(shape)

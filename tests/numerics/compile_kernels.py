@@ -77,7 +77,8 @@ def compile_for(name: str, capability: int) -> dict[str, int]:
     signature = {n: "constexpr" if n in constants else types[n].replace("i1", "i32") for n in kernel.arg_names}
     values = {(i,): constants[n] for i, n in enumerate(kernel.arg_names) if n in constants}
     # As at a launch: addresses and sizes that are multiples of 16. "i1" stands for a size that is not.
-    divisible = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if types.get(n, "i1") != "i1"}
+    sizes = [n for n in kernel.arg_names if n not in constants and types[n] != "i1"]
+    divisible = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in sizes}
     source = ASTSource(kernel, signature, values, divisible)
     done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert done.asm["cubin"]

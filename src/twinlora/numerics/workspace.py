@@ -42,7 +42,7 @@ def workspace_bytes(op: str, *args: Any, target: str = "cpu") -> int:
 
 def _kernel_bytes(op: str, args: tuple[Any, ...], threads: int) -> int:
     """Of an op that cpu.py hands to its kernel."""
-    x = args[0]
+    x: Tensor = args[0]
     if op == "nf4_linears":
         rows, k, block = args[2], x.shape[-1], args[3]
         return _linear_bytes(x, sum(rows), max(rows), k, block, threads)
@@ -50,7 +50,8 @@ def _kernel_bytes(op: str, args: tuple[Any, ...], threads: int) -> int:
         (n, k), block = args[5], args[6]
         return _linear_bytes(x, n, n, k, block, threads)
     if op == "nf4_linear_transposed":
-        return prod(args[5]) * x.dtype.itemsize
+        n, k = args[5]
+        return int(n * k) * x.dtype.itemsize
     if op == "dense_linear":
         n, k = args[1].shape
         return copy_bytes(x) + few_rows_bytes(x.numel() // k, n, k, 0, threads, cpu.path())
@@ -61,12 +62,9 @@ def _kernel_bytes(op: str, args: tuple[Any, ...], threads: int) -> int:
         heads, starts = args[1:4] if backward else args[:3], args[8 if backward else 5]
         longest = max(stop - start for start, stop in itertools.pairwise(starts))
         items = (len(starts) - 1) * heads[1].shape[1]
-        copies = [t for t in heads if t.stride(2) != 1 or t.stride(1) != t.shape[2]]
-        return (
-            sum(t.numel() * 2 for t in copies)
-            + (copy_bytes(x) if backward else 0)
-            + attention_bytes(longest, heads[0].shape[2], items, threads, backward=backward)
-        )
+        copied: int = sum(t.nbytes for t in heads if t.stride(2) != 1 or t.stride(1) != t.shape[2])
+        copied += copy_bytes(x) if backward else 0
+        return copied + attention_bytes(longest, heads[0].shape[2], items, threads, backward=backward)
     return copy_bytes(*(t for t in args if isinstance(t, Tensor)))  # what stands between the products, and codes
 
 
@@ -128,7 +126,8 @@ def reference_bytes(function: Callable[..., Any], arguments: tuple[Any, ...]) ->
             out = function(*given)
     made = [out] if isinstance(out, Tensor) else list(out or ())
     left = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in made}
-    return max(0, mode.peak - sum(left.values()))
+    beyond: int = mode.peak - sum(left.values())
+    return max(0, beyond)
 
 
 class _Peak(TorchDispatchMode):

@@ -12,17 +12,16 @@ from torch import Tensor
 from twinlora.numerics.triton import kernels
 from twinlora.numerics.triton.codes import on
 from twinlora.numerics.triton.products import workspace
-from twinlora.numerics.triton.shapes import grouped_cut, grouped_tile_rows, padded_rank
+from twinlora.numerics.triton.shapes import grouped_cut, grouped_step, grouped_tile_rows, padded_rank
 
 __all__ = ["grouped_lora_"]
-
-_COLUMNS = 128  # of y, a program
 
 
 def grouped_lora_(
     y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scales: list[float], starts: list[int]
 ) -> None:
-    """See ops.py."""
+    """See ops.py. Factors of another type than x's are converted, each time."""
+    assert y.dtype == x.dtype
     a, b = ([factor.to(x.dtype) for factor in factors] for factors in (a, b))
     a, x, transposed = [factor.contiguous() for factor in a], x.contiguous(), all(f.T.is_contiguous() for f in b)
     if not transposed:
@@ -34,15 +33,16 @@ def grouped_lora_(
     if not table.shape[0]:
         return
     ranks, tiles = padded_rank(max(p.shape[0] for p in a)), table.shape[0]
-    parts, span = grouped_cut(k, ranks, tiles, x.device)
+    step, columns = grouped_step(ranks, x.dtype.itemsize), 128 if ranks <= 64 else 64
+    parts, span = grouped_cut(k, step, tiles, x.device)
     h = workspace(x.device, parts * rows * ranks, torch.float32)
     aligned = all(p % 16 == q % 16 == rank % 8 == 0 for p, q, rank, _ in adapters)
-    step, wide = 128 if ranks <= 64 else 64, not x.is_cuda
+    wide = not x.is_cuda
     with on(x):
         kernels.lora_shrink[(tiles, parts)](
             table, x, h, rows, k, span, ALIGNED=aligned, WIDE=wide, BM=height, BR=ranks, BK=step
         )
-        kernels.lora_expand[(tiles, -(-n // _COLUMNS))](
+        kernels.lora_expand[(tiles, -(-n // columns))](
             table,
             h,
             y,
@@ -55,7 +55,7 @@ def grouped_lora_(
             WIDE=wide,
             BM=height,
             BR=ranks,
-            BN=_COLUMNS,
+            BN=columns,
         )
 
 

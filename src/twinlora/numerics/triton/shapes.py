@@ -15,12 +15,15 @@ from torch import Tensor
 
 __all__ = [
     "FEW_ROWS",
-    "GROUPED_PARTS_BYTES",
     "grouped_cut",
+    "grouped_step",
+    "grouped_tile_rows",
     "has_few_rows",
     "multiprocessors",
+    "padded_rank",
     "panel",
     "row_parts",
+    "transposed_panel",
     "workspace_bytes",
 ]
 
@@ -29,7 +32,6 @@ _PANEL_BYTES = 24 << 20  # half of L2: a panel is read by the product while it i
 _LARGEST_PANEL_BYTES = 96 << 20
 _TILE = (128, 256)  # rows and columns of a cuBLAS tile; fewer tiles than multiprocessors leave some idle
 _ROWS_TILE = 64  # rows of the weight of a program of `multiply_rows`
-GROUPED_PARTS_BYTES = 4  # partial sums are float32
 
 
 @cache
@@ -69,9 +71,13 @@ def panel(cut: int, depth: int, rows: int, itemsize: int, device: torch.device) 
     return min(cut, -(-cut // (pieces * 128)) * 128)
 
 
-def grouped_cut(k: int, ranks: int, tiles: int, device: torch.device) -> tuple[int, int]:
-    """In how many parts `lora_shrink` cuts k, and how long one is, for `tiles` tiles of rows and so many ranks."""
-    step = 128 if ranks <= 64 else 64
+def grouped_step(ranks: int, itemsize: int) -> int:
+    """Values of k that `lora_shrink` takes at once: at most 16 KB of A, since a few of them wait in shared memory."""
+    return max(16, min(128, (16 << 10) // (ranks * itemsize)))
+
+
+def grouped_cut(k: int, step: int, tiles: int, device: torch.device) -> tuple[int, int]:
+    """In how many parts `lora_shrink` cuts k, a multiple of `step` each, and how long one is; for `tiles` of rows."""
     steps = -(-k // step)
     each = -(-steps // max(1, min(multiprocessors(device) // max(tiles, 1), steps, 16)))
     return -(-steps // each), each * step
@@ -129,7 +135,7 @@ def _grouped_bytes(x: Tensor, rank: int, starts: list[int]) -> int:
     rows, ranks = starts[-1], padded_rank(rank)
     height = grouped_tile_rows(starts)
     tiles = sum(-(-(stop - start) // height) for start, stop in itertools.pairwise(starts))
-    parts, _ = grouped_cut(x.shape[-1], ranks, tiles, x.device)
+    parts, _ = grouped_cut(x.shape[-1], grouped_step(ranks, x.dtype.itemsize), tiles, x.device)
     return 4 * parts * rows * ranks if prod(x.shape) else 0
 
 
