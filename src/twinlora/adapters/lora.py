@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from twinlora.adapters.targets import LayerConfig, LoraConfig, resolve_modules, resolve_targets
 from twinlora.errors import AdapterError
 from twinlora.model.linear import FrozenLinear, QuantLinear, as_frozen, multiply_each
+from twinlora.numerics import ops
 
 __all__ = ["LoraLinear", "attach", "lora_layers", "trainable_parameters", "whole_modules", "wrap"]
 
@@ -28,19 +29,24 @@ class _Lora(torch.autograd.Function):
     -> base(x) + scale · z Aᵀ Bᵀ [..., out] of each.
 
     One product for all A, and one for all of their gradients. A and B are rounded to x's type once a call; the base is
-    multiplied again, not stored, for the input gradient.
+    multiplied again, not stored, for the input gradient. Where a product can be added to what is there at no cost, the
+    adapter rides in the base's products (`_ride`, and the input gradient below).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor | None, layers: Sequence[LoraLinear], *ab: Tensor) -> tuple[Tensor, ...]:
         ctx.same = z is None
-        z = x if z is None else z
         a = torch.cat(ab[: len(layers)]).to(x.dtype)
-        h = z.reshape(-1, z.shape[-1]) @ a.T
         bs = [b.to(x.dtype) for b in ab[len(layers) :]]
-        ys = multiply_each(x, [layer.base for layer in layers])
-        for layer, y, b, part in zip(layers, ys, bs, h.split([b.shape[1] for b in bs], dim=1), strict=True):
-            y.view(-1, y.shape[-1]).addmm_(part, b.T, alpha=layer.scale)
+        if ops.adds_products(x.device):
+            ys, h = _ride(x, z, layers, a, bs)
+            z = x if z is None else z
+        else:
+            z = x if z is None else z
+            h = z.reshape(-1, z.shape[-1]) @ a.T
+            ys = multiply_each(x, [layer.base for layer in layers])
+            for layer, y, b, part in zip(layers, ys, bs, h.split([b.shape[1] for b in bs], dim=1), strict=True):
+                y.view(-1, y.shape[-1]).addmm_(part, b.T, alpha=layer.scale)
         ctx.save_for_backward(z, h, a, *bs)
         ctx.layers, ctx.x_shape = layers, x.shape
         return ys
@@ -49,23 +55,75 @@ class _Lora(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, h, a, *bs = ctx.saved_tensors
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grads]
-        ranks = [b.shape[1] for b in bs]
-        dh, dbs = torch.empty_like(h), []
-        for layer, dy, b, part, dpart in zip(ctx.layers, dys, bs, h.split(ranks, 1), dh.split(ranks, 1), strict=True):
-            dpart.copy_(torch.mul(dy @ b, layer.scale))
-            dbs.append((dy.T @ part).float().mul_(layer.scale))
-        das = (dh.T @ z.reshape(-1, z.shape[-1])).float().split(ranks)
-        dx = dz = None
-        if ctx.needs_input_grad[0]:
-            dx = ctx.layers[0].base.multiply_transposed(dys[0])
-            for layer, dy in zip(ctx.layers[1:], dys[1:], strict=True):
-                dx += layer.base.multiply_transposed(dy)
-            if ctx.same:
-                dx.addmm_(dh, a)
-            dx = dx.view(ctx.x_shape)
-        if not ctx.same and ctx.needs_input_grad[1]:
-            dz = (dh @ a).view(ctx.x_shape)
-        return dx, dz, None, *das, *dbs
+        wanted = ctx.needs_input_grad[0]
+        dh, dbs, dx = (_ride_back if ops.adds_products(z.device) else _back)(
+            ctx.layers, dys, h, a, bs, ctx.same, wanted
+        )
+        das = (dh.T @ z.reshape(-1, z.shape[-1])).float().split([b.shape[1] for b in bs])
+        dz = (dh @ a).view(ctx.x_shape) if not ctx.same and ctx.needs_input_grad[1] else None
+        return None if dx is None else dx.view(ctx.x_shape), dz, None, *das, *dbs
+
+
+_Gradients = tuple[Tensor, list[Tensor], Tensor | None]  # of h [T, R], of each B, of x [T, in] if wanted
+
+
+def _back(
+    layers: Sequence[LoraLinear], dys: list[Tensor], h: Tensor, a: Tensor, bs: list[Tensor], same: bool, wanted: bool
+) -> _Gradients:
+    ranks = [b.shape[1] for b in bs]
+    dh, dbs = torch.empty_like(h), []
+    for layer, dy, b, part, dpart in zip(layers, dys, bs, h.split(ranks, 1), dh.split(ranks, 1), strict=True):
+        dpart.copy_(torch.mul(dy @ b, layer.scale))
+        dbs.append((dy.T @ part).float().mul_(layer.scale))
+    if not wanted:
+        return dh, dbs, None
+    dx = layers[0].base.multiply_transposed(dys[0])
+    for layer, dy in zip(layers[1:], dys[1:], strict=True):
+        dx += layer.base.multiply_transposed(dy)
+    if same:
+        dx.addmm_(dh, a)
+    return dh, dbs, dx
+
+
+def _ride_back(
+    layers: Sequence[LoraLinear], dys: list[Tensor], h: Tensor, a: Tensor, bs: list[Tensor], same: bool, wanted: bool
+) -> _Gradients:
+    """`_back`, where scaling and adding cost nothing inside a product."""
+    ranks = [b.shape[1] for b in bs]
+    dh, dbs = torch.empty_like(h), []
+    for layer, dy, b, part, dpart in zip(layers, dys, bs, h.split(ranks, 1), dh.split(ranks, 1), strict=True):
+        dpart.addmm_(dy, b, beta=0, alpha=layer.scale)
+        dbs.append(torch.empty_like(b).addmm_(dy.T, part, beta=0, alpha=layer.scale).float())
+    if not wanted:
+        return dh, dbs, None
+    dx = dh @ a if same else layers[0].base.multiply_transposed(dys[0])
+    for layer, dy in list(zip(layers, dys, strict=True))[0 if same else 1 :]:
+        layer.base.multiply_transposed_add_(dx, dy)
+    return dh, dbs, dx
+
+
+def _ride(
+    x: Tensor, z: Tensor | None, layers: Sequence[LoraLinear], a: Tensor, bs: list[Tensor]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What `_Lora` returns, and h = z Aᵀ [T, R], with the least reading and writing of x and y.
+
+    h comes out of the first base's product, A's rows behind W's, where the base can do that and its outputs are no
+    more than its inputs: reading x again would cost more than B's part added to y afterwards. (That y has gaps of R
+    between its rows.) All other y begin as the adapter's part, and the base's product is added as it is written.
+    """
+    flat, first = x.reshape(-1, x.shape[-1]), layers[0].base
+    ranks, ys = [b.shape[1] for b in bs], []
+    if z is None and first.takes_rows and first.out_features <= first.in_features:
+        y, h = first.multiply_with(flat, a)
+        h = h.contiguous()  # a view would keep all of y until the backward pass
+        ys.append(y.addmm_(h[:, : ranks[0]], bs[0].T, alpha=layers[0].scale))
+    else:
+        h = (flat if z is None else z.reshape(flat.shape)) @ a.T
+    for layer, b, part in list(zip(layers, bs, h.split(ranks, dim=1), strict=True))[len(ys) :]:
+        y = part.new_empty(part.shape[0], b.shape[0]).addmm_(part, b.T, beta=0, alpha=layer.scale)
+        layer.base.multiply_add_(y, flat)
+        ys.append(y)
+    return tuple(y.view(*x.shape[:-1], -1) for y in ys), h
 
 
 def _as_autocast(x: Tensor) -> Tensor:

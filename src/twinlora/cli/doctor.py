@@ -17,6 +17,7 @@ from twinlora.config import DoctorOptions
 _OPTIONAL = {
     "sacrebleu": "--metric chrf",
     "rouge-score": "--metric rouge-l",
+    "triton": "kernels for NF4 on a GPU",
     "lm-eval": "lm-evaluation-harness on our models",
     "tensorboard": "--report-to tensorboard",
     "wandb": "--report-to wandb",

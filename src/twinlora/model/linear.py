@@ -45,6 +45,7 @@ class FrozenLinear(nn.Module):
 
     bias: nn.Parameter | None
     fan_in_fan_out = False  # PEFT's name for a weight that is stored as [in, out]
+    takes_rows = False  # whether `multiply_with` is one product
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -58,6 +59,18 @@ class FrozenLinear(nn.Module):
     @abstractmethod
     def multiply_transposed(self, dy: Tensor) -> Tensor:
         """dy [..., out] @ W -> [..., in]."""
+
+    @abstractmethod
+    def multiply_add_(self, y: Tensor, x: Tensor) -> None:
+        """y [T, out] += multiply(x [T, in]), in the product's own pass."""
+
+    @abstractmethod
+    def multiply_transposed_add_(self, dx: Tensor, dy: Tensor) -> None:
+        """dx [T, in] += multiply_transposed(dy [T, out]), in the product's own pass."""
+
+    def multiply_with(self, x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+        """`multiply` of x [T, in], and x @ extra [R, in].T -> [T, R]. Both may be views of one tensor."""
+        return self.multiply(x), x @ extra.T
 
     @abstractmethod
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
@@ -121,6 +134,16 @@ class DenseLinear(FrozenLinear):
         """See FrozenLinear."""
         return dy @ self._matrix(dy.dtype)
 
+    def multiply_add_(self, y: Tensor, x: Tensor) -> None:
+        """See FrozenLinear."""
+        y.addmm_(x, self._matrix(x.dtype).T)
+        if self.bias is not None:
+            y.add_(self.bias)
+
+    def multiply_transposed_add_(self, dx: Tensor, dy: Tensor) -> None:
+        """See FrozenLinear."""
+        dx.addmm_(dy, self._matrix(dy.dtype))
+
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """See FrozenLinear."""
         return self._matrix(dtype).detach()
@@ -144,6 +167,7 @@ class QuantLinear(FrozenLinear):
 
     packed: nn.Parameter
     scales: nn.Parameter
+    takes_rows = True
 
     def __init__(self, quantized: ops.NF4Tensor, bias: nn.Parameter | None) -> None:
         rows, columns = quantized.shape
@@ -188,6 +212,22 @@ class QuantLinear(FrozenLinear):
     def multiply_transposed(self, dy: Tensor) -> Tensor:
         """See FrozenLinear."""
         return ops.linear_transposed(dy, self.quantized)
+
+    def multiply_add_(self, y: Tensor, x: Tensor) -> None:
+        """See FrozenLinear."""
+        ops.linear_add_(y, x, self.quantized)
+        if self.bias is not None:
+            y.add_(self.bias)
+
+    def multiply_transposed_add_(self, dx: Tensor, dy: Tensor) -> None:
+        """See FrozenLinear."""
+        ops.linear_transposed_add_(dx, dy, self.quantized)
+
+    def multiply_with(self, x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+        """See FrozenLinear."""
+        both = ops.linear_with(x, extra, self.quantized)
+        y, h = both.split([self.out_features, extra.shape[0]], dim=-1)
+        return y if self.bias is None else y.add_(self.bias), h
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """See FrozenLinear."""

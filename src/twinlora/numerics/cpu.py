@@ -34,6 +34,8 @@ OPS = (
     "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "cross_entropy_",
 )  # fmt: skip
 
+# How many of the first arguments must be bfloat16 for the kernels between the products.
+_BFLOAT16 = {"rms_norm": 2, "rms_norm_backward": 3, "swiglu": 2, "swiglu_backward": 3, "cross_entropy_": 1}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FEW_DENSE_ROWS = 12  # more are bound by arithmetic, where oneDNN is better
 _FEW_ROWS = (
@@ -152,7 +154,7 @@ def nf4_linear(
     x: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], block: int, nested_block: int
 ) -> Tensor:
     """See ops.py."""
-    if _few_rows(x, shape[1], block):
+    if has_few_rows(x, shape[1], block):
         return _multiply_rows(x, [(packed, scales, ns, no)], [shape[0]], block, nested_block)[0]
     return torch.nn.functional.linear(x, _weight(shape, x.dtype, packed, scales, ns, no, block, nested_block))
 
@@ -160,7 +162,7 @@ def nf4_linear(
 def nf4_linears(x: Tensor, tensors: list[Tensor], rows: list[int], block: int, nested_block: int) -> list[Tensor]:
     """See ops.py."""
     weights = reference.by_weight(tensors, len(rows))
-    if _few_rows(x, x.shape[-1], block):
+    if has_few_rows(x, x.shape[-1], block):
         return _multiply_rows(x, weights, rows, block, nested_block)
     shapes = ([n, x.shape[-1]] for n in rows)
     return [
@@ -169,7 +171,8 @@ def nf4_linears(x: Tensor, tensors: list[Tensor], rows: list[int], block: int, n
     ]
 
 
-def _few_rows(x: Tensor, k: int, block: int) -> bool:
+def has_few_rows(x: Tensor, k: int, block: int) -> bool:
+    """Whether x [..., k] is multiplied without decoding the weight into a buffer first."""
     return x.numel() <= _FEW_ROWS * k and x.dtype == torch.bfloat16 and block >= 64 and k % block == 0
 
 
@@ -196,15 +199,31 @@ def nf4_linear_transposed(
 
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     """See ops.py. Few rows are bound by reading the weight, which oneDNN does at half the rate."""
-    n, k = weight.shape
-    rows = x.numel() // k
-    few = 0 < rows <= _FEW_DENSE_ROWS and k % 64 == 0 and x.dtype == weight.dtype == torch.bfloat16
-    if not few or not weight.is_contiguous() or not _library().has_dense():
+    if not _few_dense_rows(x, weight):
         return torch.nn.functional.linear(x, weight)
-    x = x.contiguous()
+    n, k = weight.shape
+    rows, x = x.numel() // k, x.contiguous()
     y = x.new_empty(*x.shape[:-1], n)
     _library().multiply_dense(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, n, k, _threads())
     return y
+
+
+def _few_dense_rows(x: Tensor, weight: Tensor) -> bool:
+    k = weight.shape[1]
+    few = 0 < x.numel() <= _FEW_DENSE_ROWS * k and k % 64 == 0 and x.dtype == weight.dtype == torch.bfloat16
+    return few and weight.is_contiguous() and _library().has_dense()
+
+
+def takes(op: str, *args: Any) -> bool:
+    """Whether a kernel of ours computes `op` with these arguments, and not the reference."""
+    if op == "dense_linear":
+        return _few_dense_rows(*args)
+    if op.startswith("attention"):
+        q, cos = (args[1], args[4]) if op == "attention_backward" else (args[0], args[3])
+        return _attends(q, cos) and (op != "attention_step" or args[5].dtype == q.dtype)
+    if op in _BFLOAT16:
+        return _fits(*args[: _BFLOAT16[op]]) and (op != "cross_entropy_" or args[0].is_contiguous())
+    return op in OPS
 
 
 def _attends(q: Tensor, cos: Tensor | None) -> bool:

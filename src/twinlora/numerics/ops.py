@@ -8,7 +8,11 @@ reference serves every device without one. Shapes: `weight` [N, K] in general an
     nf4_dequantize(packed, scales, …, shape, …, dtype) -> [*shape]
     nf4_linear(x, packed, …)                           -> x [..., K] @ W.T -> [..., N]; differentiable in x
     nf4_linears(x, tensors, rows, …)                   -> nf4_linear of several weights of one format; no gradient
+    nf4_linear_with(x, extra, packed, …)               -> x times the rows of W and of extra [R, K] -> [..., N + R]
+    nf4_linear_add_(y, x, packed, …)                   -> y [..., N] += x @ W.T
     nf4_linear_transposed(dy, packed, …)               -> dy [..., N] @ W  -> [..., K]
+    nf4_linear_transposed_add_(dx, dy, packed, …)      -> dx [..., K] += dy @ W
+    grouped_lora_(y, x, a, b, scales, starts)          -> y [R, N] += scale · x Aᵀ Bᵀ, an adapter for each group of rows
     dense_linear(x, weight)                            -> x [..., K] @ weight [N, K].T -> [..., N]; no gradient
     attention(q, k, v, cos, sin, starts, …)            -> out [T, H, D], lse f32 [T, H]; differentiable in q, k, v
     attention_backward(dout, q, …, out, lse, …)        -> dq, dk, dv
@@ -18,6 +22,9 @@ reference serves every device without one. Shapes: `weight` [N, K] in general an
     swiglu(gate, up)                                   -> silu(gate) * up
     swiglu_backward(dy, gate, up)                      -> d_gate, d_up
     cross_entropy_(logits, labels)                     -> losses f32 [R]; logits [R, V] become their gradient
+
+grouped_lora_: rows starts[i] .. starts[i + 1] of x [R, K] use adapter i, a[i] [r_i, K] and b[i] [N, r_i]; other rows of
+y stay. Factors of x's type are read as they lie, also a b that is the transpose of a tensor.
 
 Attention is causal within each sequence starts[i] .. starts[i + 1] of the T tokens: q [T, H, D], k, v [T, K, D], head h
 with key/value head h // (H / K). Given cos and sin [T, D], q and k are rotated first (rotate-half). A query sees its
@@ -41,17 +48,21 @@ from torch import Tensor
 
 from twinlora.errors import ModelError
 from twinlora.numerics import attention as reference_attention
-from twinlora.numerics import cpu, elementwise, reference
+from twinlora.numerics import cpu, elementwise, reference, triton
 from twinlora.numerics.nf4 import NF4Format
 
 __all__ = [
     "NF4Tensor",
+    "adds_products",
     "attention",
     "attention_step",
     "backend",
     "dense_linear",
     "linear",
+    "linear_add_",
     "linear_transposed",
+    "linear_transposed_add_",
+    "linear_with",
     "linears",
     "quantize",
 ]
@@ -68,7 +79,11 @@ _SCHEMAS = {
     "nf4_dequantize": f"({_QUANT}, ScalarType dtype) -> Tensor",
     "nf4_linear": f"(Tensor x, {_QUANT}) -> Tensor",
     "nf4_linears": "(Tensor x, Tensor[] tensors, int[] rows, int block_size, int nested_block_size) -> Tensor[]",
+    "nf4_linear_with": f"(Tensor x, Tensor extra, {_QUANT}) -> Tensor",
+    "nf4_linear_add_": f"(Tensor(a!) y, Tensor x, {_QUANT}) -> ()",
     "nf4_linear_transposed": f"(Tensor dy, {_QUANT}) -> Tensor",
+    "nf4_linear_transposed_add_": f"(Tensor(a!) dx, Tensor dy, {_QUANT}) -> ()",
+    "grouped_lora_": "(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, float[] scales, int[] starts) -> ()",
     "dense_linear": "(Tensor x, Tensor weight) -> Tensor",
     "attention": f"({_HEADS}, {_SEEN}) -> (Tensor, Tensor)",
     "attention_backward": f"(Tensor dout, {_HEADS}, Tensor out, Tensor lse, {_SEEN}) -> (Tensor, Tensor, Tensor)",
@@ -90,6 +105,9 @@ for _name, _schema in _SCHEMAS.items():
 if cpu.paths():
     for _name in cpu.OPS:
         _library.impl(_name, getattr(cpu, _name), "CPU")
+if triton.available():
+    for _name in triton.OPS:
+        _library.impl(_name, triton.on_first_use(_name), "CUDA")
 
 
 @torch.library.register_fake("twinlora::nf4_quantize")
@@ -126,6 +144,18 @@ def _(x: Tensor, tensors: list[Tensor], rows: list[int], block: int, nested_bloc
 @torch.library.register_fake("twinlora::nf4_linear_transposed")
 def _(dy: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], b: int, nb: int) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], shape[1])
+
+
+@torch.library.register_fake("twinlora::nf4_linear_with")
+def _(x: Tensor, extra: Tensor, p: Tensor, s: Tensor, ns: Any, no: Any, shape: list[int], b: int, nb: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0] + extra.shape[0])
+
+
+@torch.library.register_fake("twinlora::nf4_linear_add_")
+@torch.library.register_fake("twinlora::nf4_linear_transposed_add_")
+@torch.library.register_fake("twinlora::grouped_lora_")
+def _(y: Tensor, *_: Any) -> None:
+    return None
 
 
 @torch.library.register_fake("twinlora::dense_linear")
@@ -274,6 +304,27 @@ def linear_transposed(dy: Tensor, weight: NF4Tensor) -> Tensor:
     return out
 
 
+def linear_with(x: Tensor, extra: Tensor, weight: NF4Tensor) -> Tensor:
+    """x [..., K] times the rows of the weight [N, K] and then of extra [R, K] -> [..., N + R]; no gradient."""
+    out: Tensor = torch.ops.twinlora.nf4_linear_with(x, extra, *weight.arguments)
+    return out
+
+
+def linear_add_(y: Tensor, x: Tensor, weight: NF4Tensor) -> None:
+    """y [..., N] += x [..., K] @ weight [N, K].T; no gradient."""
+    torch.ops.twinlora.nf4_linear_add_(y, x, *weight.arguments)
+
+
+def linear_transposed_add_(dx: Tensor, dy: Tensor, weight: NF4Tensor) -> None:
+    """dx [..., K] += dy [..., N] @ weight [N, K]; no gradient."""
+    torch.ops.twinlora.nf4_linear_transposed_add_(dx, dy, *weight.arguments)
+
+
+def adds_products(device: torch.device) -> bool:
+    """Whether a product is added to what is there in its own pass, as a GPU's GEMM does; a CPU takes a second one."""
+    return device.type == "cuda"
+
+
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., K] @ weight [N, K].T -> [..., N], in x's type; no gradient."""
     out: Tensor = torch.ops.twinlora.dense_linear(x, weight)
@@ -319,4 +370,6 @@ def attention_step(
 def backend(device: torch.device | str = "cpu") -> str:
     """The backend that serves `device`, as printed and recorded with every result, for example `cpu (avx512-bf16)`."""
     kind = torch.device(device).type
-    return f"{kind} ({cpu.path()})" if kind == "cpu" and cpu.paths() else f"{kind} (reference)"
+    if kind == "cpu" and cpu.paths():
+        return f"cpu ({cpu.path()})"
+    return "cuda (triton)" if kind == "cuda" and triton.available() else f"{kind} (reference)"

@@ -6,6 +6,7 @@ whole tensor ever exists.
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from typing import Any
 
@@ -16,9 +17,13 @@ from twinlora.numerics.nf4 import codebook, dynamic_map, midpoints
 
 __all__ = [
     "dense_linear",
+    "grouped_lora_",
     "nf4_dequantize",
     "nf4_linear",
+    "nf4_linear_add_",
     "nf4_linear_transposed",
+    "nf4_linear_transposed_add_",
+    "nf4_linear_with",
     "nf4_quantize",
     "scales_dequantize",
     "scales_quantize",
@@ -138,6 +143,32 @@ def nf4_linear_transposed(dy: Tensor, packed: Tensor, *quant: Any) -> Tensor:
     """dy [..., N] times the weight [N, K] -> [..., K], in dy's type: the input gradient of `nf4_linear`."""
     quant += (dy.dtype,)
     return dy @ nf4_dequantize(packed, *quant)
+
+
+def nf4_linear_with(x: Tensor, extra: Tensor, packed: Tensor, *quant: Any) -> Tensor:
+    """x [..., K] times the transposed rows of the weight [N, K] and then of `extra` [R, K] -> [..., N + R]."""
+    return torch.cat([nf4_linear(x, packed, *quant), torch.nn.functional.linear(x, extra)], dim=-1)
+
+
+def nf4_linear_add_(y: Tensor, x: Tensor, packed: Tensor, *quant: Any) -> None:
+    """`nf4_linear`, added to y [..., N]."""
+    quant += (x.dtype,)
+    y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), nf4_dequantize(packed, *quant).T)
+
+
+def nf4_linear_transposed_add_(dx: Tensor, dy: Tensor, packed: Tensor, *quant: Any) -> None:
+    """`nf4_linear_transposed`, added to dx [..., K]."""
+    quant += (dy.dtype,)
+    dx.view(-1, dx.shape[-1]).addmm_(dy.reshape(-1, dy.shape[-1]), nf4_dequantize(packed, *quant))
+
+
+def grouped_lora_(
+    y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scales: list[float], starts: list[int]
+) -> None:
+    """y [R, N] += scale_i · (x A_iᵀ) B_iᵀ in rows starts[i] .. starts[i + 1]; x [R, K], A_i [r_i, K], B_i [N, r_i]."""
+    for i, (start, stop) in enumerate(itertools.pairwise(starts)):
+        h = x[start:stop] @ a[i].to(x.dtype).T
+        y[start:stop].addmm_(h, b[i].to(x.dtype).T, alpha=scales[i])
 
 
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,139 @@
+"""NF4 quantising and dequantising, and the double quantisation of block scales, by Triton kernels."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from twinlora.numerics.nf4 import codebook, dynamic_map, midpoints
+from twinlora.numerics.triton import kernels
+
+__all__ = ["Weight", "decode", "nf4_dequantize", "nf4_quantize", "on", "scales_quantize", "tables", "weight_of"]
+
+_TILE_WORDS = 1024  # words of a program: 4 KB read, 16 KB written
+_TILE_WEIGHTS = 4096  # weights of a program that quantises
+
+
+class Weight(NamedTuple):
+    """An NF4 weight as the kernels take it; tensors without nested scales stand in for them and are not read."""
+
+    packed: Tensor
+    scales: Tensor
+    nested_scales: Tensor
+    nested_offset: Tensor
+    nested: bool
+    shape: list[int]
+    block: int
+    nested_block: int
+
+    @property
+    def nested_shift(self) -> int:
+        """Base-2 logarithm of the nested block."""
+        return self.nested_block.bit_length() - 1 if self.nested else 0
+
+
+def weight_of(
+    packed: Tensor,
+    scales: Tensor,
+    nested_scales: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: list[int],
+    block: int,
+    nested_block: int,
+) -> Weight:
+    """From the arguments of an op."""
+    packed, scales = packed.contiguous(), scales.contiguous()
+    if nested_scales is None or nested_offset is None:
+        return Weight(packed, scales, scales, scales, False, shape, block, 1)
+    return Weight(packed, scales, nested_scales, nested_offset, True, shape, block, nested_block)
+
+
+@cache
+def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """On `device`: levels [16], their borders [15], dynamic map [256], its borders [255]."""
+    both = (codebook(), midpoints(codebook()), dynamic_map(), midpoints(dynamic_map()))
+    return tuple(table.to(device) for table in both)  # type: ignore[return-value]
+
+
+def on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launch on the tensor's device, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def nf4_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """See ops.py."""
+    flat = weight.reshape(-1)
+    count = flat.numel()
+    packed = flat.new_empty((count + 1) // 2, dtype=torch.uint8)
+    scales = flat.new_empty(-(-count // block_size), dtype=torch.float32)
+    together = max(1, _TILE_WEIGHTS // block_size)
+    borders = tables(flat.device)[1]
+    if count:
+        with on(flat):
+            kernels.quantize[(-(-scales.numel() // together),)](
+                flat, packed, scales, borders, count, BLOCK=block_size, B=together, enable_fp_fusion=False
+            )
+    return packed, scales
+
+
+def scales_quantize(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See ops.py."""
+    absmax = absmax.contiguous()
+    count = absmax.numel()
+    offset = absmax.mean()  # torch's own order of summation: the reference's bits
+    codes = absmax.new_empty(count, dtype=torch.uint8)
+    nested = absmax.new_empty(-(-count // block_size))
+    together = max(1, _TILE_WEIGHTS // block_size)
+    borders = tables(absmax.device)[3]
+    if count:
+        with on(absmax):
+            kernels.quantize_scales[(-(-nested.numel() // together),)](
+                absmax, offset, codes, nested, borders, count, BLOCK=block_size, B=together, enable_fp_fusion=False
+            )
+    return codes, nested, offset
+
+
+def nf4_dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    nested_scales: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: list[int],
+    block_size: int,
+    nested_block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See ops.py."""
+    weight = weight_of(packed, scales, nested_scales, nested_offset, shape, block_size, nested_block_size)
+    out = packed.new_empty(shape, dtype=dtype)
+    words = -(-prod(shape) // 8)
+    decode(weight, out, first=0, rows=1, width=words, stride=words)
+    return out
+
+
+def decode(weight: Weight, out: Tensor, *, first: int, rows: int, width: int, stride: int) -> None:
+    """Words first + r · stride + c (r < rows, c < width) of the weight -> out, contiguous [rows, 8 · width] values.
+
+    A word is 8 weights. `out` may be shorter than that where the weight ends inside a word.
+    """
+    ragged = weight.packed.numel() % 4 != 0 or weight.packed.data_ptr() % 4 != 0 or out.numel() % 8 != 0
+    wide = min(_TILE_WORDS, 1 << (width - 1).bit_length()) if width else 1
+    high = _TILE_WORDS // wide if rows > 1 else 1
+    programs = -(-width // wide) * -(-rows // high)
+    block = weight.block // 8
+    whole = first % block == wide % block == 0 and (rows == 1 or stride % block == 0)
+    levels, _, dynamic, _ = tables(out.device)
+    if not programs:
+        return
+    with on(out):
+        kernels.dequantize[(programs,)](
+            weight.packed, weight.scales, weight.nested_scales, weight.nested_offset, levels, dynamic, out,
+            first, rows, width, stride, weight.packed.numel(), out.numel(),
+            BLOCK_WORDS=block, nested_shift=weight.nested_shift, NESTED=weight.nested, RAGGED=ragged,
+            WHOLE=whole, R=high, W=wide, enable_fp_fusion=False,
+        )  # fmt: skip

@@ -1,0 +1,169 @@
+"""Memory that an op takes inside, beside its outputs: what a planner adds while the op runs.
+
+Of the C++ kernels it is what csrc allocates (they keep their buffers for the next call, a set for each thread, so that
+the largest call so far decides), of the GPU's what triton/shapes.py says, of plain PyTorch what the reference itself
+does when it runs on tensors without data. Not counted: tables of a few kB, and what oneDNN or cuBLAS take for
+a product.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from twinlora.numerics import attention, cpu, elementwise, reference, triton
+
+__all__ = ["workspace_bytes"]
+
+_BLOCK, _STEP_PAIRS, _STEP_DEPTH, _QUERIES = 32, 512, 32, 256  # csrc/tiles.hpp, csrc/attention.cpp
+_PANEL, _FROM_DECODED = 16, 17  # csrc/avx512.cpp
+_GRAIN, _ELEMENT_GRAIN = 1 << 14, 1 << 13  # csrc/module.cpp
+
+_REFERENCE = vars(reference) | vars(attention) | vars(elementwise)
+
+
+def workspace_bytes(op: str, *args: Any, target: str = "cpu") -> int:
+    """Bytes that `op` takes at its peak beside its outputs, on `target` (`cpu` or `cuda`).
+
+    Arguments as for the op; fake tensors will do. For the CPU: on the threads that are in use here.
+    """
+    if target == "cuda" and op in triton.OPS:
+        return triton.workspace_bytes(op, *args)
+    kernel = target == "cpu" and bool(cpu.paths()) and cpu.takes(op, *args)
+    return _kernel_bytes(op, args, torch.get_num_threads()) if kernel else reference_bytes(_REFERENCE[op], args)
+
+
+def _kernel_bytes(op: str, args: tuple[Any, ...], threads: int) -> int:
+    """Of an op that cpu.py hands to its kernel."""
+    x: Tensor = args[0]
+    if op == "nf4_linears":
+        rows, k, block = args[2], x.shape[-1], args[3]
+        return _linear_bytes(x, sum(rows), max(rows), k, block, threads)
+    if op == "nf4_linear":
+        (n, k), block = args[5], args[6]
+        return _linear_bytes(x, n, n, k, block, threads)
+    if op == "nf4_linear_transposed":
+        n, k = args[5]
+        return int(n * k) * x.dtype.itemsize
+    if op == "dense_linear":
+        n, k = args[1].shape
+        return copy_bytes(x) + few_rows_bytes(x.numel() // k, n, k, 0, threads, cpu.path())
+    if op == "attention_step":
+        return attention_step_bytes(args[8], args[10], x.shape, args[1].shape[1], threads)
+    if op in ("attention", "attention_backward"):
+        backward = op == "attention_backward"
+        heads, starts = args[1:4] if backward else args[:3], args[8 if backward else 5]
+        longest = max(stop - start for start, stop in itertools.pairwise(starts))
+        items = (len(starts) - 1) * heads[1].shape[1]
+        copied: int = sum(t.nbytes for t in heads if t.stride(2) != 1 or t.stride(1) != t.shape[2])
+        copied += copy_bytes(x) if backward else 0
+        return copied + attention_bytes(longest, heads[0].shape[2], items, threads, backward=backward)
+    return copy_bytes(*(t for t in args if isinstance(t, Tensor)))  # what stands between the products, and codes
+
+
+def _linear_bytes(x: Tensor, n: int, largest: int, k: int, block: int, threads: int) -> int:
+    """Of weights with n rows in all, or else of the buffer into which they are decoded one by one."""
+    if cpu.has_few_rows(x, k, block):
+        return copy_bytes(x) + few_rows_bytes(x.numel() // k, n, k, block, threads, cpu.path())
+    return largest * k * x.dtype.itemsize
+
+
+def _threads_used(threads: int, total: int, grain: int) -> int:
+    return max(1, min(threads, total // max(grain, 1)))
+
+
+def few_rows_bytes(rows: int, n: int, k: int, block: int, threads: int, path: str) -> int:
+    """Of `multiply_rows` (and, with block 0, of `multiply_dense`) for x [rows, k] and n rows of weights."""
+    used = _threads_used(threads, n, max(1, _GRAIN // k))
+    if path != "avx512-bf16":
+        return used * 2 * k  # one row, decoded
+    decoded = 2 * _PANEL * (k + 64) if block and rows >= _FROM_DECODED else 0
+    return used * ((4 * _PANEL * (k // block) if block else 0) + 2 * rows * k + decoded)
+
+
+def attention_bytes(longest: int, size: int, items: int, threads: int, *, backward: bool) -> int:
+    """Of the attention kernels: `items` sequences times key/value heads, of which the longest has so many tokens."""
+    padded, panel = -(-longest // _BLOCK) * _BLOCK, size // _STEP_DEPTH * _STEP_PAIRS
+    blocks, row = padded // _BLOCK, 4 * _BLOCK * size
+    if backward:
+        most = min(padded, _QUERIES)
+        strips, scores = 2 * 2 * _BLOCK * most, 4 * (most // _BLOCK) * blocks * _STEP_PAIRS
+        panels = 4 * 4 * (most // _BLOCK) * panel
+        each = 3 * 2 * padded * size + 2 * 2 * most * size + strips + panels + scores + 4 * 2 * padded * size + row
+    else:
+        each = 3 * 2 * padded * size + 4 * panel + 4 * blocks * _STEP_PAIRS + 4 * padded * _BLOCK + row
+    return min(threads, items) * each
+
+
+def attention_step_bytes(lengths: list[int], window: int, q_shape: torch.Size, kv_heads: int, threads: int) -> int:
+    """Of the kernel for one new token of each sequence, q [n, H, D]."""
+    items, seen = len(lengths) * kv_heads, sum(lengths) + len(lengths)
+    each = max(1, seen * q_shape[1] * q_shape[2] // items)
+    longest = max(lengths) + 1
+    scores = -(-min(longest, window or longest) // 16) * 16
+    return _threads_used(threads, items, -(-_ELEMENT_GRAIN // each)) * 4 * scores
+
+
+def reference_bytes(function: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
+    """Of an op in plain PyTorch: its peak beyond its outputs, counted on tensors without data."""
+
+    def without_data(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return [without_data(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    with _disable_current_modes(), torch.no_grad():
+        given = [without_data(value) for value in arguments]
+        function(*given)  # tables that are kept for later calls exist now
+        with _Peak() as mode:
+            out = function(*given)
+    made = [out] if isinstance(out, Tensor) else list(out or ())
+    left = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in made}
+    beyond: int = mode.peak - sum(left.values())
+    return max(0, beyond)
+
+
+class _Peak(TorchDispatchMode):
+    """Counts live storages without data that were made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live: dict[StorageWeakRef, int] = {}
+        self._given: set[StorageWeakRef] = set()
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _tensors((*args, *(kwargs or {}).values())):
+            storage = StorageWeakRef(tensor.untyped_storage())
+            if storage not in self._live:
+                self._given.add(storage)
+        out = func(*args, **(kwargs or {}))
+        self._live = {storage: size for storage, size in self._live.items() if not storage.expired()}
+        for tensor in _tensors((out,)):
+            storage = StorageWeakRef(tensor.untyped_storage())
+            if tensor.device.type == "meta" and storage not in self._given:
+                self._live[storage] = tensor.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(self._live.values()))
+        return out
+
+
+def _tensors(values: tuple[Any, ...]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(tuple(value))
+    return found
+
+
+def copy_bytes(*tensors: Tensor | None) -> int:
+    """Of contiguous copies of those that are not."""
+    return sum(prod(t.shape) * t.dtype.itemsize for t in tensors if t is not None and not t.is_contiguous())
