@@ -99,6 +99,24 @@ def test_gradient_checkpointing_changes_memory_alone(tokenizer, tmp_path):
     assert peaks[0] < 0.7 * peaks[1], peaks
 
 
+def test_recomputed_layers_keep_nothing_of_their_mlp(tiny, data_file, tmp_path):
+    """Gate and up are the widest activations: between forward and backward pass none of them may live."""
+    import gc
+
+    from twinlora.data.packing import make_batch
+    from twinlora.model.forward import loss_sum
+
+    alive = []
+    for recompute in (True, False):
+        inputs, made = _prepared(options(tiny, data_file, tmp_path / "r", gradient_checkpointing=recompute))
+        batch = make_batch(inputs.examples, 4096, packed=True, pad_id=0)
+        loss = loss_sum(made.model, batch.micro_batches[0], plain_head=made.plain_head)
+        wide = (batch.micro_batches[0].input_ids.numel(), 128)
+        alive.append(sum(torch.is_tensor(x) and tuple(x.shape[-2:]) == wide for x in gc.get_objects()))
+        loss.backward()
+    assert alive[0] == 0 < alive[1]
+
+
 def test_several_processes_are_refused(tiny, data_file, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE=2: training in several processes is not supported"):

@@ -73,6 +73,14 @@ class _SwiGLU(torch.autograd.Function):
         return dg, du
 
 
+def _others_decide() -> bool:
+    """Whether hooks are at work that decide what is kept: of checkpointing, or those that move it to the host.
+
+    Hooks of ours would hide tensors from them, and hold gate and up.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 class SwiGLU(nn.Module):
     """Gated MLP: down(silu(gate(x)) · up(x)) (arXiv 2002.05202)."""
 
@@ -86,6 +94,8 @@ class SwiGLU(nn.Module):
         if not torch.is_grad_enabled():
             return self._down(torch.ops.twinlora.swiglu(g, u))
         y = _SwiGLU.apply(g, u)
+        if _others_decide():
+            return self._down(y)
         gate, up, place, count = g.detach(), u.detach(), y.data_ptr(), y.numel()
 
         # What down_proj keeps of its input is computed again: it is the widest activation of a layer.

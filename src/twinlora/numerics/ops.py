@@ -41,7 +41,7 @@ from torch import Tensor
 
 from twinlora.errors import ModelError
 from twinlora.numerics import attention as reference_attention
-from twinlora.numerics import cpu, elementwise, reference
+from twinlora.numerics import cpu, cuda, elementwise, reference
 from twinlora.numerics.nf4 import NF4Format
 
 __all__ = [
@@ -90,6 +90,8 @@ for _name, _schema in _SCHEMAS.items():
 if cpu.paths():
     for _name in cpu.OPS:
         _library.impl(_name, getattr(cpu, _name), "CPU")
+for _name in cuda.OPS:
+    _library.impl(_name, getattr(cuda, _name), "CUDA")
 
 
 @torch.library.register_fake("twinlora::nf4_quantize")
@@ -319,4 +321,6 @@ def attention_step(
 def backend(device: torch.device | str = "cpu") -> str:
     """The backend that serves `device`, as printed and recorded with every result, for example `cpu (avx512-bf16)`."""
     kind = torch.device(device).type
+    if kind == "cuda":
+        return f"cuda ({cuda.path()})"
     return f"{kind} ({cpu.path()})" if kind == "cpu" and cpu.paths() else f"{kind} (reference)"
