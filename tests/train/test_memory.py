@@ -195,6 +195,12 @@ def test_a_copied_layer_multiplies_as_the_stored_one(rows):
     found.append(torch.autograd.grad(found[0], x, dy)[0])
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+    y, dx = torch.randn(rows, 48).bfloat16(), torch.randn(rows, 128).bfloat16()
+    sums = [y.float() + found[1].float(), dx.float() + found[2].float()]
+    layer.multiply_add_(y, x.detach())
+    layer.multiply_transposed_add_(dx, dy)
+    for a, b in zip((y, dx), sums, strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=0.03, atol=0.3)
     assert layer.precision == stored.precision
     drop_copies(model)
     assert model[0] is stored

@@ -47,6 +47,22 @@ class CopiedLinear(FrozenLinear):
         """See FrozenLinear."""
         return dy @ self.weight if self._copy_serves(dy) else self.stored.multiply_transposed(dy)
 
+    def multiply_add_(self, y: Tensor, x: Tensor) -> None:
+        """y [T, out] += multiply(x [T, in])."""
+        if not self._copy_serves(x):
+            y.add_(self.stored.multiply(x))
+            return
+        y.addmm_(x, self.weight.T)
+        if self.bias is not None:
+            y.add_(self.bias)
+
+    def multiply_transposed_add_(self, dx: Tensor, dy: Tensor) -> None:
+        """dx [T, in] += multiply_transposed(dy [T, out])."""
+        if self._copy_serves(dy):
+            dx.addmm_(dy, self.weight)
+        else:
+            dx.add_(self.stored.multiply_transposed(dy))
+
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """See FrozenLinear."""
         return self.stored.dense_weight(dtype)
