@@ -3,8 +3,12 @@
 The interpreter cuts bfloat16 off where the device rounds, so that a result may be a whole unit in its last place away.
 """
 
+import contextlib
+from pathlib import Path
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.numerics.test_attention import plain, relative, starts
 from twinlora.numerics import attention as reference
@@ -126,10 +130,11 @@ def flash_forward(
 
 def flash_backward(dout, q, k, v, out, lse, bounds, _, longest, __, dropout, causal, ___, ____, **how):
     assert lse.shape == (q.shape[1], q.shape[0])
-    window = None if causal else how["window_size_left"] + 1
-    wide = [x.double().requires_grad_() for x in (q, k, v)]
-    found = plain(*wide, bounds.diff().tolist(), how["scale"], window)
-    return tuple(g.to(q.dtype) for g in torch.autograd.grad(found, wide, dout.double()))
+    window = 0 if causal else how["window_size_left"] + 1
+    wide, ends = [x.double() for x in (q, k, v)], bounds.tolist()
+    exact = reference.attention(*wide, None, None, ends, how["scale"], window)
+    found = reference.attention_backward(dout.double(), *wide, None, None, *exact, ends, how["scale"], window)
+    return tuple(g.to(q.dtype) for g in found)
 
 
 def scores(q, k, lengths, scale, window):
@@ -195,3 +200,43 @@ def test_without_triton_all_is_the_references(monkeypatch):
     x = torch.randn(3, 8)
     assert torch.equal(cuda.rms_norm(x, x[0], 1e-5, 0.0, False)[0], elementwise.rms_norm(x, x[0], 1e-5, 0.0, False)[0])
     assert cuda.path() == "reference"
+
+
+class OnTheseKernels(TorchDispatchMode):
+    """Sends the ops of the CUDA backend there, whatever device their tensors are on."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        space, _, name = func.name().partition("::")
+        if space != "twinlora" or name not in cuda.OPS:
+            return func(*args, **(kwargs or {}))
+        self.names.add(name)
+        return getattr(cuda, name)(*args)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_training_and_decoding_on_these_kernels(flash, monkeypatch, method):
+    """Their parts fit together: some steps of a small llama follow those of the CPU, and so does an answer."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import gpu_models
+
+    from twinlora.model.generate import generate
+
+    config, device, curves, answers = gpu_models.shape("tiny"), torch.device("cpu"), [], []
+    config.num_hidden_layers = 1
+    for mode in (OnTheseKernels(), None):
+        made = gpu_models.ours(config, method, device)
+        made.recompute(True)
+        with mode or contextlib.nullcontext():
+            part = gpu_models.batch(config, 2, 12, device)
+            curves.append([float(made.step(part)) for _ in range(3)])
+            made.recompute(False)
+            made.model.eval()
+            answers.append(generate(made.model, [[1, 2, 3], [4]], max_new_tokens=4, stop=set()))
+        if mode:
+            assert mode.names == set(cuda.OPS)
+    assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 0.01
+    assert answers[0] == answers[1]
