@@ -40,30 +40,32 @@ def steps(setting: Setting) -> Iterator[Cell]:
 def pair(
     setting: Setting, config: Any, models: dict[str, Any], rows: int, length: int, recompute: bool
 ) -> dict[str, Any]:
-    tokens, result, losses = rows * length, {}, {}
+    """Both models are resident; of each one's peak the other's weights are taken off."""
+    tokens, result = rows * length, {}
     for method in ("lora", "qlora"):
         if method not in models:
             before = held(setting.device)
-            models[method] = (ours(config, method, setting.device), before)
-            models[method][0].optimizer.reserve()
-            models[method] = (models[method][0], held(setting.device) - before)
+            made = ours(config, method, setting.device)
+            made.optimizer.reserve()
+            models[method] = (made, held(setting.device) - before)
         models[method][0].recompute(recompute)
     given = batch(config, rows, length, setting.device)
+    for method, (made, own) in models.items():
+        others = sum(size for name, (_, size) in models.items() if name != method)
+        reset_peak(setting.device)
+        try:
+            loss = float(made.step(given))
+            result[method] = {"loss": loss, "peak_bytes": peak(setting.device) - others, "resident_bytes": own}
+        except torch.OutOfMemoryError:
+            result[method] = {"out_of_memory": True}
+        made.optimizer.discard_gradients()
+    able = [method for method in models if "loss" in result[method]]
+    took = seconds({m: lambda _, m=m: models[m][0].step(given) for m in able}, setting, cold=False)
     flops = step_flops(config, tokens, length, recompute=recompute)
-    try:
-        for method, (made, own) in models.items():
-            reset_peak(setting.device)
-            losses[method] = float(made.step(given))
-            others = sum(size for name, (_, size) in models.items() if name != method)
-            result[method] = {"peak_bytes": max(0, peak(setting.device) - others), "resident_bytes": own}
-        took = seconds({m: lambda _, m=m: models[m][0].step(given) for m in models}, setting, cold=False)
-    finally:
-        for made, _ in models.values():
-            made.optimizer.discard_gradients()
-    for method in models:
+    for method in able:
         rate = {"seconds": took[method], "tokens_per_second": tokens / took[method], "flops": flops}
-        result[method] |= rate | {"loss": losses[method]}
-    return result | {"qlora_over_lora": took["qlora"] / took["lora"]}
+        result[method] |= rate
+    return result | ({"qlora_over_lora": took["qlora"] / took["lora"]} if len(able) == 2 else {})
 
 
 def peer(setting: Setting, config: Any, way: str, rows: int, length: int, recompute: bool) -> dict[str, Any]:

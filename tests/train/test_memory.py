@@ -78,7 +78,7 @@ def test_smaller_micro_batches_for_the_same_batch(tiny, rows, tmp_path, monkeypa
 def test_a_step_that_fails_starts_anew(tiny, rows, tmp_path, monkeypatch):
     """In the middle of a batch, with dropout: nothing of the failed attempt is left, no random number is lost."""
     arguments = {"dropout": 0.2, "micro_batch_tokens": 120, "gradient_checkpointing": "off", "dtype": "float32"}
-    monkeypatch.setattr(memory.Memory, "_give_way", lambda self, part, reason, *, safe: None)  # as it was before
+    monkeypatch.setattr(memory.Memory, "_give_way", lambda self, part, reason, **_: None)  # as it was before
     train(options(tiny, rows, tmp_path / "plain", **arguments))
     allocator = Allocator(monkeypatch, 0, only=lambda calls: calls == 5)
     train(options(tiny, rows, tmp_path / "again", **arguments))
@@ -94,10 +94,12 @@ def test_a_resumed_run_continues_with_what_was_found(tiny, rows, tmp_path, monke
     given = {"epochs": 2, "gradient_checkpointing": "auto", "dtype": "float32"}
     Allocator(monkeypatch, 100)
     train(options(tiny, rows, tmp_path / "whole", **given))
-    kept = step.loss_sum
+    kept, sent = step.loss_sum, []
 
     def interrupted(model, micro, *, plain_head):
-        if (tmp_path / "cut" / "metrics.jsonl").exists() and len(metrics(tmp_path / "cut")) == 3:
+        logged = (tmp_path / "cut" / "metrics.jsonl").exists() and len(metrics(tmp_path / "cut"))
+        if logged == 3 and not sent:  # a second signal would end the process
+            sent.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
         return kept(model, micro, plain_head=plain_head)
 
@@ -110,6 +112,25 @@ def test_a_resumed_run_continues_with_what_was_found(tiny, rows, tmp_path, monke
     now, before = (record(tmp_path / name)["memory"] for name in ("cut", "whole"))
     assert (now["micro_batch_tokens"], now["checkpointing"]) == (before["micro_batch_tokens"], True)
     assert now["micro_batch_tokens"] < 2048
+
+
+def test_an_evaluation_goes_on_with_less(tiny, rows, tmp_path, monkeypatch):
+    """It keeps no activations: nothing is recomputed for its sake."""
+    from twinlora.evaluate import metrics as evaluation
+
+    def loss_sum(model, micro, *, plain_head):
+        if micro.tokens > 200:
+            raise MemoryError
+        return forward.loss_sum(model, micro, plain_head=plain_head)
+
+    given = {"eval": rows, "dtype": "float32"}
+    expected = train(options(tiny, rows, tmp_path / "a", **given)).record
+    monkeypatch.setattr(evaluation, "loss_sum", loss_sum)
+    found = train(options(tiny, rows, tmp_path / "b", **given)).record
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-4)
+    used = record(tmp_path / "b")["memory"]
+    assert used["micro_batch_tokens"] <= 200 < 2048
+    assert (used["checkpointing"], used["retries"] > 0) == (False, True)
 
 
 def test_one_row_that_does_not_fit_is_the_end(tiny, rows, tmp_path, monkeypatch):

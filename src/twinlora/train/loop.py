@@ -254,10 +254,13 @@ class _Trainer:
             restore_rng(rng, self.device)
 
         def part() -> list[Example]:
-            chosen = self.inputs.step_examples(self.at.step, self.options)
-            return rehearsal.largest_part(chosen, self.memory.micro_batch_tokens, packed=self.prepared.packed)
+            return self._largest(self.inputs.step_examples(self.at.step, self.options))
 
         return self.memory.attempt(run, part, undo, lambda: not self.optimizer.updating)
+
+    def _largest(self, examples: list[Example]) -> list[Example]:
+        """The largest micro-batch of `examples`."""
+        return rehearsal.largest_part(examples, self.memory.micro_batch_tokens, packed=self.prepared.packed)
 
     def _one_step(self) -> None:
         start = time.perf_counter()
@@ -297,14 +300,18 @@ class _Trainer:
 
     def _evaluate(self) -> None:
         """Loss on the evaluation rows: logged, and the reason to stop or to keep these weights."""
-        loss = mean_loss(
-            self.model,
-            self.inputs.eval_examples,
-            micro_batch_tokens=self.memory.micro_batch_tokens,
-            packed=self.prepared.packed,
-            pad_id=self.inputs.pad_id,
-            plain_head=self.prepared.plain_head,
-        )
+
+        def run() -> float:
+            return mean_loss(
+                self.model,
+                self.inputs.eval_examples,
+                micro_batch_tokens=self.memory.micro_batch_tokens,
+                packed=self.prepared.packed,
+                pad_id=self.inputs.pad_id,
+                plain_head=self.prepared.plain_head,
+            )
+
+        loss = self.memory.attempt(run, lambda: self._largest(self.inputs.eval_examples), differentiated=False)
         if not math.isfinite(loss):
             raise TrainingDiverged(f"evaluation after step {self.at.step}: loss {loss}; lower --lr")
         self.at.eval_loss = loss

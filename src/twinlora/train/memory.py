@@ -100,11 +100,12 @@ class Memory:
         part: Callable[[], list[Example]],
         undo: Callable[[], None] = lambda: None,
         safe: Callable[[], bool] = lambda: True,
+        differentiated: bool = True,
     ) -> T:
         """`run()`, again with less after each lack of memory, `undo()` in between.
 
-        `part` is its largest micro-batch. Raises OutOfMemory if nothing is left to give up, or if it is not `safe` to
-        run again.
+        `part` is its largest micro-batch; where it is not `differentiated`, no activations are kept. Raises OutOfMemory
+        if nothing is left to give up, or if it is not `safe` to run again.
         """
         while True:
             try:
@@ -118,9 +119,9 @@ class Memory:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._give_way(part(), reason, safe=safe())
+            self._give_way(part(), reason, safe=safe(), differentiated=differentiated)
 
-    def _give_way(self, part: list[Example], reason: str, *, safe: bool) -> None:
+    def _give_way(self, part: list[Example], reason: str, *, safe: bool, differentiated: bool) -> None:
         size = size_of(part, packed=self.packed)
         if self.options.on_oom == "stop" or not safe:
             raise OutOfMemory(self._explain(part, reason))
@@ -130,7 +131,7 @@ class Memory:
             self.copies = None
             drop_copies(self.model)
             self.notes.add(what + "the 16-bit copies of weights are given up")
-        elif self.options.gradient_checkpointing == "auto" and not self.checkpointing:
+        elif self.options.gradient_checkpointing == "auto" and not self.checkpointing and differentiated:
             self._recompute(what + "activations are recomputed from now on")
         elif len(part) > 1:
             self.micro_batch_tokens = max(1, min(self.micro_batch_tokens, size) // 2)
