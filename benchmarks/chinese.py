@@ -6,6 +6,19 @@ import re
 
 # (pattern in the English tables, Chinese), in this order. A pattern that matches nothing is out of date: an error.
 WORDS = [
+    (r"A training step of the llama-8B shape, random weights, rank 16 on all linear layers, rows of 2,048 tokens; "
+     r"tokens/s\. recomputed: with `--gradient-checkpointing`\. ",
+     "llama-8B 形状（随机权重）的训练步，所有线性层加秩 16 的适配器，每行 2,048 个 token；单位 token/s。“重算”指使用 "
+     "`--gradient-checkpointing`。"),
+    (r"No device has been at hand yet: `python benchmarks/gpu.py` measures\.",
+     "尚无可用的设备：用 `python benchmarks/gpu.py` 测量。"),
+    (r"\| tokens a step \| LoRA: tokens/s \| share of the GEMM rate \| QLoRA: tokens/s \| QLoRA's step / LoRA's \|",
+     "| 每步 token 数 | LoRA：token/s | 占 GEMM 速率 | QLoRA：token/s | QLoRA 步时 / LoRA 步时 |"),
+    (r"([\d,]+), recomputed \|", r"\1，重算 |"),
+    (r"\| QLoRA, one row of 512 tokens, recomputed \| peak memory \| tokens/s \|", "| QLoRA，每步一行 512 个 token，重算 | 峰值显存 | token/s |"),
+    (r"\| (\d+B) within (\d+) GB \|", r"| \1，\2 GB 以内 |"),
+    (r"\| share of the copy rate \| speed over bitsandbytes \|", "| 占复制速率 | 速度为 bitsandbytes 的倍数 |"),
+    (r"\*\*not measured\*\*", "**未测量**"),
     (r"A training step, SmolLM2-135M, rank 16 on all linear layers; medians of steps taken in turn\. Tokens are real "
      r"ones, without padding; all of the 2 × 512 carry loss, of banking77's the answers\. ",
      "SmolLM2-135M 的训练步，所有线性层加秩 16 的适配器；各方案轮流执行，取中位数。只计真实 token，不计填充；2 × 512 的全部 token "

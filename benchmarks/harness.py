@@ -35,8 +35,16 @@ def facts() -> dict:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    return {"machine": machine.describe(), "versions": versions, "backend": ops.backend(), "git_hash": commit.strip()}
+    return {"machine": machine.describe(), "versions": versions, "backend": ops.backend(), "git_hash": commit()}
+
+
+def commit() -> str:
+    """The commit that runs; empty in a copy without its history."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def limits() -> dict[str, float]:

@@ -16,7 +16,10 @@ import transformers
 
 import twinlora
 
-__all__ = ["describe", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes", "product_rates", "reset_peaks"]
+__all__ = [
+    "describe", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes", "product_rates", "reset_peaks",
+    "spare_bytes",
+]  # fmt: skip
 
 
 def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -90,6 +93,21 @@ def peak_rss_bytes() -> int:
 def peak_device_bytes(device: torch.device) -> int:
     """Largest memory that torch held on a GPU since `reset_peaks`; 0 on the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def spare_bytes(device: torch.device, *, margin: float) -> int:
+    """Memory that would be left at this process's peak, less a share of all of it; never below 0.
+
+    On a GPU within the share of it that torch may use; on the CPU of what the system calls available.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        cap = int(total * torch.cuda.get_per_process_memory_fraction(device))
+        held, peak = torch.cuda.memory_reserved(device), torch.cuda.max_memory_allocated(device)
+        return max(0, min(free + held, cap) - peak - int(margin * cap))
+    total, resident = _proc_kib("/proc/meminfo", "MemTotal"), _proc_kib("/proc/self/status", "VmRSS")
+    free = _proc_kib("/proc/meminfo", "MemAvailable") + resident - peak_rss_bytes()
+    return max(0, free - int(margin * total))
 
 
 def reset_peaks(device: torch.device) -> None:

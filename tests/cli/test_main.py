@@ -36,6 +36,30 @@ def test_a_path_with_a_comma_is_one_path(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "given, expected",
+    [
+        ([], "auto"),
+        (["--gradient-checkpointing"], "on"),
+        (["--gradient-checkpointing", "--rank", "2"], "on"),
+        (["--gradient-checkpointing", "off"], "off"),
+        (["--gradient-checkpointing=auto"], "auto"),
+        (["--no-gradient-checkpointing"], "off"),
+    ],
+)
+def test_a_switch_alone_is_on(given, expected):
+    assert parse_options("train", [*REQUIRED, *given]).gradient_checkpointing == expected
+
+
+@pytest.mark.parametrize("text, expected", [("true", "on"), ("off", "off"), ("no", "off"), ("auto", "auto")])
+def test_recipes_may_say_true_and_false(tmp_path, text, expected):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"gradient_checkpointing: {text}\ndense-copies: off\noffload: [optimizer]\n")
+    options = parse_options("train", ["--config", str(recipe), *REQUIRED])
+    assert options.gradient_checkpointing == expected
+    assert options.offload == ["optimizer"]
+
+
+@pytest.mark.parametrize(
     "text, message",
     [
         ("lr: fast", r"lr: Input should be a valid number.*\(got 'fast'\)"),
@@ -43,6 +67,8 @@ def test_a_path_with_a_comma_is_one_path(tmp_path):
         ("[1, 2]", "expected `option: value` lines, found list"),
         ("lr: [", "not readable as YAML"),
         ("rank: 0", "rank: .*greater than or equal to 1"),
+        ("gradient_checkpointing: maybe", "gradient_checkpointing: .*'auto', 'on' or 'off'"),
+        ("dense_copies: much", "dense_copies: .*expected a number with a unit"),
     ],
 )
 def test_wrong_recipes(tmp_path, text, message):
@@ -66,6 +92,7 @@ def test_wrong_recipes(tmp_path, text, message):
         (["train", *REQUIRED], 2, "model m: no such directory or file"),
         (["train", *REQUIRED, "--lr", "-1"], 2, "lr: Input should be greater than 0"),
         (["train", *REQUIRED, "--resume", "--overwrite"], 2, "exclude each other"),
+        (["train", *REQUIRED, "--dense-copies", "4GiB"], 2, "dense_copies are of weights in 4 bit"),
         (["chat", "--model", "m", "--adapter", "dir"], 2, "expected NAME=DIR"),
     ],
 )

@@ -42,7 +42,7 @@ def test_backend_is_named():
 @pytest.mark.parametrize("rows", [1, 37, 300])
 @pytest.mark.parametrize("train_head", [False, True])
 def test_linear_cross_entropy(rows, train_head, monkeypatch):
-    monkeypatch.setattr("twinlora.numerics.loss._CHUNK_ELEMENTS", 4096)  # many chunks
+    monkeypatch.setattr("twinlora.numerics.loss._CHUNK_ELEMENTS", {"cpu": 4096})  # many chunks
     hidden = torch.randn(rows, 16, requires_grad=True)
     weight = torch.randn(99, 16, requires_grad=train_head)
     labels = torch.randint(0, 99, (rows,))

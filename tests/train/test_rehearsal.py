@@ -29,7 +29,7 @@ def test_it_has_no_effect_on_the_result(tiny, data_file, tmp_path, monkeypatch, 
 def test_it_is_the_longest_of_all_steps(tiny, data_file, tmp_path, packed):
     given = options(tiny, data_file, tmp_path / "r", micro_batch_tokens=150, epochs=2)
     inputs = read_inputs(given, Notes(Reporter()))
-    found = longest_micro_batch(inputs, inputs.steps(given), given, packed=packed)
+    found = longest_micro_batch(inputs, inputs.steps(given), given, 150, packed=packed)
     size = sum(len(e.ids) for e in found) if packed else max(len(e.ids) for e in found) * len(found)
     from twinlora.data.packing import make_batch
 
@@ -52,11 +52,9 @@ def test_running_out_of_memory_says_what_to_lower(tiny, data_file, tmp_path, mon
 
     monkeypatch.setattr(rehearsal, "loss_sum", exhausted)
     with pytest.raises(OutOfMemory, match=r"has \d+ tokens in 4 row\(s\)[\s\S]*--micro-batch-tokens \(now 2048\)"):
-        train(options(tiny, data_file, tmp_path / "r"))
+        train(options(tiny, data_file, tmp_path / "r", on_oom="stop"))
     with pytest.raises(OutOfMemory, match=r"in 1 row\(s\)[\s\S]*--max-length \(now 400\)(?![\s\S]*gradient)"):
-        train(
-            options(tiny, data_file, tmp_path / "s", micro_batch_tokens=1, max_length=400, gradient_checkpointing=True)
-        )
+        train(options(tiny, data_file, tmp_path / "s", max_length=400, gradient_checkpointing="auto"))
     assert not (tmp_path / "r" / "metrics.jsonl").exists()
 
 
@@ -78,7 +76,7 @@ def test_memory_that_really_runs_out(tiny, tmp_path):
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: SIM115, PTH123
     given = options(
         tiny, rows, tmp_path / "r", batch_size=64, micro_batch_tokens=10**6, max_length=9000, dtype="float32",
-        packing="off", fused=False,
+        packing="off", fused=False, on_oom="stop",
     )  # fmt: skip
     resource.setrlimit(resource.RLIMIT_AS, (size + (400 << 20), before[1]))
     try:

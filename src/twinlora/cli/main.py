@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from twinlora import __version__
 from twinlora.errors import ConfigError, TwinloraError
@@ -48,7 +48,10 @@ def parse_options(verb: str, arguments: list[str]) -> Any:
 
     cls: Any = getattr(config, _VERBS[verb][1])
     lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
-    recipe, arguments = _normalise(arguments, lists, first="data" if verb == "data check" else None)
+    switches = {name for name, field in cls.model_fields.items() if {"on", "off"} <= set(get_args(field.annotation))}
+    recipe, arguments = _normalise(
+        _switched(arguments, switches), lists, first="data" if verb == "data check" else None
+    )
     values = config.read_recipe(recipe, cls) if recipe else {}
     fields: list[tuple[str, Any, Any]] = []
     for name, field in sorted(cls.model_fields.items(), key=lambda item: not item[1].is_required()):
@@ -66,6 +69,18 @@ def parse_options(verb: str, arguments: list[str]) -> Any:
     )
     given = {name: getattr(parsed, name) for name in cls.model_fields}
     return config.validated(cls, given, where=f"twinlora {verb}")
+
+
+def _switched(arguments: list[str], switches: set[str]) -> list[str]:
+    """`--x` alone is `--x on` where x can be on and off, and `--no-x` is `--x off`."""
+    rest = []
+    for argument, after in zip(arguments, [*arguments[1:], "--"], strict=True):
+        name = argument.removeprefix("--").replace("-", "_")
+        if argument.startswith("--no-") and name.removeprefix("no_") in switches:
+            rest += [f"--{argument.removeprefix('--no-')}", "off"]
+        else:
+            rest += [argument, "on"] if name in switches and after.startswith("-") else [argument]
+    return rest
 
 
 def _normalise(arguments: list[str], lists: set[str], first: str | None = None) -> tuple[Path | None, list[str]]:

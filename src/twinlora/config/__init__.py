@@ -3,6 +3,7 @@
 from twinlora.config.groups import (
     AdapterOptions,
     DataOptions,
+    MemoryOptions,
     ModelOptions,
     OptimizerOptions,
     Options,
@@ -36,6 +37,7 @@ __all__ = [
     "DoctorOptions",
     "EvalOptions",
     "LoadOptions",
+    "MemoryOptions",
     "ModelOptions",
     "OptimizerOptions",
     "Options",

@@ -7,11 +7,21 @@ from typing import Annotated, Literal, Self
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from twinlora.config.values import HeldOut, Positive, Probability, Sources, parse_patterns, parse_ranges
+from twinlora.config.values import (
+    HeldOut,
+    Positive,
+    Probability,
+    SizeOrWord,
+    Sources,
+    Switch,
+    parse_patterns,
+    parse_ranges,
+)
 
 __all__ = [
     "AdapterOptions",
     "DataOptions",
+    "MemoryOptions",
     "ModelOptions",
     "OptimizerOptions",
     "Options",
@@ -160,3 +170,27 @@ class OptimizerOptions(BaseModel):
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
     epochs: Positive = Field(1, description="Passes over the data.")
     max_steps: Positive | None = Field(None, description="Stop after this many optimiser steps.")
+
+
+class MemoryOptions(BaseModel):
+    """What a run trades for memory. None of these changes the result but by the order of sums."""
+
+    gradient_checkpointing: Switch = Field(
+        "auto",
+        description="Recompute activations: less memory, about a third slower. auto: once memory has run out.",
+    )
+    on_oom: Literal["retry", "stop"] = Field(
+        "retry",
+        description="Where memory runs out. retry: recompute activations if gradient_checkpointing is auto, then halve "
+        "the micro-batches; the batch of a step stays what it is. stop: say what to lower.",
+    )
+    offload: list[Literal["optimizer", "activations"]] = Field(
+        [],
+        description="Keep in host memory, for the price of copies: the optimiser (masters, moments and the update), "
+        "and the activations that the backward pass wants.",
+    )
+    dense_copies: SizeOrWord = Field(
+        "off",
+        description="Method qlora: keep 16-bit copies beside the 4-bit weights of as many layers as fit into this "
+        "size, or into what a step leaves (auto); they need no decoding.",
+    )

@@ -16,7 +16,9 @@ __all__ = [
     "Method",
     "Positive",
     "Probability",
+    "SizeOrWord",
     "Sources",
+    "Switch",
     "Tracker",
     "parse_patterns",
     "parse_ranges",
@@ -68,6 +70,18 @@ def _listed(given: Any) -> Any:
     return [str(one) if isinstance(one, Path) else one for one in given] if isinstance(given, list) else given
 
 
+def _switched(given: Any) -> Any:
+    """Recipes say true and false, or on and off, which YAML reads as the same."""
+    return {True: "on", False: "off"}[given] if isinstance(given, bool) else given
+
+
+def _size_or_word(given: Any) -> Any:
+    given = "off" if given is False else given
+    if isinstance(given, str) and given not in ("auto", "off"):
+        parse_size(given)
+    return given
+
+
 def _unweighted(sources: list[str]) -> list[str]:
     for source in sources:
         if re.search(r"@\d*\.?\d+$", source) and not Path(source).exists():
@@ -76,4 +90,6 @@ def _unweighted(sources: list[str]) -> list[str]:
 
 
 Sources = Annotated[list[str], BeforeValidator(_listed)]
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switched)]
+SizeOrWord = Annotated[str, BeforeValidator(_size_or_word)]  # a size, auto or off
 HeldOut = Annotated[list[str], BeforeValidator(_listed), AfterValidator(_unweighted)]

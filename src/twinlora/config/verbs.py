@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from twinlora.config.groups import (
     AdapterOptions,
     DataOptions,
+    MemoryOptions,
     ModelOptions,
     OptimizerOptions,
     Options,
@@ -56,7 +57,7 @@ class AttachOptions(AdapterOptions):
         return self
 
 
-class TrainOptions(Options, ModelOptions, AdapterOptions, DataOptions, OptimizerOptions):
+class TrainOptions(Options, ModelOptions, AdapterOptions, DataOptions, OptimizerOptions, MemoryOptions):
     """Fine-tune a model: `twinlora train`."""
 
     method: Method = Field(description="lora: 16-bit base; qlora: NF4 base; full: all weights, float32 masters.")
@@ -76,7 +77,6 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, DataOptions, Optimizer
     report_to: list[Tracker] = Field(
         [], description="Also send metrics to tensorboard, wandb, mlflow or trackio, through their own packages."
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about a third slower.")
     fused: bool = Field(True, description="Replace blocks by our own where a numeric probe admits them.")
     seed: int = Field(0, description="Seed of the initial adapter, the order of rows and the dropout.")
 
@@ -90,6 +90,8 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, DataOptions, Optimizer
             raise ValueError("init loftq makes up for what quantising loses: it needs method qlora")
         if self.init != "default" and self.init_adapter:
             raise ValueError("init_adapter and init exclude each other: leave one out")
+        if self.dense_copies != "off" and self.method != "qlora":
+            raise ValueError("dense_copies are of weights in 4 bit: leave it out or choose method qlora")
         if self.patience and not (self.eval and self.eval_every):
             raise ValueError("patience counts evaluations: it needs eval and eval_every")
         return self

@@ -48,7 +48,7 @@ from torch import Tensor
 
 from twinlora.errors import ModelError
 from twinlora.numerics import attention as reference_attention
-from twinlora.numerics import cpu, elementwise, reference, triton
+from twinlora.numerics import cpu, cuda, elementwise, reference, triton
 from twinlora.numerics.nf4 import NF4Format
 
 __all__ = [
@@ -105,6 +105,8 @@ for _name, _schema in _SCHEMAS.items():
 if cpu.paths():
     for _name in cpu.OPS:
         _library.impl(_name, getattr(cpu, _name), "CPU")
+for _name in cuda.OPS:
+    _library.impl(_name, getattr(cuda, _name), "CUDA")
 if triton.available():
     for _name in triton.OPS:
         _library.impl(_name, triton.on_first_use(_name), "CUDA")
@@ -370,6 +372,6 @@ def attention_step(
 def backend(device: torch.device | str = "cpu") -> str:
     """The backend that serves `device`, as printed and recorded with every result, for example `cpu (avx512-bf16)`."""
     kind = torch.device(device).type
-    if kind == "cpu" and cpu.paths():
-        return f"cpu ({cpu.path()})"
-    return "cuda (triton)" if kind == "cuda" and triton.available() else f"{kind} (reference)"
+    if kind == "cuda":
+        return f"cuda ({cuda.path()})"
+    return f"{kind} ({cpu.path()})" if kind == "cpu" and cpu.paths() else f"{kind} (reference)"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from twinlora.numerics import attention, cpu, elementwise, reference, triton
+from twinlora.numerics import attention, cpu, cuda, elementwise, reference, triton
 
 __all__ = ["workspace_bytes"]
 
@@ -36,6 +36,8 @@ def workspace_bytes(op: str, *args: Any, target: str = "cpu") -> int:
     """
     if target == "cuda" and op in triton.OPS:
         return triton.workspace_bytes(op, *args)
+    if target == "cuda" and op in cuda.OPS and cuda.takes(op, *args):
+        return cuda.workspace_bytes(op, *args)
     kernel = target == "cpu" and bool(cpu.paths()) and cpu.takes(op, *args)
     return _kernel_bytes(op, args, torch.get_num_threads()) if kernel else reference_bytes(_REFERENCE[op], args)
 

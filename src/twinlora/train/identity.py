@@ -14,9 +14,13 @@ from twinlora.train.inputs import Inputs
 
 __all__ = ["identity", "require_same"]
 
-_FORMAT = 2  # of the checkpoint
+_FORMAT = 3  # of the checkpoint
 # Options that may change between a run and its continuation; of files the content counts, not the path.
-_FREE = {"output", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "json_output", "report_to", "device"}
+# Those of memory compute the same bits; micro-batches that were halved are part of the checkpoint.
+_FREE = {
+    "output", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "json_output", "report_to", "device",
+    "gradient_checkpointing", "on_oom", "offload", "dense_copies",
+}  # fmt: skip
 _FILES = {"model", "data", "eval", "init_adapter"}
 
 

@@ -21,6 +21,7 @@ from twinlora.adapters import files, hf
 from twinlora.adapters.lora import trainable_parameters
 from twinlora.config import TrainOptions
 from twinlora.data.packing import Batch, make_batch
+from twinlora.data.template import Example
 from twinlora.errors import ConfigError, Interrupted, StorageError, TrainingDiverged
 from twinlora.evaluate.metrics import mean_loss
 from twinlora.model.load import pick_device, pick_dtype
@@ -29,11 +30,12 @@ from twinlora.reporter import Reporter
 from twinlora.train import checkpoint, rehearsal
 from twinlora.train.identity import identity, require_same
 from twinlora.train.inputs import Inputs, read_inputs
+from twinlora.train.memory import Memory
 from twinlora.train.notes import Notes
 from twinlora.train.optim import MasterAdamW, learning_rate
 from twinlora.train.prepare import prepare
 from twinlora.train.record import passport_of
-from twinlora.train.rng import restore_rng
+from twinlora.train.rng import restore_rng, rng_state
 from twinlora.train.run import RunDirectory
 from twinlora.train.selection import Selection
 from twinlora.train.signals import StopSignals
@@ -77,8 +79,8 @@ def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResul
 
     Raises InputError before anything is written if an option, the model, data or adapter is wrong; BackendError if a
     tracker is missing; TrainingDiverged if a loss is not finite; Interrupted after a signal, when the state is saved;
-    OutOfMemory if the longest micro-batch does not fit; StorageError if the disk is full; CheckpointError if `resume`
-    finds a checkpoint of another run.
+    OutOfMemory if nothing is left to give up; StorageError if the disk is full; CheckpointError if `resume` finds a
+    checkpoint of another run.
     """
     _require_one_process()
     require_installed(options.report_to)
@@ -143,7 +145,7 @@ class _Trainer:
         device: torch.device,
     ) -> None:
         self.options, self.inputs, self.run, self.notes = options, inputs, run, notes
-        self.trackers, self.device = trackers, device
+        self.trackers, self.device, self.dtype = trackers, device, dtype
         self.identity = identity(options, inputs, dtype, device)
         machine.reset_peaks(device)
         machine.keep_freed_memory()
@@ -151,7 +153,10 @@ class _Trainer:
         self.prepared = prepare(options, inputs, dtype, device, notes)
         self.model = self.prepared.model
         self.parameters = trainable_parameters(self.model)
-        self.optimizer = MasterAdamW(self.parameters, options, scaled=dtype == torch.float16)
+        self.memory = Memory(options, self.model, packed=self.prepared.packed, device=device, notes=notes)
+        self.optimizer = MasterAdamW(
+            self.parameters, options, scaled=dtype == torch.float16, offload="optimizer" in options.offload
+        )
         self.total = inputs.steps(options)
         self.at = _Progress()
         chooses = bool(options.keep_best and options.eval and options.eval_every)
@@ -167,6 +172,7 @@ class _Trainer:
             for name, parameter in self.prepared.frozen().items():
                 parameter.copy_(found.tensors[f"frozen.{name}"])
         self.selection.load(found.state["selection"], found.tensors)
+        self.memory.load(found.state["memory"])
         restore_rng(found.rng, self.device)
         self.at = _Progress(step=found.state["step"], **found.state["progress"])
         missing = self.run.rewind_metrics(found.state["records"])
@@ -182,10 +188,8 @@ class _Trainer:
         """All remaining steps."""
         if self._done:
             return
-        packed = self.prepared.packed
-        longest = rehearsal.longest_micro_batch(self.inputs, self.total, self.options, packed=packed)
-        with StopSignals() as signals, rehearsal.explain_memory(longest, self.options, packed=packed):
-            rehearsal.rehearse(self.prepared, longest, self.optimizer, pad_id=self.inputs.pad_id, device=self.device)
+        with StopSignals() as signals:
+            self._rehearse()
             while not self._done:
                 self._one_step()
                 every = self.options.eval_every
@@ -201,28 +205,67 @@ class _Trainer:
                         signals.received,
                     )
 
+    def _rehearse(self) -> None:
+        """The longest micro-batch once; then what it leaves of memory may be used."""
+
+        def longest() -> list[Example]:
+            limit = self.memory.micro_batch_tokens
+            return rehearsal.longest_micro_batch(
+                self.inputs, self.total, self.options, limit, packed=self.prepared.packed
+            )
+
+        def run() -> None:
+            rehearsal.rehearse(
+                self.prepared, longest(), self.optimizer, self.memory, pad_id=self.inputs.pad_id, device=self.device
+            )
+
+        self.memory.attempt(run, longest)
+        self.memory.make_copies(self.dtype)
+
     def _batch(self, step: int) -> Batch:
         chosen = self.inputs.step_examples(step, self.options)
         return make_batch(
             chosen,
-            self.options.micro_batch_tokens,
+            self.memory.micro_batch_tokens,
             packed=self.prepared.packed,
             pad_id=self.inputs.pad_id,
             device=self.device,
         )
 
+    def _step(self, lr: float) -> tuple[Batch, StepResult]:
+        """One step; with less memory, and from its start, after a lack of memory."""
+        rng = rng_state(self.device)
+
+        def run() -> tuple[Batch, StepResult]:
+            batch = self._batch(self.at.step)
+            norm, plain = self.options.max_grad_norm, self.prepared.plain_head
+            return batch, train_step(
+                self.model,
+                batch,
+                self.optimizer,
+                lr=lr,
+                max_grad_norm=norm,
+                plain_head=plain,
+                saving=self.memory.saving,
+            )
+
+        def undo() -> None:
+            self.optimizer.discard_gradients()
+            restore_rng(rng, self.device)
+
+        def part() -> list[Example]:
+            return self._largest(self.inputs.step_examples(self.at.step, self.options))
+
+        return self.memory.attempt(run, part, undo, lambda: not self.optimizer.updating)
+
+    def _largest(self, examples: list[Example]) -> list[Example]:
+        """The largest micro-batch of `examples`."""
+        return rehearsal.largest_part(examples, self.memory.micro_batch_tokens, packed=self.prepared.packed)
+
     def _one_step(self) -> None:
         start = time.perf_counter()
         lr = learning_rate(self.at.step, self.total, self.options)
-        batch = self._batch(self.at.step)
-        result = train_step(
-            self.model,
-            batch,
-            self.optimizer,
-            lr=lr,
-            max_grad_norm=self.options.max_grad_norm,
-            plain_head=self.prepared.plain_head,
-        )
+        batch, result = self._step(lr)
         loss, norm = self._checked(result, batch, lr)
         seconds = time.perf_counter() - start
         self.at.step += 1
@@ -257,14 +300,18 @@ class _Trainer:
 
     def _evaluate(self) -> None:
         """Loss on the evaluation rows: logged, and the reason to stop or to keep these weights."""
-        loss = mean_loss(
-            self.model,
-            self.inputs.eval_examples,
-            micro_batch_tokens=self.options.micro_batch_tokens,
-            packed=self.prepared.packed,
-            pad_id=self.inputs.pad_id,
-            plain_head=self.prepared.plain_head,
-        )
+
+        def run() -> float:
+            return mean_loss(
+                self.model,
+                self.inputs.eval_examples,
+                micro_batch_tokens=self.memory.micro_batch_tokens,
+                packed=self.prepared.packed,
+                pad_id=self.inputs.pad_id,
+                plain_head=self.prepared.plain_head,
+            )
+
+        loss = self.memory.attempt(run, lambda: self._largest(self.inputs.eval_examples), differentiated=False)
         if not math.isfinite(loss):
             raise TrainingDiverged(f"evaluation after step {self.at.step}: loss {loss}; lower --lr")
         self.at.eval_loss = loss
@@ -283,6 +330,7 @@ class _Trainer:
             "identity": self.identity,
             "progress": self.at.state(),
             "selection": self.selection.state(),
+            "memory": self.memory.state(),
             "records": self.run.records,
         }
         tensors = self.optimizer.state_tensors() | self.selection.tensors()
@@ -293,6 +341,7 @@ class _Trainer:
 
     def finish(self) -> TrainResult:
         """The adapter (or the model, for method full) of the best or the last step, and run.json."""
+        self.memory.release()
         self.selection.restore_best(self.parameters)
         options, prepared = self.options, self.prepared
         if options.method == "full":
@@ -310,6 +359,7 @@ class _Trainer:
         document |= {"base_fingerprint": self.inputs.fingerprint, "data_sha256": self.inputs.digests}
         document |= {"machine": machine.describe(self.device), "notes": self.notes.lines}
         document |= {"replaced": prepared.replaced, "packed": prepared.packed, "plain_head": prepared.plain_head}
+        document |= {"memory": self.memory.record()}
         atomic.write_json(self.run.path / "run.json", document | {"result": record})
         return TrainResult(record, self.model, self.inputs.tokenizer, prepared.plain_head, prepared.packed)
 

@@ -33,15 +33,22 @@ def learning_rate(step: int, steps: int, options: OptimizerOptions) -> float:
 class MasterAdamW:
     """torch's AdamW over float32 masters of `parameters` (a float32 parameter is its own master).
 
-    With `scaled`, for float16: losses are multiplied by a factor that keeps their gradients in range, and a step whose
+    With `offload`, masters, moments and the update are the host's, whatever device the parameters are on. With
+    `scaled`, for float16: losses are multiplied by a factor that keeps their gradients in range, and a step whose
     gradients overflow changes nothing but that factor.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], options: OptimizerOptions, *, scaled: bool = False) -> None:
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        options: OptimizerOptions,
+        *,
+        scaled: bool = False,
+        offload: bool = False,
+    ) -> None:
         self.parameters = parameters
-        self.masters = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in parameters.items()
-        }
+        self.masters = {name: self._master(p, offload=offload) for name, p in parameters.items()}
+        self.updating = False  # in the midst of a step, which cannot be tried again
         device = next((p.device.type for p in parameters.values()), "cpu")
         self.scaler = torch.amp.GradScaler(device, enabled=scaled)
         self._adamw = torch.optim.AdamW(
@@ -51,6 +58,12 @@ class MasterAdamW:
             weight_decay=options.weight_decay,
             fused=True,
         )
+
+    @staticmethod
+    def _master(parameter: nn.Parameter, *, offload: bool) -> nn.Parameter:
+        if offload:
+            return nn.Parameter(_on_host(parameter.detach()))
+        return parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
 
     def _groups(self, ratio: float) -> list[dict[str, Any]]:
         """B apart from the rest, which learns `ratio` times as fast (LoRA+, arXiv 2402.12354)."""
@@ -73,6 +86,8 @@ class MasterAdamW:
         """Forget what `backward` added since the last step."""
         for parameter in self.parameters.values():
             parameter.grad = None
+        for master in self.masters.values():
+            master.grad = None
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` to those of the masters."""
@@ -81,10 +96,8 @@ class MasterAdamW:
 
     def step(self, lr: float, max_grad_norm: float) -> Tensor:
         """Clip, step at rate `lr`, clear the gradients; returns the gradient norm before clipping, float32 []."""
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            if master is not parameter and parameter.grad is not None:
-                master.grad, parameter.grad = parameter.grad.float(), None
+        self._pass_gradients_on()
+        self.updating = True
         self.scaler.unscale_(self._adamw)
         norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), max_grad_norm, foreach=True)
         for group in self._adamw.param_groups:
@@ -95,8 +108,21 @@ class MasterAdamW:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 if self.masters[name] is not parameter:
-                    parameter.copy_(self.masters[name])
+                    parameter.copy_(self.masters[name], non_blocking=True)
+        self.updating = False
         return norm
+
+    def _pass_gradients_on(self) -> None:
+        """From the parameters to masters that are not the parameters themselves."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            same = master.device == parameter.device
+            master.grad = parameter.grad.float() if same else _on_host(parameter.grad)
+            parameter.grad = None
+        if any(p.is_cuda and not self.masters[name].is_cuda for name, p in self.parameters.items()):
+            torch.cuda.synchronize()  # the copies above must have arrived
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by name: masters, both moments, the step count."""
@@ -126,3 +152,9 @@ class MasterAdamW:
         if self.scaler.is_enabled():
             scale, tracker = tensors[_SCALER].tolist()
             self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale, "_growth_tracker": int(tracker)})
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A float32 copy in host memory, pinned if it comes from a GPU; to be waited for then."""
+    host = torch.empty(tensor.shape, dtype=torch.float32, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)

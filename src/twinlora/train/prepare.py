@@ -83,6 +83,4 @@ def _make_trainable(model: Any, options: TrainOptions, lora: LoraConfig, initial
             init.pissa(model)
         if options.init_adapter:
             files.set_weights(model, files.read_adapter(options.init_adapter))
-    if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
