@@ -3,6 +3,7 @@
 from twinlora.config.groups import (
     AdapterOptions,
     DataOptions,
+    ExtentOptions,
     ModelOptions,
     OptimizerOptions,
     Options,
@@ -10,7 +11,7 @@ from twinlora.config.groups import (
     TokenizerOptions,
 )
 from twinlora.config.reading import read_recipe, validated
-from twinlora.config.values import parse_patterns, parse_ranges, parse_size
+from twinlora.config.values import Goal, Method, parse_patterns, parse_ranges, parse_size
 from twinlora.config.verbs import (
     AdapterInspectOptions,
     AttachOptions,
@@ -21,6 +22,7 @@ from twinlora.config.verbs import (
     DoctorOptions,
     EvalOptions,
     LoadOptions,
+    PlanOptions,
     TrainOptions,
 )
 
@@ -35,10 +37,14 @@ __all__ = [
     "DemoOptions",
     "DoctorOptions",
     "EvalOptions",
+    "ExtentOptions",
+    "Goal",
     "LoadOptions",
+    "Method",
     "ModelOptions",
     "OptimizerOptions",
     "Options",
+    "PlanOptions",
     "SourceOptions",
     "TokenizerOptions",
     "TrainOptions",

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from twinlora.config import Goal
 from twinlora.plan.quality import FORMATS
 from twinlora.plan.rows import Row, Way, solve
 
-__all__ = ["Change", "Choice", "Goal", "Reason", "changes", "choose", "rows_for"]
+__all__ = ["Change", "Choice", "Reason", "changes", "choose", "rows_for"]
 
-Goal = Literal["balanced", "accuracy", "speed", "memory", "edge", "many-tasks"]
 Reason = Literal[
     "nothing fits",  # the row is the one that needs least
     "only way",  # no other fits

@@ -1,0 +1,118 @@
+"""What a run would push through a model: its steps and micro-batches, as the trainer makes them.
+
+From tokenised rows, or, without data, from rows of one length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from twinlora.config import DataOptions
+from twinlora.data.packing import epoch_order, epoch_size, split, steps_per_epoch
+from twinlora.data.template import Example
+
+__all__ = ["Micro", "Workload", "assumed"]
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch: the lengths of its rows, how many of its tokens carry loss, and of how many its step has."""
+
+    lengths: tuple[int, ...]
+    trained_tokens: int
+    micro_batches: int
+
+    def size(self, *, packed: bool) -> int:
+        """Tokens that go through the model, padding included."""
+        return sum(self.lengths) if packed else max(self.lengths) * len(self.lengths)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The examples of a run and how they become steps."""
+
+    examples: Sequence[Example]
+    options: DataOptions
+    epochs: int
+    max_steps: int | None
+    seed: int
+    from_data: bool
+    packed: bool = True
+
+    @cached_property
+    def weights(self) -> list[float]:
+        """How often each example is seen in an epoch."""
+        return [example.weight for example in self.examples]
+
+    @property
+    def rows(self) -> int:
+        """Rows that the run shows, repeated ones counted again."""
+        return sum(map(len, self.batches))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(example.ids) for example in self.examples)
+
+    @cached_property
+    def batches(self) -> list[list[Example]]:
+        """The examples of every step of the run, in order."""
+        size, out = self.options.batch_size, []
+        steps = self.epochs * steps_per_epoch(epoch_size(self.weights), size)
+        steps = min(steps, self.max_steps or steps)
+        for epoch in range(self.epochs):
+            if len(out) >= steps:
+                break
+            order = epoch_order(self.weights, epoch, self.seed, shuffle=self.options.shuffle)
+            out += [[self.examples[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
+        return out[:steps]
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of the run."""
+        return sum(len(example.ids) for batch in self.batches for example in batch)
+
+    @property
+    def largest_step(self) -> int:
+        """Tokens of the largest step, as one micro-batch."""
+        return max(self._size(batch) for batch in self.batches)
+
+    def _size(self, part: Sequence[Example]) -> int:
+        lengths = [len(example.ids) for example in part]
+        return sum(lengths) if self.packed else max(lengths) * len(lengths)
+
+    def largest(self, limit: int) -> Micro:
+        """The micro-batch with the most tokens of all, with micro-batches of at most `limit` tokens: it decides the peak.
+
+        Of equally large ones the one whose loss has the most rows.
+        """
+        found = [(part, len(parts)) for parts in self._parts(limit) for part in parts]
+        part, _ = max(found, key=lambda one: (self._size(one[0]), _trained(one[0])))
+        return _micro(part, max(count for _, count in found))
+
+    def typical(self, limit: int) -> tuple[Micro, float]:
+        """The micro-batch whose tokens are nearest to the mean, and how many of its size make the run."""
+        parts = self._parts(limit)
+        sizes = [self._size(part) for step in parts for part in step]
+        mean = sum(sizes) / len(sizes)
+        part = min((part for step in parts for part in step), key=lambda part: abs(self._size(part) - mean))
+        return _micro(part, round(len(sizes) / len(parts)) or 1), sum(sizes) / self._size(part)
+
+    def _parts(self, limit: int) -> list[list[list[Example]]]:
+        return [list(split(batch, limit, packed=self.packed)) for batch in self.batches]
+
+
+def _trained(part: Sequence[Example]) -> int:
+    return sum(example.trained_tokens for example in part)
+
+
+def _micro(part: Sequence[Example], count: int) -> Micro:
+    return Micro(tuple(len(example.ids) for example in part), _trained(part), count)
+
+
+def assumed(length: int, options: DataOptions, *, rows: int, epochs: int, seed: int) -> Workload:
+    """`rows` rows of `length` tokens that all carry loss."""
+    example = Example([0] * length, [True] * length, "assumed")
+    return Workload([example] * rows, options, epochs, None, seed, from_data=False)
