@@ -17,7 +17,7 @@ import transformers
 import twinlora
 
 __all__ = [
-    "available_bytes", "describe", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes", "product_rates", "reset_peaks",
+    "available_bytes", "describe", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes", "product_rates", "reset_peaks", "rss_bytes",
 ]  # fmt: skip
 
 
@@ -94,6 +94,11 @@ def _proc_kib(path: str, key: str) -> int:
     except OSError:
         return 0
     return int(match[1]) * 1024 if match else 0
+
+
+def rss_bytes() -> int:
+    """Resident set of this process now; 0 where the system does not say."""
+    return _proc_kib("/proc/self/status", "VmRSS")
 
 
 def peak_rss_bytes() -> int:

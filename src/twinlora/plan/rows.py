@@ -15,9 +15,7 @@ from twinlora.plan.quality import FORMATS, Expectation, rounding
 __all__ = ["RESERVE", "TITLES", "Candidate", "Fit", "Row", "Way", "solve"]
 
 RESERVE = 0.02  # of the predicted peak: what the prediction may be off by
-TITLES = {
-    "full": "full", "lora": "LoRA 16-bit", "int8": "LoRA int8", "qlora": "QLoRA", "hybrid": "hybrid",
-}  # fmt: skip
+TITLES = {"full": "full", "lora": "LoRA", "int8": "LoRA over int8", "qlora": "QLoRA", "hybrid": "hybrid"}
 Fit = Literal["fits", "tight", "does not fit"]
 _NF4_BITS, _LEAST_BITS, _MOST_BITS = FORMATS[1].bits, FORMATS[0].bits, FORMATS[-1].bits
 
@@ -32,6 +30,7 @@ class Candidate:
     by_cause: Mapping[str, int]
     work: float
     seconds: float | None = None
+    exact: bool = True  # simulated; else between two simulated settings
 
     @property
     def peak(self) -> int:

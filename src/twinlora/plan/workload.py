@@ -6,7 +6,7 @@ From tokenised rows, or, without data, from rows of one length.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from twinlora.config import DataOptions
@@ -40,6 +40,7 @@ class Workload:
     seed: int
     from_data: bool
     packed: bool = True
+    _cut: dict[int, list[list[list[Example]]]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def weights(self) -> list[float]:
@@ -92,16 +93,15 @@ class Workload:
         part, _ = max(found, key=lambda one: (self._size(one[0]), _trained(one[0])))
         return _micro(part, max(count for _, count in found))
 
-    def typical(self, limit: int) -> tuple[Micro, float]:
-        """The micro-batch whose tokens are nearest to the mean, and how many of its size make the run."""
-        parts = self._parts(limit)
-        sizes = [self._size(part) for step in parts for part in step]
-        mean = sum(sizes) / len(sizes)
-        part = min((part for step in parts for part in step), key=lambda part: abs(self._size(part) - mean))
-        return _micro(part, round(len(sizes) / len(parts)) or 1), sum(sizes) / self._size(part)
+    def micro_batches(self, limit: int) -> tuple[int, float]:
+        """How many micro-batches of at most `limit` tokens the run has, and the tokens of their mean."""
+        sizes = [self._size(part) for parts in self._parts(limit) for part in parts]
+        return len(sizes), sum(sizes) / len(sizes)
 
     def _parts(self, limit: int) -> list[list[list[Example]]]:
-        return [list(split(batch, limit, packed=self.packed)) for batch in self.batches]
+        if limit not in self._cut:
+            self._cut[limit] = [list(split(batch, limit, packed=self.packed)) for batch in self.batches]
+        return self._cut[limit]
 
 
 def _trained(part: Sequence[Example]) -> int:
