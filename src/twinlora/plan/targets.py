@@ -1,0 +1,83 @@
+"""The device that a step is simulated for: which ops have a kernel there, what those hold, how sizes are rounded.
+
+Everything runs on fake CPU tensors; the target decides where the code asks for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from twinlora.numerics import attention as reference_attention
+from twinlora.numerics import cpu, elementwise, reference
+from twinlora.plan.workspace import kept_bytes, workspace_bytes
+
+__all__ = ["Target", "TargetName"]
+
+TargetName = Literal["cpu", "cuda"]
+_REFERENCE: dict[str, Any] = vars(reference) | vars(reference_attention) | vars(elementwise)
+_ROUNDING = {"cpu": 1, "cuda": 512}  # torch's CPU allocator takes what it is asked for, the CUDA one blocks of 512
+
+
+class Target:
+    """A kind of device. On `cuda` every op that has no kernel there yet is its reference, as in training."""
+
+    def __init__(self, name: TargetName) -> None:
+        self.name = name
+        self.compiled = name == "cpu" and bool(cpu.paths())
+
+    def rounded(self, size: int) -> int:
+        """Bytes that the allocator takes for `size`."""
+        step = _ROUNDING[self.name]
+        return -(-size // step) * step
+
+    def composed(self, func: Any, args: Sequence[Any]) -> Callable[..., Any] | None:
+        """The Python function that an op of ours is there, or None if it is a kernel (or not ours)."""
+        if func.namespace != "twinlora":
+            return None
+        name = func._schema.name.rpartition("::")[2]
+        if self.compiled and self._has_kernel(name, args):
+            return None
+        _warm(name, args)
+        function: Callable[..., Any] = _REFERENCE[name]
+        return function
+
+    def _has_kernel(self, name: str, args: Sequence[Any]) -> bool:
+        if name not in cpu.OPS:
+            return False
+        if name == "attention":
+            return cpu._attends(args[0], args[3])
+        if name == "attention_backward":
+            return cpu._attends(args[1], args[4])
+        if name in ("rms_norm", "swiglu"):
+            return cpu._fits(*args[:2])
+        if name in ("rms_norm_backward", "swiglu_backward"):
+            return cpu._fits(*args[:3])
+        if name == "cross_entropy_":
+            return cpu._fits(args[0]) and args[0].is_contiguous()
+        return True
+
+    def workspace(
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Sequence[Any]
+    ) -> tuple[int, dict[str, int]]:
+        """What a kernel holds beside its results: bytes while it runs, and buffers that it keeps, by name."""
+        if not self.compiled or func.namespace != "twinlora":
+            return 0, {}
+        name = func._schema.name.rpartition("::")[2]
+        return workspace_bytes(name, *args), kept_bytes(name, *args)
+
+
+def _warm(name: str, args: Sequence[Any]) -> None:
+    """Fill the caches that a reference function reads with real tensors, before it fills them with fake ones."""
+    with unset_fake_temporarily():
+        cpu_device = torch.device("cpu")
+        if name.startswith(("nf4_", "scales_")):
+            reference._constants(cpu_device)
+        elif name in ("attention", "attention_backward"):
+            q, k = args[:2] if name == "attention" else args[1:3]
+            starts = tuple(args[-3])
+            for heads, group in ((q.shape[1], q.shape[1] // k.shape[1]), (k.shape[1], 1)):
+                reference_attention._grids(starts, heads, group, cpu_device)
