@@ -100,7 +100,9 @@ def test_expected_quality_past_a_border_flips_the_choice():
         made = [
             dataclasses.replace(way, expected=dataclasses.replace(way.expected, points=points))
             if way.method == "qlora"
-            else dataclasses.replace(way, needs="something") if way.method in ("hybrid", "int8") else way
+            else dataclasses.replace(way, needs="something")
+            if way.method in ("hybrid", "int8")
+            else way
             for way in made
         ]
         assert at(made, 80).method == method

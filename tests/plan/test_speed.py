@@ -25,7 +25,11 @@ def test_measured_rates_add_work_and_overhead():
 
 
 def test_an_operation_has_its_own_curve_if_it_was_measured():
-    curves = {"product float32": Curve(((1.0, 1e12),)), "mm": Curve(((1.0, 5e11),)), "elementwise": Curve(((1.0, 1e9),))}
+    curves = {
+        "product float32": Curve(((1.0, 1e12),)),
+        "mm": Curve(((1.0, 5e11),)),
+        "elementwise": Curve(((1.0, 1e9),)),
+    }
     assert Measured("", curves, 0).call_seconds(MM, 1) == pytest.approx(MM.flops / 5e11)
     assert Measured("", curves, 0).call_seconds(NF4, 1) == pytest.approx(NF4.flops / 1e12)
 

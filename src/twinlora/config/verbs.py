@@ -190,9 +190,13 @@ class PlanOptions(Options, ModelOptions, AdapterOptions, DataOptions, ExtentOpti
         description="A directory, a config.json, a GGUF file, a hub id (only its configuration and the headers of its "
         "weights are read), or a well-known name such as llama-65b.",
     )
-    data: Sources = Field([], description="Rows to train on; sources as for `twinlora train`. Without, rows of `length`.")
+    data: Sources = Field(
+        [], description="Rows to train on; sources as for `twinlora train`. Without, rows of `length`."
+    )
     device: str = Field("auto", description="auto: this machine; or a device by its exact name, such as 'RTX 4090'.")
-    memory: Size | None = Field(None, description="Memory that a run may use, for example 24GiB; default: the device's.")
+    memory: Size | None = Field(
+        None, description="Memory that a run may use, for example 24GiB; default: the device's."
+    )
     goal: Goal = Field(
         "balanced",
         description="balanced; accuracy: the least rounding that fits; speed; memory; edge: for a device that runs a base "

@@ -31,7 +31,6 @@ __all__ = ["calibrate", "load", "measure", "store"]
 _SECONDS = 0.25  # for each piece
 _LEAST, _MOST = 5, 2000  # calls of a piece
 _ROTATING = 96 << 20  # bytes of operands that take turns: more than a last-level cache holds for long
-_TYPES = (torch.bfloat16, torch.float32)
 
 # curve, then the call to time; it gets the number of the turn
 Piece = tuple[str, Callable[[int], Any]]
@@ -85,7 +84,7 @@ def _count(call: Callable[[int], Any]) -> list[work.Kind]:
 
 
 def _time(call: Callable[[int], Any], device: torch.device) -> float:
-    """Seconds of a call: the mean of the faster half, since other load only adds."""
+    """Seconds of a call: the mean of the fastest quarter, since other load only adds."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     call(0)
     wait()
@@ -96,8 +95,8 @@ def _time(call: Callable[[int], Any], device: torch.device) -> float:
         call(len(times))
         wait()
         times.append(time.perf_counter() - start)
-    faster = sorted(times)[: (len(times) + 1) // 2]
-    return sum(faster) / len(faster)
+    fastest = sorted(times)[: (len(times) + 3) // 4]
+    return sum(fastest) / len(fastest)
 
 
 def _overhead(device: torch.device) -> float:
@@ -116,16 +115,16 @@ def _overhead(device: torch.device) -> float:
 
 def _rotate(make: Callable[[], Tensor]) -> list[Tensor]:
     first = make()
-    return [first] + [make() for _ in range(min(64, _ROTATING // max(first.nbytes, 1)))]
+    return [first] + [first.clone() for _ in range(min(64, _ROTATING // max(first.nbytes, 1)))]
 
 
 def _pieces(device: torch.device) -> Iterator[Callable[[], Piece]]:
-    for dtype in _TYPES:
+    for dtype, every in ((torch.bfloat16, 1), (torch.float32, 2)):
         name = str(dtype).removeprefix("torch.")
-        for rows, inner, outer in _PRODUCTS:
-            yield lambda d=dtype, n=name, s=(rows, inner, outer): (f"product {n}", _product(*s, d, device))
-        for rows in (64, 256, 1024, 2048):
-            yield lambda d=dtype, n=name, r=rows: (f"nf4 product {n}", _nf4(r, 2048, d, device))
+        for shape in _PRODUCTS[::every]:
+            yield lambda d=dtype, n=name, s=shape: (f"product {n}", _product(*s, d, device))
+        for rows in (64, 256, 1024)[::every]:
+            yield lambda d=dtype, n=name, r=rows: (f"nf4 product {n}", _nf4(r, 1024, d, device))
     for length in (32, 128, 512, 2048):
         yield lambda n=length: ("attention", _attention(n, device, backward=False))
         yield lambda n=length: ("attention_backward", _attention(n, device, backward=True))
@@ -156,7 +155,7 @@ def _product(rows: int, inner: int, outer: int, dtype: torch.dtype, device: torc
 
 def _nf4(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], Any]:
     x = torch.randn(rows, size, dtype=dtype, device=device)
-    weights = [ops.quantize(torch.randn(size, size, dtype=dtype, device=device)) for _ in range(16)]
+    weights = [ops.quantize(torch.randn(size, size, dtype=dtype, device=device)) for _ in range(32)]
     return lambda turn: ops.linear(x, weights[turn % len(weights)])
 
 
@@ -245,7 +244,9 @@ def load(name: str) -> Measured | None:
     if entry is None:
         return None
     try:
-        curves = {curve: Curve(tuple((float(x), float(y)) for x, y in points)) for curve, points in entry["curves"].items()}
+        curves = {
+            curve: Curve(tuple((float(x), float(y)) for x, y in points)) for curve, points in entry["curves"].items()
+        }
         return Measured(str(entry["source"]), curves, float(entry["overhead"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StorageError(f"{_file()}: {name}: not rates ({error}); run twinlora plan --calibrate again") from None

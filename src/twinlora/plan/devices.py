@@ -9,9 +9,12 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from twinlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["DEVICES", "Device", "find", "this_machine"]
 
@@ -89,19 +92,17 @@ def find(name: str) -> Device:
     )
 
 
-def this_machine() -> Device:
-    """The GPU of this machine if torch sees one, else its CPU, with the memory that is free now."""
+def this_machine(device: torch.device) -> Device:
+    """`device` of this machine, with the memory that is free now."""
     import torch
 
     from twinlora import machine
 
-    if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info(0)
-        bfloat16 = torch.cuda.get_device_capability(0) >= (8, 0)
-        return Device(
-            torch.cuda.get_device_name(0), "cuda", free, "free memory, from the driver", "now", bfloat16=bfloat16
-        )
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        name = torch.cuda.get_device_name(device)
+        return Device(name, "cuda", free, "free memory, from the driver", "now", bfloat16=bfloat16)
     facts = machine.describe()
     name = f"{facts['cpu']}, {facts['threads']} threads"
     return Device(name, "cpu", machine.available_bytes(), "free memory, from the system", "now")
-

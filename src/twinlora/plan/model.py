@@ -117,6 +117,15 @@ def _header(path: Path) -> dict[str, int]:
                 for extent in entry["shape"]:
                     count *= extent
                 types[entry["dtype"]] = types.get(entry["dtype"], 0) + count
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
+    except (
+        OSError,
+        struct.error,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        MemoryError,
+        OverflowError,
+    ) as error:
         raise ModelError(f"{path}: not a safetensors file ({error}); fetch it again") from None
     return types

@@ -5,6 +5,7 @@ Sizes are bytes, times seconds.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,6 +62,10 @@ class Way:
     expected: Expectation
     candidates: tuple[Candidate, ...]
     needs: str | None = None
+
+    def recomputing(self) -> Way:
+        """With checkpointing alone."""
+        return dataclasses.replace(self, candidates=tuple(c for c in self.candidates if c.checkpointing))
 
 
 @dataclass(frozen=True)

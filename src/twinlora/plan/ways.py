@@ -18,15 +18,15 @@ from transformers import PretrainedConfig
 
 from twinlora import machine
 from twinlora.adapters.targets import LoraConfig
-from twinlora.config import Method, PlanOptions
+from twinlora.config import AdapterOptions, Method, PlanOptions
 from twinlora.plan.quality import FORMATS, expected
 from twinlora.plan.rows import Candidate, Row, Way
 from twinlora.plan.simulate import Cell, Simulated, simulate
 from twinlora.plan.speed import Rates
 from twinlora.plan.targets import TargetName
-from twinlora.plan.workload import Workload
+from twinlora.plan.workload import Micro, Workload
 
-__all__ = ["METHODS", "Setting", "Ways"]
+__all__ = ["METHODS", "Setting", "Ways", "cell_for", "step_times"]
 
 METHODS = ("full", "lora", "int8", "qlora", "hybrid")
 _GROWING = ("activations", "loss head", "workspace")  # with the tokens of a micro-batch
@@ -101,7 +101,10 @@ class Ways:
             ]  # fmt: skip
             made[method] = self._way(method, candidates, points[method, False].found, quantised)
         made["hybrid"] = dataclasses.replace(
-            made["qlora"], method="hybrid", needs=_needs("hybrid"), expected=expected("hybrid", made["qlora"].parameters)
+            made["qlora"],
+            method="hybrid",
+            needs=_needs("hybrid"),
+            expected=expected("hybrid", made["qlora"].parameters),
         )
         made["int8"] = self._in_int8(made["qlora"])
         return [made[method] for method in METHODS]
@@ -117,30 +120,17 @@ class Ways:
         candidates = tuple(better if candidate is row.setting else candidate for candidate in row.way.candidates)
         return dataclasses.replace(row.way, candidates=candidates)
 
-    def cell(self, method: str, checkpointing: bool, limit: int) -> Cell:
-        """The cell of the largest micro-batch of at most `limit` tokens."""
-        micro, options = self.workload.largest(limit), self.setting.options
-        return Cell(
-            method=method,  # type: ignore[arg-type]
-            lengths=micro.lengths,
-            trained_tokens=micro.trained_tokens,
-            micro_batches=micro.micro_batches,
-            rank=options.rank,
-            targets=tuple(options.target),
-            adapter=LoraConfig.from_options(options),
-            block_size=options.block_size,
-            double_quant=options.double_quant,
-            checkpointing=checkpointing,
-            dtype=self.setting.dtype,
-            target=self.setting.target,
-            packing=self.workload.packed,
-        )
-
     def _simulated(self, method: str, checkpointing: bool, limit: int) -> Simulated:
         total = 6 + 2 * (len(self.limits) > 1)
         self._done += 1
         self._tell(min(self._done, total), total)
-        return _simulated(self.config, self.cell(method, checkpointing, limit))
+        setting, packed = self.setting, self.workload.packed
+        cell = cell_for(
+            self.workload.largest(limit), setting.options, method=method, checkpointing=checkpointing,
+            dtype=setting.dtype, target=setting.target, packed=packed, block_size=setting.options.block_size,
+            double_quant=setting.options.double_quant,
+        )  # fmt: skip
+        return _simulated(self.config, cell)
 
     def _point(self, method: str, checkpointing: bool, limit: int) -> _Point:
         found = self._simulated(method, checkpointing, limit)
@@ -148,9 +138,7 @@ class Ways:
         tokens = micro.size(packed=self.workload.packed)
         if rates is None:
             return _Point(found, tokens, None, 0.0)
-        by_kind = rates.seconds_by_kind(found.counts, tokens)
-        update = by_kind.pop("optimiser", 0.0)
-        return _Point(found, tokens, sum(by_kind.values()) / micro.micro_batches, update)
+        return _Point(found, tokens, *step_times(rates, found, micro, tokens))
 
     def _candidate(
         self, top: _Point, lora: _Point, low: _Point | None, checkpointing: bool, limit: int, *, shared: bool
@@ -209,6 +197,45 @@ class Ways:
         return dataclasses.replace(
             qlora, method="int8", bits=_INT8.bits, candidates=candidates, expected=known, needs=_needs("int8")
         )
+
+
+def cell_for(
+    micro: Micro,
+    options: AdapterOptions,
+    *,
+    method: str,
+    checkpointing: bool,
+    dtype: torch.dtype,
+    target: TargetName,
+    packed: bool,
+    block_size: int = 64,
+    double_quant: bool = True,
+    fused: bool = True,
+) -> Cell:
+    """The cell of a step whose micro-batches are like `micro`."""
+    return Cell(
+        method=method,  # type: ignore[arg-type]
+        lengths=micro.lengths,
+        trained_tokens=micro.trained_tokens,
+        micro_batches=micro.micro_batches,
+        rank=options.rank,
+        targets=tuple(options.target),
+        adapter=LoraConfig.from_options(options),
+        block_size=block_size,
+        double_quant=double_quant,
+        checkpointing=checkpointing,
+        dtype=dtype,
+        target=target,
+        fused=fused,
+        packing=packed,
+    )
+
+
+def step_times(rates: Rates, found: Simulated, micro: Micro, tokens: int) -> tuple[float, float]:
+    """Seconds of one micro-batch of `tokens`, and of one update of the weights."""
+    by_kind = rates.seconds_by_kind(found.counts, tokens)
+    update = by_kind.pop("optimiser", 0.0)
+    return sum(by_kind.values()) / micro.micro_batches, update
 
 
 @cache

@@ -5,15 +5,19 @@ From tokenised rows, or, without data, from rows of one length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from twinlora.config import DataOptions
+from twinlora.config import DataOptions, PlanOptions
+from twinlora.data import sources
+from twinlora.data.examples import encode_rows
 from twinlora.data.packing import epoch_order, epoch_size, split, steps_per_epoch
 from twinlora.data.template import Example
+from twinlora.model.load import load_tokenizer
+from twinlora.plan.model import Planned
 
-__all__ = ["Micro", "Workload", "assumed"]
+__all__ = ["Micro", "Workload", "assumed", "tokenised"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,24 @@ def _micro(part: Sequence[Example], count: int) -> Micro:
     return Micro(tuple(len(example.ids) for example in part), _trained(part), count)
 
 
-def assumed(length: int, options: DataOptions, *, rows: int, epochs: int, seed: int) -> Workload:
-    """`rows` rows of `length` tokens that all carry loss."""
-    example = Example([0] * length, [True] * length, "assumed")
-    return Workload([example] * rows, options, epochs, None, seed, from_data=False)
+def assumed(options: PlanOptions) -> Workload:
+    """Without data: `options.rows` rows of `options.length` tokens that all carry loss."""
+    example = Example([0] * options.length, [True] * options.length, "assumed")
+    return Workload(
+        [example] * options.rows, options, options.epochs, options.max_steps, options.seed, from_data=False,
+        packed=options.packing == "auto",
+    )  # fmt: skip
+
+
+def tokenised(options: PlanOptions, planned: Planned, note: Callable[[str], None]) -> Workload:
+    """The rows of `options.data` as training would see them. Raises InputError."""
+    data = sources.read(options.data, columns=options.columns, note=note)
+    tokenizer = load_tokenizer(planned.tokenizer_source(), trust_remote_code=options.trust_remote_code)
+    examples = encode_rows(
+        tokenizer, data.rows, options.max_length, overlong=options.overlong, allow_untrained=options.allow_untrained,
+        note=note,
+    )  # fmt: skip
+    return Workload(
+        examples, options, options.epochs, options.max_steps, options.seed, from_data=True,
+        packed=options.packing == "auto",
+    )  # fmt: skip
