@@ -190,3 +190,5 @@ def _batch(cell: Cell, *, packed: bool) -> Batch:
     count = min(cell.micro_batches, 2)
     micro = [make_micro_batch(rows, packed=packed, target=cell.target) for _ in range(count)]
     return Batch(micro, [], sum(part.trained_tokens for part in micro))
+
+
