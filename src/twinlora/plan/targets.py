@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from twinlora.numerics import attention as reference_attention
 from twinlora.numerics import cpu, elementwise, reference
-from twinlora.plan.workspace import kept_bytes, workspace_bytes
+from twinlora.plan.workspace import kept_bytes, reference_bytes, workspace_bytes
 
 __all__ = ["Target", "TargetName"]
 
@@ -39,7 +39,7 @@ class Target:
         if func.namespace != "twinlora":
             return None
         name = func._schema.name.rpartition("::")[2]
-        if self.compiled and self._has_kernel(name, args):
+        if name.startswith(("nf4_", "scales_")) or (self.compiled and self._has_kernel(name, args)):
             return None
         _warm(name, args)
         function: Callable[..., Any] = _REFERENCE[name]
@@ -64,20 +64,19 @@ class Target:
         self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Sequence[Any]
     ) -> tuple[int, dict[str, int]]:
         """What a kernel holds beside its results: bytes while it runs, and buffers that it keeps, by name."""
-        if not self.compiled or func.namespace != "twinlora":
+        if func.namespace != "twinlora":
             return 0, {}
         name = func._schema.name.rpartition("::")[2]
+        if not self.compiled:
+            return reference_bytes(name, *args), {}
         return workspace_bytes(name, *args), kept_bytes(name, *args)
 
 
 def _warm(name: str, args: Sequence[Any]) -> None:
     """Fill the caches that a reference function reads with real tensors, before it fills them with fake ones."""
+    if name not in ("attention", "attention_backward"):
+        return
+    q, k = args[:2] if name == "attention" else args[1:3]
     with unset_fake_temporarily():
-        cpu_device = torch.device("cpu")
-        if name.startswith(("nf4_", "scales_")):
-            reference._constants(cpu_device)
-        elif name in ("attention", "attention_backward"):
-            q, k = args[:2] if name == "attention" else args[1:3]
-            starts = tuple(args[-3])
-            for heads, group in ((q.shape[1], q.shape[1] // k.shape[1]), (k.shape[1], 1)):
-                reference_attention._grids(starts, heads, group, cpu_device)
+        for heads, group in ((q.shape[1], q.shape[1] // k.shape[1]), (k.shape[1], 1)):
+            reference_attention._grids(tuple(args[-3]), heads, group, torch.device("cpu"))

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinlora.numerics import cpu
+from twinlora.numerics import cpu, reference
 
-__all__ = ["kept_bytes", "workspace_bytes"]
+__all__ = ["kept_bytes", "reference_bytes", "workspace_bytes"]
 
 # Of csrc/attention.cpp, tiles.hpp and avx512.cpp.
 _BLOCK, _QUERIES, _STEP_DEPTH, _STEP_PAIRS, _PANEL, _FROM_DECODED = 32, 256, 32, 512, 16, 17
@@ -34,6 +34,20 @@ def workspace_bytes(op: str, *args: Any) -> int:
     if op in ("dense_linear", "nf4_linears") or (op == "nf4_linear" and cpu._few_rows(args[0], args[5][1], args[6])):
         return _copied(args[0])
     return 0
+
+
+def reference_bytes(op: str, *args: Any) -> int:
+    """What the reference of an NF4 product makes and frees: the weight in x's type, its scales, and one panel."""
+    x = args[0]
+    if op in ("nf4_linear", "nf4_linear_transposed"):
+        count, block = args[5][0] * args[5][1], args[6]
+    elif op == "nf4_linears":
+        count, block = max(args[2]) * x.shape[-1], args[3]
+    else:
+        return 0
+    scales = 3 * 4 * -(-count // block)  # float32: looked up, scaled, shifted
+    panel = min(count, reference._PANEL) * (2 + 4)  # int32 codes of pairs, float32 values
+    return count * x.dtype.itemsize + scales + panel
 
 
 def _copied(*values: Any) -> int:
