@@ -86,11 +86,14 @@ class SwiGLU(nn.Module):
         if not torch.is_grad_enabled():
             return self._down(torch.ops.twinlora.swiglu(g, u))
         y = _SwiGLU.apply(g, u)
-        gate, up, place, count = g.detach(), u.detach(), y.data_ptr(), y.numel()
+        # Where others decide what is kept (checkpointing keeps nothing), hooks of ours would overrule theirs.
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            return self._down(y)
+        gate, up, place, count = g.detach(), u.detach(), y.untyped_storage()._cdata, y.numel()
 
         # What down_proj keeps of its input is computed again: it is the widest activation of a layer.
         def pack(saved: Tensor) -> Tensor | torch.Size:
-            return saved.shape if saved.data_ptr() == place and saved.numel() == count else saved
+            return saved.shape if saved.untyped_storage()._cdata == place and saved.numel() == count else saved
 
         def unpack(saved: Tensor | torch.Size) -> Tensor:
             return saved if isinstance(saved, Tensor) else torch.ops.twinlora.swiglu(gate, up).view(saved)
