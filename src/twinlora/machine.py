@@ -17,7 +17,8 @@ import transformers
 import twinlora
 
 __all__ = [
-    "available_bytes", "describe", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes", "product_rates", "reset_peaks", "rss_bytes",
+    "available_bytes", "describe", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes", "product_rates",
+    "reset_peaks", "rss_bytes",
 ]  # fmt: skip
 
 

@@ -199,8 +199,8 @@ class PlanOptions(Options, ModelOptions, AdapterOptions, DataOptions, ExtentOpti
     )
     goal: Goal = Field(
         "balanced",
-        description="balanced; accuracy: the least rounding that fits; speed; memory; edge: for a device that runs a base "
-        "of 4 bits; many-tasks: adapters that are switched over one base.",
+        description="balanced; accuracy: the least rounding that fits; speed; memory; edge: for a device that runs a "
+        "base of 4 bits; many-tasks: adapters that are switched over one base.",
     )
     micro_batch_tokens: Positive = Field(8192, description="Most tokens that may go through the model at once.")
     length: Positive = Field(512, description="Without data: tokens of each row.")

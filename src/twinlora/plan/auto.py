@@ -17,8 +17,8 @@ CHOSEN = ("method", "micro_batch_tokens", "gradient_checkpointing")  # what the 
 
 
 def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> TrainOptions:
-    """`options` with what the planner chose for this machine. A method, checkpointing that is on, and the most tokens of
-    a micro-batch stay as given. Raises ConfigError if nothing fits."""
+    """`options` with what the planner chose for this machine. A method and checkpointing that is on stay as given, and
+    micro-batches no larger. Raises ConfigError if nothing fits."""
     shared = {name: getattr(options, name) for name in PlanOptions.model_fields if name in TrainOptions.model_fields}
     asked = PlanOptions(**(shared | {"model": str(inputs.source.path)}))
     workload = Workload(

@@ -31,8 +31,8 @@ def checked(rows: Mapping[str, Row], *, model: str, rank: int) -> list[str]:
         )
     if model.startswith("gpt3") and lora is not None and qlora is not None:
         out.append(
-            f"“LoRA fits GPT-3 into 24 GB”: wrong. Its weights alone take {_stored(lora) / 1e9:,.0f} GB in 16 bit, a step "
-            f"{lora.peak / 1e9:,.0f} GB, with QLoRA {qlora.peak / 1e9:,.0f} GB; the paper needed 350 GB "
+            f"“LoRA fits GPT-3 into 24 GB”: wrong. Its weights alone take {_stored(lora) / 1e9:,.0f} GB in 16 bit, a "
+            f"step {lora.peak / 1e9:,.0f} GB, with QLoRA {qlora.peak / 1e9:,.0f} GB; the paper needed 350 GB "
             "(arXiv 2106.09685, section 4.2)"
         )
     return out

@@ -1,4 +1,4 @@
-"""Which model a plan is for: its configuration and, where there are weights, what their headers say. No weight is read."""
+"""Which model a plan is for: its configuration and what the headers of its weights say. No weight is read."""
 
 from __future__ import annotations
 

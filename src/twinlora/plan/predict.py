@@ -1,5 +1,5 @@
-"""What the planner would have said of a run that is there: its peak by cause and the time of a step, for run.json and the
-history; and, when memory runs out, which cause took more than predicted."""
+"""What the planner would have said of a run that is there: its peak by cause and the time of a step, for run.json and
+the history; and, when memory runs out, which cause took more than predicted."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def as_json(prediction: Prediction) -> dict[str, Any]:
 def blame(prediction: Prediction, *, weights: int, trained: int, device: torch.device) -> str:
     """Which cause exceeded its prediction when memory ran out, in words.
 
-    `weights` are the base's bytes as loaded, `trained` the parameters that train; the rest is what the pass itself holds.
+    `weights` are the base's bytes as loaded, `trained` the parameters that train; the rest is what the pass holds.
     """
     by_cause = prediction.by_cause
     stored = by_cause["weights"] + by_cause["quantisation constants"]

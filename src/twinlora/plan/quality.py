@@ -5,6 +5,7 @@ A figure is the difference to LoRA over a 16-bit base, in points of the source's
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 __all__ = ["FORMATS", "SMALL", "Expectation", "StoredAs", "expected", "rounding"]
@@ -69,6 +70,6 @@ def rounding(bits: float) -> float:
     Which layer gets which is not known here: choosing them by their sensitivity only lowers it.
     """
     bits = min(max(bits, FORMATS[0].bits), FORMATS[-1].bits)
-    low, high = next(pair for pair in zip(FORMATS, FORMATS[1:], strict=False) if bits <= pair[1].bits)
+    low, high = next(pair for pair in itertools.pairwise(FORMATS) if bits <= pair[1].bits)
     share = (bits - low.bits) / (high.bits - low.bits)
     return (1 - share) * low.rounding + share * high.rounding

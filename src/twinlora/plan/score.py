@@ -1,7 +1,7 @@
 """What past runs were predicted to take and what they took: the planner's error bar, earned.
 
-A line of JSON a run, in the cache directory or where `TWINLORA_HISTORY` says (`off`: nothing is kept or predicted). Times
-are predicted without the correction that they lead to; a correction is judged on runs that it does not come from.
+A line of JSON a run, in the cache directory or where `TWINLORA_HISTORY` says (`off`: nothing is kept or predicted).
+Times are predicted without the correction that they lead to; a correction is judged on runs that it does not come from.
 """
 
 from __future__ import annotations

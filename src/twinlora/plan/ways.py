@@ -1,7 +1,7 @@
 """The ways to train a model on a workload: each method's settings with peak and time, from few simulated steps.
 
-Simulated are, for each method with and without checkpointing, the largest micro-batch, and for LoRA also the longest row
-alone. What lies between is affine in the tokens of a micro-batch (attention of a row aside), and a setting that is
+Simulated are, for each method with and without checkpointing, the largest micro-batch, and for LoRA also the longest
+row alone. What lies between is affine in the tokens of a micro-batch (attention of a row aside), and a setting that is
 recommended is simulated itself (`exact`).
 """
 

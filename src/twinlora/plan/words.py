@@ -65,8 +65,8 @@ def _why(choice: Choice, rows: Sequence[Row], goal: Goal) -> str:
     reasons = {
         "only way": f"it is the only way that fits into {gib(row.memory)}; {_short(rows, row)}",
         "not rounded": f"it fits with {gib(row.needed)}, and its base is not rounded",
-        "switching": f"it fits, and switching between tasks swaps {_size(row.way.artefact_bytes)} of adapter over one base "
-        "that is not rounded",
+        "switching": f"it fits, and switching between tasks swaps {_size(row.way.artefact_bytes)} of adapter over one "
+        "base that is not rounded",
         "fastest": f"it is the fastest that fits{expectation}",
         "least memory": f"it needs the least memory, {gib(row.needed)}{expectation}",
         "edge": f"an edge device runs a base of about 4 bits, so train on the base that will run{expectation}",

@@ -89,7 +89,7 @@ class Workload:
         return sum(lengths) if self.packed else max(lengths) * len(lengths)
 
     def largest(self, limit: int) -> Micro:
-        """The micro-batch with the most tokens of all, with micro-batches of at most `limit` tokens: it decides the peak.
+        """The largest micro-batch of all, with at most `limit` tokens (or one row): it decides the peak.
 
         Of equally large ones the one whose loss has the most rows.
         """
