@@ -105,7 +105,8 @@ class Measured(Rates):
 class Stated(Rates):
     """From a maker's peaks: arithmetic and memory traffic at the share of their peaks that is reached in practice.
 
-    A product with a quantised weight takes more: for each weight half a byte is read, and two are written and read, while `tokens` rows are multiplied with it.
+    A product with a quantised weight takes more: for each weight half a byte is read, and two are written and read,
+    while `tokens` rows are multiplied with it.
     """
 
     source: str
