@@ -12,7 +12,7 @@ PER_TOKEN = 500_000  # bytes of activations
 
 def simulate(config: object, cell: Cell) -> Simulated:
     """A model of 7 B: activations by the token, a fifth of them with checkpointing."""
-    tokens = sum(cell.lengths)
+    tokens = sum(cell.lengths) if cell.packing else max(cell.lengths) * len(cell.lengths)
     trained = PARAMETERS if cell.method == "full" else 40_000_000
     quantised = cell.method == "qlora"
     size = cell.dtype.itemsize

@@ -116,7 +116,7 @@ def test_the_articles_figures_stand_beside_ours(simulated):
 
 
 def test_an_unknown_device_is_asked_to_be_measured(simulated):
-    with pytest.raises(ConfigError, match="never guessed(.|\n)*RTX 4090(.|\n)*--calibrate"):
+    with pytest.raises(ConfigError, match=r"never guessed(.|\n)*RTX 4090(.|\n)*--calibrate"):
         plan(device="RTX 4090 Super")
     with pytest.raises(ModelError, match="llama-7b"):
         plan(model="llama7b")

@@ -163,7 +163,7 @@ class Ways:
         micro_batches = self.workload.largest(self.limits[0]).micro_batches
         work = sum(top.found.counts.flops.values()) / micro_batches * count * mean / top.tokens
         steps = max(1, len(self.workload.batches))
-        exact = tokens == top.tokens or (low is not None and low.found is top.found)
+        exact = tokens == top.tokens or (top is lora and low is not None and tokens == low.tokens)
         causes = self._causes(by_cause)
         return Candidate(checkpointing, limit, max(1, round(count / steps)), causes, work, seconds, exact)
 
