@@ -134,9 +134,9 @@ def test_the_terminal_gets_everything_and_nothing_is_cut(simulated, capsys):
 
     from twinlora.cli.plan import show
 
-    for width in (80, 120):
+    for width, memory in ((80, "9GiB"), (120, "9GiB"), (80, "2GiB"), (80, "400GiB")):
         console = Console(width=width, record=True, highlight=False)
-        console.print(show(plan(memory="9GiB")))
+        console.print(show(plan(memory=memory), width))
         text = console.export_text()
         assert "…" not in text
         assert max(map(len, text.splitlines())) <= width

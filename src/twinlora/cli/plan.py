@@ -104,14 +104,24 @@ def _plan(options: PlanOptions, reporter: ConsoleReporter) -> None:
     if options.json_output:
         print_json(found.document())
         return
-    out.print(show(found))
+    out.print(show(found, out.width))
+    if found.command:
+        out.print()
+        out.print(as_typed(found.command), style="cyan", markup=False)  # on one line, to be copied
 
 
-def show(plan: Plan) -> Group:
-    """The whole answer."""
+def show(plan: Plan, width: int) -> Group:
+    """The whole answer, for a terminal of `width` columns; 80 are enough."""
     from twinlora.plan.words import runner_up
 
-    parts: list[Table | Text | Padding] = [_head(plan), Text(), _ways(plan), Text(), _causes(plan), Text()]
+    parts: list[Table | Text | Padding] = [
+        _head(plan),
+        Text(),
+        _ways(plan, width),
+        Text(),
+        _causes(plan, width),
+        Text(),
+    ]
     first, second = plan.sentences
     parts += [Text(first, style="bold"), Text(second), Text()]
     second_best = runner_up(plan.choice)
@@ -121,10 +131,9 @@ def show(plan: Plan) -> Group:
         parts.append(_lines("changes", plan.change_lines))
     parts.append(_lines("expected", _expectations(plan)))
     parts.append(_lines("often said", plan.claims))
-    if plan.notes:
-        parts.append(_lines("notes", plan.notes))
-    if plan.command:
-        parts += [Text(), Text(as_typed(plan.command), style="cyan", no_wrap=True, overflow="ignore")]
+    later = [f"* {_name(row)} needs {row.way.needs}" for row in plan.rows if row.way.needs]
+    if plan.notes or later:
+        parts.append(_lines("notes", plan.notes + later))
     return Group(*parts)
 
 
@@ -166,25 +175,28 @@ def _head(plan: Plan) -> Table:
     return table
 
 
-def _ways(plan: Plan) -> Table:
-    """A row for each way."""
-    from twinlora.plan.words import duration
+def _grid(width: int) -> Table:
+    """A table without lines; its columns stand close on a narrow terminal."""
+    return Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1 if width < 100 else 3, 0, 0))
 
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0), row_styles=None)
-    titles = ("", "", "peak", "micro-batch", "ckpt", "tokens/s", "time", "disk", "quality")
-    for title in titles:
-        table.add_column(title, justify="left" if title in ("", "ckpt") else "right", no_wrap=True)
+
+def _ways(plan: Plan, width: int) -> Table:
+    """A row for each way."""
+    table = _grid(width)
+    for title in ("way", "in memory?", "peak", "micro×n", "ckpt", "tokens/s", "time", "disk", "quality"):
+        left = title in ("way", "in memory?", "ckpt")
+        table.add_column(title, justify="left" if left else "right", no_wrap=True)
     for row in plan.rows:
         setting, chosen = row.setting, row is plan.choice.row and plan.choice.method is not None
         speed = row.tokens_per_second
         table.add_row(
             Text(("▸ " if chosen else "  ") + _name(row), style="bold" if chosen else ""),
-            Text("needs more" if row.way.needs and row.fit != "does not fit" else row.fit, style=_FITS[row.fit]),
+            Text(row.fit + ("*" if row.way.needs else ""), style=_FITS[row.fit]),
             f"{row.peak / 2**30:,.1f}",
-            f"{setting.micro_batch_tokens:,} × {setting.micro_batches}",
+            f"{setting.micro_batch_tokens:,}×{setting.micro_batches}",
             "on" if setting.checkpointing else "off",
             "–" if speed is None else f"{speed:,.0f}",
-            "–" if row.seconds is None else duration(row.seconds),
+            "–" if row.seconds is None else _time(row.seconds),
             _disk(row.way.disk_bytes),
             _quality(row),
             style="" if row.fit != "does not fit" else "dim",
@@ -197,8 +209,18 @@ def _name(row: Row) -> str:
     return names.get(row.method) or f"hybrid {row.bits:.2g}"
 
 
+def _time(seconds: float) -> str:
+    """In six columns."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}" if unit != "min" else f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def _disk(size: float) -> str:
-    return f"{size / 1e12:,.1f} TB" if size >= 1e12 else f"{size / 1e9:,.1f} GB"
+    """In seven columns."""
+    number, unit = (size / 1e12, "TB") if size >= 1e12 else (size / 1e9, "GB")
+    return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.1f} {unit}"
 
 
 def _quality(row: Row) -> str:
@@ -206,9 +228,9 @@ def _quality(row: Row) -> str:
     return "?" if points is None else "±0" if points == 0 else f"{points:+.1f}"
 
 
-def _causes(plan: Plan) -> Table:
+def _causes(plan: Plan, width: int) -> Table:
     """The peaks by cause, in GiB."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table = _grid(width)
     table.add_column("peak by cause, GiB", no_wrap=True, style="dim")
     for row in plan.rows:
         table.add_column(_name(row), justify="right", no_wrap=True)
@@ -228,7 +250,7 @@ def _expectations(plan: Plan) -> list[str]:
     lines = ["quality: points against LoRA over a 16-bit base, by the source's own score"]
     for row in plan.rows:
         known = row.way.expected
-        if row.method != "lora":
+        if row.method != "lora" and row.fit != "does not fit":
             interval = "" if known.low is None else f" ({known.low:+.1f} to {known.high:+.1f})"
             lines.append(f"{_name(row)} {_quality(row)}{interval}: {known.source}")
-    return lines + [row.method + " needs " + row.way.needs for row in plan.rows if row.way.needs]
+    return lines

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from twinlora import machine
 from twinlora.adapters.targets import LoraConfig
 from twinlora.config import AdapterOptions, Method, PlanOptions
+from twinlora.numerics.nf4 import NF4Format
 from twinlora.plan.quality import FORMATS, expected
 from twinlora.plan.rows import Candidate, Row, Way
 from twinlora.plan.simulate import Cell, Simulated, simulate
@@ -87,9 +88,11 @@ class Ways:
             for method in ("lora", "qlora", "full")
             for checkpointing in (False, True)
         }
-        lora, qlora = points["lora", False].found, points["qlora", False].found
-        saved = sum(_stored(lora)) - sum(_stored(qlora))
-        quantised = round(saved / (self.setting.dtype.itemsize - _NF4.bits / 8))
+        lora, qlora, options = points["lora", False].found, points["qlora", False].found, self.setting.options
+        # The sizes as stored: an allocator's rounding is not the format's.
+        fmt, count = NF4Format(options.block_size, 256 if options.double_quant else 0), 1 << 24
+        saved = lora.weight_bytes - qlora.weight_bytes
+        quantised = round(saved / (self.setting.dtype.itemsize - fmt.stored_bytes(count) / count))
         low = {c: self._point("lora", c, self.limits[-1]) for c in (False, True)} if len(self.limits) > 1 else {}
         made = {}
         for method in ("lora", "qlora", "full"):
@@ -249,10 +252,6 @@ def _simulated(config: PretrainedConfig, cell: Cell) -> Simulated:
     if not kept:
         kept.append(simulate(config, cell))
     return kept[0]
-
-
-def _stored(found: Simulated) -> tuple[int, int]:
-    return found.by_cause["weights"], found.by_cause["quantisation constants"]
 
 
 def _int8_causes(by_cause: dict[str, int], weights: int) -> dict[str, int]:
