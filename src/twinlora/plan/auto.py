@@ -36,6 +36,6 @@ def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> Trai
         "micro_batch_tokens": setting.micro_batch_tokens,
         "gradient_checkpointing": setting.checkpointing,
     }
-    if found.choice.method == "hybrid":
-        update["bits"] = found.choice.row.bits
+    if found.choice.method in ("hybrid", "int8"):
+        update |= {"method": "hybrid", "bits": found.choice.row.bits}
     return options.model_copy(update=update)

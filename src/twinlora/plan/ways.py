@@ -268,4 +268,6 @@ def _at(tokens: float, top: _Point, low: _Point | None) -> float:
 
 
 def _needs(method: str) -> str | None:
-    return None if method in get_args(Method) else f"--method {method}, which this version does not train yet"
+    """What this version lacks; a base in int8 alone is a hybrid of its bits."""
+    name = "hybrid" if method == "int8" else method
+    return None if name in get_args(Method) else f"--method {name}, which this version does not train yet"

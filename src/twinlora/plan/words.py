@@ -148,9 +148,9 @@ def command(row: Row, options: PlanOptions, train_as: str) -> str:
     """The `twinlora train` command that does what the row says."""
     setting = row.setting
     data = options.data or ["train.jsonl"]
-    parts = ["twinlora", "train", "--model", train_as, "--data", *data, "--method", row.method]
-    if row.method == "hybrid":
-        parts += ["--bits", f"{row.bits:.2f}"]
+    mixed = row.method in ("hybrid", "int8")
+    parts = ["twinlora", "train", "--model", train_as, "--data", *data, "--method", "hybrid" if mixed else row.method]
+    parts += ["--bits", f"{row.bits:.2f}"] if mixed else []
     parts += ["--micro-batch-tokens", str(setting.micro_batch_tokens)]
     parts += ["--gradient-checkpointing"] if setting.checkpointing else []
     for name in ("rank", "target", "batch_size", "max_length", "epochs", "max_steps", "overlong", "columns", "packing"):
