@@ -46,7 +46,9 @@ def test_peaks_are_the_simulation_of_the_largest_micro_batch(simulated):
 
 def test_what_may_fit_is_simulated_and_not_only_interpolated(simulated):
     found = plan(memory="15GiB")
-    assert all(row.setting.exact for row in found.rows if row.fit != "does not fit")
+    assert found.choice.row.setting.exact
+    close = [row for row in found.rows if abs(row.needed / row.memory - 1) < 0.05 and row.method != "hybrid"]
+    assert all(row.setting.exact for row in close)
 
 
 @pytest.mark.parametrize("goal, method", [("balanced", "lora"), ("memory", "qlora"), ("edge", "qlora")])
@@ -140,9 +142,9 @@ def test_the_terminal_gets_everything_and_nothing_is_cut(simulated, capsys):
         text = console.export_text()
         assert "…" not in text
         assert max(map(len, text.splitlines())) <= width
-        assert "does not fit" in text
+        assert ("does not fit" in text) == (memory != "400GiB")
         assert "quantisation constants" in text
-        assert "runner-up" in text or "changes" in text
+        assert "changes" in text
     capsys.readouterr()
 
 

@@ -68,7 +68,7 @@ def test_damaged_rates_are_an_error_and_not_a_guess(quick):
     calibrate.calibrate(CPU, Reporter())
     kept = json.loads(quick.read_text())
     for broken in ({"source": "x"}, [], {"source": "x", "overhead": 1, "curves": {"copy": [[1]]}}):
-        quick.write_text(json.dumps({name: broken for name in kept}))
+        quick.write_text(json.dumps(dict.fromkeys(kept, broken)))
         with pytest.raises(StorageError, match="--calibrate"):
             calibrate.load(calibrate.hardware(CPU))
     quick.write_text("no json")

@@ -153,15 +153,21 @@ def plan(
 def _settled(
     maker: Ways, ways: Sequence[Way], memory: int, options: PlanOptions, reserve: float
 ) -> tuple[list[Way], list[Row], Choice]:
-    """Rows, after what stands in them was simulated rather than interpolated where it may fit."""
+    """Rows, after what is recommended or close to a border was simulated rather than derived from its neighbours."""
     ways = list(ways)
     while True:
         rows = rows_for(ways, memory, options.goal, reserve)
-        rough = [i for i, row in enumerate(rows) if not row.setting.exact and row.fit != "does not fit"]
+        choice = choose(rows, options.goal)
+        rough = [i for i, row in enumerate(rows) if not row.setting.exact and (row is choice.row or _close(row))]
         if not rough:
-            return ways, rows, choose(rows, options.goal)
+            return ways, rows, choice
         for i in rough:
             ways[i] = maker.exact(rows[i])
+
+
+def _close(row: Row) -> bool:
+    """Whether an error of a derived peak could decide if the row fits. Hybrid fills its memory, whatever that is."""
+    return row.method != "hybrid" and abs(row.needed / row.memory - 1) < 0.05
 
 
 def _dtype(options: PlanOptions, device: Device) -> tuple[torch.dtype, str | None]:

@@ -13,7 +13,7 @@ from twinlora.train.notes import Notes
 
 __all__ = ["CHOSEN", "planned_options"]
 
-CHOSEN = ("method", "micro_batch_tokens", "gradient_checkpointing")  # what the planner decides
+CHOSEN = ("method", "bits", "micro_batch_tokens", "gradient_checkpointing")  # what the planner decides
 
 
 def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> TrainOptions:

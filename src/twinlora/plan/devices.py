@@ -77,7 +77,7 @@ DEVICES: dict[str, Device] = {
 
 def find(name: str) -> Device:
     """The device of exactly this name (case and a leading NVIDIA or GeForce aside). Raises ConfigError."""
-    wanted = re.sub(r"^(nvidia |geforce |nvidia geforce )", "", name.strip().lower())
+    wanted = re.sub(r"^(nvidia )?(geforce )?", "", name.strip().lower())
     for known, device in DEVICES.items():
         if known.lower() == wanted:
             return device

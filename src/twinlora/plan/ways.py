@@ -1,8 +1,8 @@
 """The ways to train a model on a workload: each method's settings with peak and time, from few simulated steps.
 
-Simulated are, for each method with and without checkpointing, the largest micro-batch, and for LoRA also the longest
-row alone. What lies between is affine in the tokens of a micro-batch (attention of a row aside), and a setting that is
-recommended is simulated itself (`exact`).
+LoRA is simulated with and without checkpointing, at the largest micro-batch and with the longest row alone; the others
+once. The rest is close by: what lies between is affine in the tokens of a micro-batch (attention of a row
+aside), and checkpointing saves all methods alike. A setting that is recommended is simulated itself (`exact`).
 """
 
 from __future__ import annotations
@@ -48,12 +48,23 @@ class Setting:
 
 @dataclass(frozen=True)
 class _Point:
-    """A simulated cell: tokens of its micro-batch, and seconds of one micro-batch and of one update."""
+    """A cell: bytes by cause, operations and seconds of a micro-batch of `tokens`, seconds of an update."""
 
-    found: Simulated
+    by_cause: dict[str, int]
     tokens: int
+    work: float
     seconds: float | None
     update: float
+    exact: bool = True
+
+    def and_what(self, more: _Point, less: _Point, share: float = 1.0) -> _Point:
+        """This, with what `more` has more than `less`; of its time a `share`."""
+        by_cause = {c: max(0, n + more.by_cause[c] - less.by_cause[c]) for c, n in self.by_cause.items()}
+        seconds = None
+        if self.seconds is not None and more.seconds is not None and less.seconds is not None:
+            seconds = self.seconds + share * (more.seconds - less.seconds)
+        work = self.work + more.work - less.work
+        return _Point(by_cause, self.tokens, work, seconds, more.update, exact=False)
 
 
 class Ways:
@@ -67,7 +78,8 @@ class Ways:
         tell: Callable[[int, int], None] | None = None,
     ) -> None:
         self.config, self.workload, self.setting = config, workload, setting
-        self._tell, self._done = tell or (lambda done, total: None), 0
+        self._tell = tell or (lambda done, total: None)
+        self._cells: set[str] = set()
         self._runtime = machine.rss_bytes() if setting.target == "cpu" else _CUDA_CONTEXT
         self.limits = self._limits()
 
@@ -83,26 +95,24 @@ class Ways:
 
     def make(self) -> list[Way]:
         """All ways, in the order of METHODS."""
-        points = {
-            (method, checkpointing): self._point(method, checkpointing, self.limits[0])
-            for method in ("lora", "qlora", "full")
-            for checkpointing in (False, True)
-        }
-        lora, qlora, options = points["lora", False].found, points["qlora", False].found, self.setting.options
-        # The sizes as stored: an allocator's rounding is not the format's.
-        fmt, count = NF4Format(options.block_size, 256 if options.double_quant else 0), 1 << 24
-        saved = lora.weight_bytes - qlora.weight_bytes
-        quantised = round(saved / (self.setting.dtype.itemsize - fmt.stored_bytes(count) / count))
-        low = {c: self._point("lora", c, self.limits[-1]) for c in (False, True)} if len(self.limits) > 1 else {}
+        top, bottom = self.limits[0], self.limits[-1]
+        sizes = {method: self._simulated(method, method != "full", top) for method in ("lora", "qlora", "full")}
+        points = {("lora", c): self._point("lora", c, top) for c in (False, True)}
+        points["qlora", True], points["full", False] = self._point("qlora", True, top), self._point("full", False, top)
+        # Recomputing decodes each weight a third time.
+        points["qlora", False] = points["lora", False].and_what(points["qlora", True], points["lora", True], 2 / 3)
+        points["full", True] = points["full", False].and_what(points["lora", True], points["lora", False])
+        low = {c: self._point("lora", c, bottom) for c in (False, True)} if len(self.limits) > 1 else {}
+        quantised = self._quantised(sizes["lora"], sizes["qlora"])
         made = {}
-        for method in ("lora", "qlora", "full"):
+        for method in sizes:
             candidates = [
                 self._candidate(points[method, checkpointing], points["lora", checkpointing], low.get(checkpointing),
                                 checkpointing, limit, shared=method == "full")
                 for checkpointing in (False, True)
                 for limit in self.limits
             ]  # fmt: skip
-            made[method] = self._way(method, candidates, points[method, False].found, quantised)
+            made[method] = self._way(method, candidates, sizes[method], quantised)
         made["hybrid"] = dataclasses.replace(
             made["qlora"],
             method="hybrid",
@@ -111,6 +121,13 @@ class Ways:
         )
         made["int8"] = self._in_int8(made["qlora"])
         return [made[method] for method in METHODS]
+
+    def _quantised(self, lora: Simulated, qlora: Simulated) -> int:
+        """Weights that QLoRA quantises. The sizes as stored: an allocator's rounding is not the format's."""
+        options, count = self.setting.options, 1 << 24
+        fmt = NF4Format(options.block_size, 256 if options.double_quant else 0)
+        saved = self.setting.dtype.itemsize - fmt.stored_bytes(count) / count
+        return round((lora.weight_bytes - qlora.weight_bytes) / saved)
 
     def exact(self, row: Row) -> Way:
         """The way of `row`, with the row's setting simulated itself."""
@@ -124,24 +141,25 @@ class Ways:
         return dataclasses.replace(row.way, candidates=candidates)
 
     def _simulated(self, method: str, checkpointing: bool, limit: int) -> Simulated:
-        total = 6 + 2 * (len(self.limits) > 1)
-        self._done += 1
-        self._tell(min(self._done, total), total)
         setting, packed = self.setting, self.workload.packed
         cell = cell_for(
             self.workload.largest(limit), setting.options, method=method, checkpointing=checkpointing,
             dtype=setting.dtype, target=setting.target, packed=packed, block_size=setting.options.block_size,
             double_quant=setting.options.double_quant,
         )  # fmt: skip
-        return _simulated(self.config, cell)
+        found = _simulated(self.config, cell)
+        self._cells.add(repr(cell))
+        total = max(len(self._cells), 4 + 2 * (len(self.limits) > 1))
+        self._tell(len(self._cells), total)
+        return found
 
     def _point(self, method: str, checkpointing: bool, limit: int) -> _Point:
         found = self._simulated(method, checkpointing, limit)
         micro, rates = self.workload.largest(limit), self.setting.rates
         tokens = micro.size(packed=self.workload.packed)
-        if rates is None:
-            return _Point(found, tokens, None, 0.0)
-        return _Point(found, tokens, *step_times(rates, found, micro, tokens))
+        work = sum(found.counts.flops.values()) / micro.micro_batches
+        times = (None, 0.0) if rates is None else step_times(rates, found, micro, tokens)
+        return _Point(found.by_cause, tokens, work, *times)
 
     def _candidate(
         self, top: _Point, lora: _Point, low: _Point | None, checkpointing: bool, limit: int, *, shared: bool
@@ -152,23 +170,28 @@ class Ways:
         """
         tokens = self.workload.largest(limit).size(packed=self.workload.packed)
         count, mean = self.workload.micro_batches(limit)
-        by_cause = dict(top.found.by_cause)
+        by_cause = dict(top.by_cause)
         if low is not None and tokens != top.tokens:
             missing = (top.tokens - tokens) / (top.tokens - low.tokens)
             for cause in _GROWING:
-                grown = lora.found.by_cause[cause] - low.found.by_cause[cause]
+                grown = lora.by_cause[cause] - low.by_cause[cause]
                 by_cause[cause] = max(0, round(by_cause[cause] - missing * grown))
         seconds = None
         if top.seconds is not None and lora.seconds is not None:
             plain = _at(mean, lora, low)
             each = plain * top.seconds / lora.seconds if shared else plain + top.seconds - lora.seconds
             seconds = count * each + len(self.workload.batches) * top.update
-        micro_batches = self.workload.largest(self.limits[0]).micro_batches
-        work = sum(top.found.counts.flops.values()) / micro_batches * count * mean / top.tokens
         steps = max(1, len(self.workload.batches))
         exact = tokens == top.tokens or (top is lora and low is not None and tokens == low.tokens)
-        causes = self._causes(by_cause)
-        return Candidate(checkpointing, limit, max(1, round(count / steps)), causes, work, seconds, exact)
+        return Candidate(
+            checkpointing,
+            limit,
+            max(1, round(count / steps)),
+            self._causes(by_cause),
+            top.work * count * mean / top.tokens,
+            seconds,
+            exact and top.exact,
+        )
 
     def _causes(self, by_cause: dict[str, int]) -> dict[str, int]:
         return by_cause | {"runtime": by_cause.get("runtime", self._runtime)}

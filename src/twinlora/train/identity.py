@@ -52,7 +52,7 @@ def require_same(found: Checkpoint, now: dict[str, Any], options: TrainOptions) 
 def as_before(found: Checkpoint, options: TrainOptions, names: Sequence[str]) -> TrainOptions:
     """`options` with what the planner had chosen when the run began: it need not choose the same twice."""
     saved = found.state["identity"]["options"]
-    return options.model_copy(update={name: saved[name] for name in names})
+    return options.model_copy(update={name: saved[name] for name in names if name in saved})
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any], options: TrainOptions) -> list[str]:
