@@ -77,7 +77,7 @@ def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Iterable[
     """The calls that an operation counts as: none for views, one for each tensor of a list (`_foreach_…`, `_fused_…`)."""
     name = func._schema.name.rpartition("::")[2]
     outputs = [t for t in made if isinstance(t, Tensor)]
-    if func.is_view or name in ("detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"):
+    if func.is_view or name in ("device", "detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"):
         return
     if name.startswith(("_foreach_", "_fused_")):
         yield from _of_lists(name, func, args, outputs)
