@@ -19,6 +19,7 @@ __all__ = ["Target", "TargetName"]
 
 TargetName = Literal["cpu", "cuda"]
 _REFERENCE: dict[str, Any] = vars(reference) | vars(reference_attention) | vars(elementwise)
+_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}  # and where its factors begin
 _ROUNDING = {"cpu": 1, "cuda": 512}  # torch's CPU allocator takes what it is asked for, the CUDA one blocks of 512
 
 
@@ -59,6 +60,25 @@ class Target:
         if name == "cross_entropy_":
             return cpu._fits(args[0]) and args[0].is_contiguous()
         return True
+
+    def compiles(self, func: Any, args: Sequence[Any]) -> Any:
+        """What makes a product one that oneDNN compiles a kernel for and keeps it, or None if it does not."""
+        name = func._schema.name.rpartition("::")[2]
+        if self.name != "cpu":
+            return None
+        if name in _PRODUCTS:
+            x, w = args[_PRODUCTS[name] : _PRODUCTS[name] + 2]
+            shape: tuple[Any, ...] = (tuple(x.shape), tuple(w.shape), x.is_contiguous(), w.is_contiguous())
+        elif name in ("nf4_linear", "nf4_linear_transposed", "dense_linear"):
+            x, w = args[0], args[1]
+            sizes = tuple(w.shape) if name == "dense_linear" else tuple(args[5])
+            shape = ((x.numel() // x.shape[-1], x.shape[-1]), sizes, name == "nf4_linear_transposed")
+        elif name == "nf4_linears":
+            x = args[0]
+            shape = ((x.numel() // x.shape[-1], x.shape[-1]), tuple(args[2]))
+        else:
+            return None
+        return shape if x.dtype in (torch.bfloat16, torch.float16) else None
 
     def workspace(
         self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Sequence[Any]
