@@ -6,9 +6,11 @@ Everything runs on fake CPU tensors; the target decides where the code asks for 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from twinlora.numerics import attention as reference_attention
@@ -85,11 +87,21 @@ class Target:
     ) -> tuple[int, dict[str, int]]:
         """What a kernel holds beside its results: bytes while it runs, and buffers that it keeps, by name."""
         if func.namespace != "twinlora":
-            return 0, {}
+            return (_promoted(args, made) if self.name == "cpu" and torch.Tag.pointwise in func.tags else 0), {}
         name = func._schema.name.rpartition("::")[2]
         if not self.compiled:
             return reference_bytes(name, *args), {}
         return workspace_bytes(name, *args), kept_bytes(name, *args)
+
+
+def _promoted(args: Sequence[Any], made: Sequence[Any]) -> int:
+    """torch's CPU kernels copy operands of another type than the common one, element by element operations alike."""
+    tensors = [x for x in args if isinstance(x, Tensor) and x.dim() > 0]
+    common = reduce(torch.promote_types, {x.dtype for x in tensors}, tensors[0].dtype) if tensors else None
+    if common is None:
+        return 0
+    written = [x for x in made if isinstance(x, Tensor) and any(x is y for y in tensors)]  # in place
+    return sum(x.numel() * common.itemsize for x in (*tensors, *written) if x.dtype != common)
 
 
 def _warm(name: str, args: Sequence[Any]) -> None:
