@@ -9,9 +9,10 @@ its own that loads the checkpoint as training does, and then
   that torch.profiler records while it runs, plus what the C++ kernels hold (glibc's count of bytes in use, before and
   after calls at the cell's shapes);
 - `rss`: the largest resident set of another step (VmHWM), less the resident set before the model was loaded, when the
-  libraries had run a step of a tiny model.
+  libraries had run a step of a tiny model. Its prediction adds the products that oneDNN compiles (plan/overhead.py).
 
 Models: the one given, and with --scratch a random llama of 1B parameters, written there and removed at the end. One thread.
+A cell that the machine's free memory does not hold is skipped, and said so.
 """
 
 from __future__ import annotations
@@ -191,9 +192,17 @@ def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
     """One cell: predicted here, measured in a process of its own."""
     from transformers import AutoConfig
 
+    from twinlora import machine
+    from twinlora.plan.overhead import overhead
     from twinlora.plan.simulate import simulate
 
+    label = f"{name:<10.10} {cell.method:<6} {shape:<9} {'checkpointing' if cell.checkpointing else '':<13}"
     predicted = simulate(AutoConfig.from_pretrained(directory), cell)
+    expected = {"step": predicted.peak_bytes, "rss": predicted.peak_bytes + overhead().product * predicted.products}
+    free = machine._proc_kib("/proc/meminfo", "MemAvailable")
+    if 1.2 * expected["rss"] > free:
+        print(f"{label} skipped: needs {expected['rss'] / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", flush=True)
+        return {}
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=measure, args=(theirs, directory, cell))
@@ -201,13 +210,12 @@ def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
     theirs.close()
     found = ours.recv()
     process.join()
-    errors = {key: predicted.peak_bytes / found[key] - 1 for key in ("step", "rss")}
+    errors = {key: expected[key] / found[key] - 1 for key in expected}
     row = {"model": name, "method": cell.method, "shape": shape, "checkpointing": cell.checkpointing}
-    row |= {"predicted": predicted.peak_bytes, "by_cause": predicted.by_cause, "measured": found, "error": errors}
+    row |= {"predicted": expected, "by_cause": predicted.by_cause, "measured": found, "error": errors}
     print(
-        f"{name:<10} {cell.method:<6} {shape:<9} {'checkpointing' if cell.checkpointing else '':<13} predicted "
-        f"{predicted.peak_bytes / 1e6:8.1f} MB, step {found['step'] / 1e6:8.1f} ({errors['step']:+.1%}), "
-        f"rss {found['rss'] / 1e6:8.1f} ({errors['rss']:+.1%})",
+        label + f" step {expected['step'] / 1e6:8.1f} MB, measured {found['step'] / 1e6:8.1f} ({errors['step']:+.1%}); "
+        f"rss {expected['rss'] / 1e6:8.1f} MB, measured {found['rss'] / 1e6:8.1f} ({errors['rss']:+.1%})",
         flush=True,
     )
     return row
@@ -235,7 +243,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    models = {Path(args.model).name: args.model}
+    models = {Path(args.model).name.removesuffix("-instruct"): args.model}
     if args.scratch:
         write_billion(args.scratch / "llama-1b")
         models["llama-1b"] = str(args.scratch / "llama-1b")
@@ -244,11 +252,11 @@ def main() -> None:
         for name, directory in models.items():
             for shape, cell in cells(args.methods.split(",")):
                 if args.only in f"{name} {cell.method} {shape} {cell.checkpointing}":
-                    document["cells"].append(compare(directory, name, shape, cell))
+                    document["cells"] += filter(None, [compare(directory, name, shape, cell)])
                     if args.output:
                         args.output.write_text(json.dumps(document, indent=1))
     finally:
-        if args.scratch:
+        if args.scratch:  # 2 GB
             shutil.rmtree(args.scratch / "llama-1b")
     worst = {key: max(abs(cell["error"][key]) for cell in document["cells"]) for key in ("step", "rss")}
     print(f"largest error: step {worst['step']:.1%}, rss {worst['rss']:.1%}")

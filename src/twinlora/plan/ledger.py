@@ -51,6 +51,7 @@ class Ledger(TorchDispatchMode):
         self.part: int | None = None  # which micro-batch; None between and after them
         self.work: dict[int | None, dict[work.Kind, int]] = {}  # by part
         self.kept: dict[str, int] = {}  # buffers that kernels keep for their next call, by name
+        self.products: set[Any] = set()  # shapes of 16-bit products, which the target's library compiles one by one
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}  # by address
         self._places: dict[int, Place] = {}  # of gradients
 
@@ -100,6 +101,8 @@ class Ledger(TorchDispatchMode):
         for name, size in kept.items():
             self.kept[name] = max(size, self.kept.get(name, 0))
         self._see(passing)
+        if (shape := self.target.compiles(func, args)) is not None:
+            self.products.add(shape)
         for kind, calls in work.of(func, args, kwargs, made):
             done = self.work.setdefault(self.part, {})
             done[kind] = done.get(kind, 0) + calls

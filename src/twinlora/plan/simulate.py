@@ -31,6 +31,7 @@ from twinlora.plan.ledger import Ledger, Peak, Segment
 from twinlora.plan.observe import Observed, observe
 from twinlora.plan.targets import Target, TargetName
 from twinlora.plan.work import Counts
+from twinlora.plan.workspace import WEIGHT
 from twinlora.train.step import train_step
 
 __all__ = ["Cell", "Counts", "Simulated", "simulate"]
@@ -85,6 +86,8 @@ class Simulated:
     trainable_parameters: int
     total_parameters: int  # of the base
     weight_bytes: int  # of the base as stored
+    kernel_bytes: int = 0  # of the workspace, what compiled kernels keep outside of torch's allocator
+    products: int = 0  # shapes of 16-bit products, for overhead.py
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class _Run:
     """One simulated number of layers."""
 
     peaks: dict[Segment, Peak]
-    kept: int
+    kept: dict[str, int]  # buffers of kernels, by name
+    products: int
     work: Counts
     sizes: dict[str, int]  # trainable, total, weight bytes
 
@@ -109,10 +113,14 @@ def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
     for segment, found in small.peaks.items():
         by_cause = extrapolate(found.by_cause, large.peaks[segment].by_cause, plan.times)
         peak = max(peak, by_cause, key=lambda causes: sum(causes.values()))
-    peak["workspace"] += large.kept
+    peak["workspace"] += sum(large.kept.values())
+    outside = sum(size for name, size in large.kept.items() if not name.startswith(WEIGHT))
     sizes = extrapolate(small.sizes, large.sizes, plan.times)
     work = extrapolate(small.work.calls_of, large.work.calls_of, plan.times)
-    return Simulated(sum(peak.values()), peak, Counts.sum([(work, 1)]), **sizes)
+    counts = Counts.sum([(work, 1)])
+    return Simulated(
+        sum(peak.values()), peak, counts, **sizes, kernel_bytes=outside, products=large.products
+    )
 
 
 def _layers(config: PretrainedConfig, cell: Cell) -> list[Any]:
@@ -153,7 +161,8 @@ def _run(config: PretrainedConfig, cell: Cell, proof: Proof, layers: int, period
     rest = ledger.work.get(None, {})
     return _Run(
         peaks=aligned(ledger.peaks, layers, period),
-        kept=sum(ledger.kept.values()),
+        kept=ledger.kept,
+        products=len(ledger.products),
         work=Counts.sum([(first, 1), (again, cell.micro_batches - 1), (rest, 1)]),
         sizes={
             "trainable_parameters": sum(p.numel() for p in trained.values()),

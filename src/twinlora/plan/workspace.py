@@ -14,7 +14,9 @@ from torch import Tensor
 
 from twinlora.numerics import cpu, reference
 
-__all__ = ["kept_bytes", "reference_bytes", "workspace_bytes"]
+__all__ = ["WEIGHT", "kept_bytes", "reference_bytes", "workspace_bytes"]
+
+WEIGHT = "weight "  # the buffers that a weight is decoded into, one for each type, are torch's; the others C++'s
 
 # Of csrc/attention.cpp, tiles.hpp and avx512.cpp.
 _BLOCK, _QUERIES, _STEP_DEPTH, _STEP_PAIRS, _PANEL, _FROM_DECODED = 32, 256, 32, 512, 16, 17
@@ -64,12 +66,12 @@ def kept_bytes(op: str, *args: Any) -> dict[str, int]:
         x, shape, block = args[0], args[5], args[6]
         if op == "nf4_linear" and cpu._few_rows(x, shape[1], block):
             return _rows(x, shape[1], block)
-        return {f"weight {x.dtype}": shape[0] * shape[1] * x.dtype.itemsize}
+        return {f"{WEIGHT}{x.dtype}": shape[0] * shape[1] * x.dtype.itemsize}
     if op == "nf4_linears":
         x, rows, block = args[0], args[2], args[3]
         if cpu._few_rows(x, x.shape[-1], block):
             return _rows(x, x.shape[-1], block)
-        return {f"weight {x.dtype}": max(rows) * x.shape[-1] * x.dtype.itemsize}
+        return {f"{WEIGHT}{x.dtype}": max(rows) * x.shape[-1] * x.dtype.itemsize}
     if op == "dense_linear" and args[0].numel() <= cpu._FEW_DENSE_ROWS * args[0].shape[-1]:
         return {op: 2 * args[0].numel() * torch.get_num_threads()}
     return {}
