@@ -10,6 +10,7 @@ from twinlora.cli.main import main
 from twinlora.config import PlanOptions
 from twinlora.errors import ConfigError, ModelError
 from twinlora.plan import answer, ways
+from twinlora.plan.overhead import Overhead
 from twinlora.reporter import Reporter
 
 GIB = 2**30
@@ -19,6 +20,7 @@ GIB = 2**30
 def simulated(monkeypatch):
     ways._kept.cache_clear()
     monkeypatch.setattr(ways, "simulate", fake.simulate)
+    monkeypatch.setattr(answer, "overhead", lambda: Overhead(300 << 20, 1 << 20))
     yield
     ways._kept.cache_clear()
 

@@ -34,7 +34,7 @@ def test_a_piece_is_predicted_to_take_what_it_took(quick, monkeypatch):
         monkeypatch.setattr(calibrate, "_pieces", lambda device, piece=(curve, call): iter([lambda: piece]))
         rates = calibrate.measure(CPU, Reporter())
         with torch.no_grad():
-            kinds = calibrate._count(call)
+            kinds = calibrate._main(calibrate._count(call))
         counts = Counts({kind: kinds.count(kind) for kind in kinds})
         assert rates.step_seconds(counts, 1) == pytest.approx(1e-3, rel=0.02), name
 

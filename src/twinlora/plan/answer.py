@@ -16,6 +16,7 @@ from twinlora.plan.advise import Change, Choice, changes, choose, rows_for
 from twinlora.plan.claims import checked
 from twinlora.plan.devices import Device, find, this_machine
 from twinlora.plan.model import Planned, describe
+from twinlora.plan.overhead import Overhead, overhead
 from twinlora.plan.rows import RESERVE, Row, Way
 from twinlora.plan.speed import Rates, stated
 from twinlora.plan.ways import Setting, Ways
@@ -24,6 +25,8 @@ from twinlora.plan.workload import Workload, assumed, tokenised
 from twinlora.reporter import Reporter
 
 __all__ = ["Plan", "plan"]
+
+_CUDA_CONTEXT = 600 << 20  # bytes: the driver's context and the libraries' workspaces, as seen on data-centre cards
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def plan(
     maker = Ways(
         planned.config,
         workload,
-        Setting(options, device.target, dtype, rates),
+        Setting(options, device.target, dtype, rates, _overhead(device)),
         lambda done, total: reporter.progress("simulating", done, total),
     )
     made = [way for way in maker.make() if only in (None, way.method)]
@@ -168,6 +171,15 @@ def _settled(
 def _close(row: Row) -> bool:
     """Whether an error of a derived peak could decide if the row fits. Hybrid fills its memory, whatever that is."""
     return row.method != "hybrid" and abs(row.needed / row.memory - 1) < 0.05
+
+
+def _overhead(device: Device) -> Overhead:
+    """What a process takes beside the step. Of a GPU of this machine it is measured, and free memory is without it."""
+    if device.target == "cpu":
+        return overhead()
+    if device.product_flops is None:
+        return Overhead(0, 0)
+    return Overhead(_CUDA_CONTEXT, 0)
 
 
 def _dtype(options: PlanOptions, device: Device) -> tuple[torch.dtype, str | None]:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from twinlora import machine
 from twinlora.config import TrainOptions
 from twinlora.plan import calibrate, score
+from twinlora.plan.overhead import overhead
 from twinlora.plan.simulate import simulate
 from twinlora.plan.targets import TargetName
 from twinlora.plan.ways import cell_for, step_times
@@ -64,7 +65,8 @@ def predict(
         fused=options.fused,
     )  # fmt: skip
     found = simulate(config, cell)
-    by_cause = found.by_cause | {"runtime": runtime}
+    compiled = overhead().product * found.products if device.type == "cpu" else 0
+    by_cause = found.by_cause | {"runtime": runtime + compiled}
     rates = calibrate.load(calibrate.hardware(device))
     seconds = None
     if rates is not None:

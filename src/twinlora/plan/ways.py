@@ -16,10 +16,10 @@ from typing import get_args
 import torch
 from transformers import PretrainedConfig
 
-from twinlora import machine
 from twinlora.adapters.targets import LoraConfig
 from twinlora.config import AdapterOptions, Method, PlanOptions
 from twinlora.numerics.nf4 import NF4Format
+from twinlora.plan.overhead import Overhead
 from twinlora.plan.quality import FORMATS, expected
 from twinlora.plan.rows import Candidate, Row, Way
 from twinlora.plan.simulate import Cell, Simulated, simulate
@@ -32,7 +32,6 @@ __all__ = ["METHODS", "Setting", "Ways", "cell_for", "step_times"]
 METHODS = ("full", "lora", "int8", "qlora", "hybrid")
 _GROWING = ("activations", "loss head", "workspace")  # with the tokens of a micro-batch
 _NF4, _INT8 = FORMATS[1], FORMATS[2]
-_CUDA_CONTEXT = 600 << 20  # bytes: driver context and the libraries' workspaces; seen on data-centre cards
 _KEPT = 2  # checkpoints, as train keeps by default
 
 
@@ -44,6 +43,7 @@ class Setting:
     target: TargetName
     dtype: torch.dtype
     rates: Rates | None
+    overhead: Overhead  # of a process, beside the step
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,6 @@ class Ways:
         self.config, self.workload, self.setting = config, workload, setting
         self._tell = tell or (lambda done, total: None)
         self._cells: set[str] = set()
-        self._runtime = machine.rss_bytes() if setting.target == "cpu" else _CUDA_CONTEXT
         self.limits = self._limits()
 
     def _limits(self) -> list[int]:
@@ -133,7 +132,7 @@ class Ways:
         """The way of `row`, with the row's setting simulated itself."""
         method = {"hybrid": "qlora", "int8": "qlora"}.get(row.method, row.method)
         found = self._simulated(method, row.setting.checkpointing, row.setting.micro_batch_tokens)
-        by_cause = self._causes(found.by_cause)
+        by_cause = self._causes(found.by_cause, found)
         if row.method == "int8":
             by_cause = _int8_causes(by_cause, row.way.quantised_weights)
         better = dataclasses.replace(row.setting, by_cause=by_cause, exact=True)
@@ -159,7 +158,7 @@ class Ways:
         tokens = micro.size(packed=self.workload.packed)
         work = sum(found.counts.flops.values()) / micro.micro_batches
         times = (None, 0.0) if rates is None else step_times(rates, found, micro, tokens)
-        return _Point(found.by_cause, tokens, work, *times)
+        return _Point(self._causes(found.by_cause, found), tokens, work, *times)
 
     def _candidate(
         self, top: _Point, lora: _Point, low: _Point | None, checkpointing: bool, limit: int, *, shared: bool
@@ -187,14 +186,14 @@ class Ways:
             checkpointing,
             limit,
             max(1, round(count / steps)),
-            self._causes(by_cause),
+            by_cause,
             top.work * count * mean / top.tokens,
             seconds,
             exact and top.exact,
         )
 
-    def _causes(self, by_cause: dict[str, int]) -> dict[str, int]:
-        return by_cause | {"runtime": by_cause.get("runtime", self._runtime)}
+    def _causes(self, by_cause: dict[str, int], found: Simulated) -> dict[str, int]:
+        return by_cause | {"runtime": self.setting.overhead.total(found.products)}
 
     def _way(self, method: str, candidates: list[Candidate], found: Simulated, quantised: int) -> Way:
         full = method == "full"
