@@ -109,11 +109,11 @@ def blame(prediction: Prediction, *, weights: int, trained: int, device: torch.d
     """
     by_cause = prediction.by_cause
     stored = by_cause["weights"] + by_cause["quantisation constants"]
-    fixed = stored + sum(by_cause[cause] for cause in ("adapter", "gradients", "optimiser"))
-    held = weights + 16 * trained  # float32: itself, gradient, two moments
+    fixed = stored + sum(by_cause[cause] for cause in ("adapter", "optimiser"))
+    held = weights + 12 * trained  # float32: itself or its master, two moments
     rest = prediction.peak_bytes - fixed - by_cause["runtime"]
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine.available_bytes()
-    said = f"predicted peak {prediction.peak_bytes / _GIB:.2f} GiB, of it {rest / _GIB:.2f} for activations and loss"
+    said = f"predicted peak {prediction.peak_bytes / _GIB:.2f} GiB, of it {rest / _GIB:.2f} for activations, gradients and loss"
     if weights > _OFF * stored:
         return f"{said}; the weights take {weights / _GIB:.2f} GiB instead of {stored / _GIB:.2f}"
     if held > _OFF * fixed:
