@@ -113,7 +113,8 @@ def blame(prediction: Prediction, *, weights: int, trained: int, device: torch.d
     held = weights + 12 * trained  # float32: itself or its master, two moments
     rest = prediction.peak_bytes - fixed - by_cause["runtime"]
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine.available_bytes()
-    said = f"predicted peak {prediction.peak_bytes / _GIB:.2f} GiB, of it {rest / _GIB:.2f} for activations, gradients and loss"
+    peak = prediction.peak_bytes / _GIB
+    said = f"predicted peak {peak:.2f} GiB, of it {rest / _GIB:.2f} for activations, gradients and loss"
     if weights > _OFF * stored:
         return f"{said}; the weights take {weights / _GIB:.2f} GiB instead of {stored / _GIB:.2f}"
     if held > _OFF * fixed:
