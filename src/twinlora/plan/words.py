@@ -69,7 +69,8 @@ def _why(choice: Choice, rows: Sequence[Row], goal: Goal) -> str:
         "base that is not rounded",
         "fastest": f"it is the fastest that fits{expectation}",
         "least memory": f"it needs the least memory, {gib(row.needed)}{expectation}",
-        "edge": f"an edge device runs a base of about 4 bits, so train on the base that will run, and export both for it{expectation}",
+        "edge": "an edge device runs a base of about 4 bits, so train on the base that will run, and export both for it"
+        + expectation,
     }
     if choice.reason == "no rounding to fear":
         fits = too_large if lora.fit != "fits" else "LoRA in 16 bit fits, but only with smaller or recomputed steps"
