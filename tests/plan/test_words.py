@@ -43,7 +43,7 @@ def test_the_reason_is_named(name):
 
 
 def test_times_are_told_only_where_rates_are_known():
-    assert "tokens/s in 16 min" in told(80)[2]
+    assert "tokens/s in 17 min" in told(80)[2]
     assert "tokens/s" not in told(80, seconds=None)[2]
 
 
