@@ -204,9 +204,37 @@ def gpu_fits() -> str:
     return "\n".join(lines)
 
 
+def plan_table() -> str:
+    """What is chosen for each model and device, and the peak of a step."""
+    result = load("plan_table")
+    pairs = {(pair["model"], pair["device"]): pair for pair in result["pairs"]}
+    models, devices = (list(dict.fromkeys(pair[key] for pair in result["pairs"])) for key in ("model", "device"))
+    titles = {"lora": "LoRA", "qlora": "QLoRA", "int8": "LoRA over int8", "full": "full", "hybrid": "hybrid"}
+    memory = {pair["device"]: pair["memory_bytes"] / 2**30 for pair in result["pairs"]}
+    lines = [
+        "| model | " + " | ".join(f"{device}, {memory[device]:.0f} GiB" for device in devices) + " |",
+        "|---|" + "---|" * len(devices),
+    ]
+    for model in models:
+        cells = []
+        for device in devices:
+            pair = pairs[model, device]
+            row = next((row for row in pair["rows"] if row["method"] == pair["choice"]), None)
+            cells.append(f"{titles[row['method']]}, {row['peak_bytes'] / 2**30:.1f} GiB" if row else "nothing fits")
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    border = result["border_65b"]
+    setting = (
+        "What the planner chooses for rows of 512 tokens, 16 a step, rank 16, and the peak of a step. With one row a step "
+        f"65B in QLoRA fits from {border['fits'] / 2**30:.1f} GiB on (peak {border['peak_bytes'] / 1e9:.1f} GB and the "
+        f"reserve). {len(pairs)} plans took {result['seconds']:.0f} s."
+    )
+    return setting + "\n\n" + "\n".join(lines)
+
+
 TABLES = {
     "banking77": banking77, "cpu_train": cpu_train, "cpu_decode": cpu_decode, "cpu_7b": cpu_7b, "cpu_kernels": cpu_kernels,
     "gpu_steps": gpu_steps, "gpu_fits": gpu_fits,
+    "plan_table": plan_table,
 }  # fmt: skip
 
 

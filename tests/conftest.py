@@ -24,6 +24,7 @@ TEMPLATE = (
 @pytest.fixture(autouse=True)
 def _deterministic(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setenv("TWINLORA_HISTORY", "off")  # a prediction beside every run of the tests would double their time
 
 
 @pytest.fixture(scope="session")

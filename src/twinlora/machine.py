@@ -17,8 +17,8 @@ import transformers
 import twinlora
 
 __all__ = [
-    "describe", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes", "product_rates", "reset_peaks",
-    "spare_bytes",
+    "available_bytes", "describe", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes", "product_rates",
+    "reset_peaks", "rss_bytes", "spare_bytes",
 ]  # fmt: skip
 
 
@@ -37,6 +37,23 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
         "transformers": transformers.__version__,
         "twinlora": twinlora.__version__,
     }
+
+
+def available_bytes() -> int:
+    """Memory that a process may still take: what the system has free, or what its control group leaves."""
+    free = _proc_kib("/proc/meminfo", "MemAvailable")
+    free = free or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # no proc file: all there is
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most, taken = (Path("/sys/fs/cgroup", name).read_text().strip() for name in (limit, used))
+        except OSError:
+            continue
+        if most.isdigit():
+            free = min(free, max(0, int(most) - int(taken)))
+    return free
 
 
 def keep_freed_memory() -> None:
@@ -78,6 +95,11 @@ def _proc_kib(path: str, key: str) -> int:
     except OSError:
         return 0
     return int(match[1]) * 1024 if match else 0
+
+
+def rss_bytes() -> int:
+    """Resident set of this process now; 0 where the system does not say."""
+    return _proc_kib("/proc/self/status", "VmRSS")
 
 
 def peak_rss_bytes() -> int:

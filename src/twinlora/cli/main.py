@@ -18,6 +18,7 @@ __all__ = ["main"]
 _VERBS = {
     "demo": ("twinlora.cli.demo", "DemoOptions", "The whole story on the embedded model and data."),
     "doctor": ("twinlora.cli.doctor", "DoctorOptions", "This machine, the backend that runs, what is missing."),
+    "plan": ("twinlora.cli.plan", "PlanOptions", "Which way fits, how long it takes, which to choose: MODEL."),
     "train": ("twinlora.cli.train", "TrainOptions", "Fine-tune with LoRA, QLoRA, or all weights."),
     "eval": ("twinlora.cli.eval", "EvalOptions", "Measure a model, with or without an adapter."),
     "data check": ("twinlora.cli.data_check", "DataCheckOptions", "What exactly would be trained: SOURCE… --model M."),

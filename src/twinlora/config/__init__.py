@@ -3,6 +3,7 @@
 from twinlora.config.groups import (
     AdapterOptions,
     DataOptions,
+    ExtentOptions,
     MemoryOptions,
     ModelOptions,
     OptimizerOptions,
@@ -11,7 +12,7 @@ from twinlora.config.groups import (
     TokenizerOptions,
 )
 from twinlora.config.reading import read_recipe, validated
-from twinlora.config.values import parse_patterns, parse_ranges, parse_size
+from twinlora.config.values import Goal, Method, parse_patterns, parse_ranges, parse_size
 from twinlora.config.verbs import (
     AdapterInspectOptions,
     AttachOptions,
@@ -22,6 +23,7 @@ from twinlora.config.verbs import (
     DoctorOptions,
     EvalOptions,
     LoadOptions,
+    PlanOptions,
     TrainOptions,
 )
 
@@ -36,11 +38,15 @@ __all__ = [
     "DemoOptions",
     "DoctorOptions",
     "EvalOptions",
+    "ExtentOptions",
+    "Goal",
     "LoadOptions",
     "MemoryOptions",
+    "Method",
     "ModelOptions",
     "OptimizerOptions",
     "Options",
+    "PlanOptions",
     "SourceOptions",
     "TokenizerOptions",
     "TrainOptions",

@@ -21,6 +21,7 @@ from twinlora.config.values import (
 __all__ = [
     "AdapterOptions",
     "DataOptions",
+    "ExtentOptions",
     "MemoryOptions",
     "ModelOptions",
     "OptimizerOptions",
@@ -155,7 +156,14 @@ class DataOptions(SourceOptions):
     shuffle: bool = Field(True, description="New random order each epoch (from the seed); off keeps the file's order.")
 
 
-class OptimizerOptions(BaseModel):
+class ExtentOptions(BaseModel):
+    """How much of the data a run sees."""
+
+    epochs: Positive = Field(1, description="Passes over the data.")
+    max_steps: Positive | None = Field(None, description="Stop after this many optimiser steps.")
+
+
+class OptimizerOptions(ExtentOptions):
     """AdamW and its schedule."""
 
     lr: Annotated[float, Field(gt=0)] = Field(2e-4, description="Peak learning rate.")
@@ -168,8 +176,6 @@ class OptimizerOptions(BaseModel):
     beta1: Probability = Field(0.9, description="AdamW first-moment decay.")
     beta2: Probability = Field(0.999, description="AdamW second-moment decay.")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
-    epochs: Positive = Field(1, description="Passes over the data.")
-    max_steps: Positive | None = Field(None, description="Stop after this many optimiser steps.")
 
 
 class MemoryOptions(BaseModel):

@@ -12,10 +12,12 @@ from twinlora.errors import ConfigError
 
 __all__ = [
     "AnswerMetric",
+    "Goal",
     "HeldOut",
     "Method",
     "Positive",
     "Probability",
+    "Size",
     "SizeOrWord",
     "Sources",
     "Switch",
@@ -28,15 +30,18 @@ __all__ = [
 Method = Literal["lora", "qlora", "full"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 AnswerMetric = Literal["exact-match", "chrf", "rouge-l", "json-valid", "json-fields"]
+Goal = Literal["balanced", "accuracy", "speed", "memory", "edge", "many-tasks"]
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_UNITS = {
+    "": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40,
+}  # fmt: skip
 
 
 def parse_size(text: str) -> int:
     """`24GiB`, `500MB`, `4096` -> bytes. Raises ConfigError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
     if not match:
         raise ConfigError(f"size {text!r}: expected a number with a unit, for example 24GiB or 500MB")
     return int(float(match[1]) * _UNITS[match[2] or ""])
@@ -89,6 +94,13 @@ def _unweighted(sources: list[str]) -> list[str]:
     return sources
 
 
+def _size(text: str) -> str:
+    if parse_size(text) <= 0:
+        raise ValueError("expected more than nothing")
+    return text
+
+
+Size = Annotated[str, AfterValidator(_size)]
 Sources = Annotated[list[str], BeforeValidator(_listed)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switched)]
 SizeOrWord = Annotated[str, BeforeValidator(_size_or_word)]  # a size, auto or off

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from twinlora.config.groups import (
     AdapterOptions,
     DataOptions,
+    ExtentOptions,
     MemoryOptions,
     ModelOptions,
     OptimizerOptions,
@@ -18,7 +19,7 @@ from twinlora.config.groups import (
     SourceOptions,
     TokenizerOptions,
 )
-from twinlora.config.values import AnswerMetric, HeldOut, Method, Positive, Tracker
+from twinlora.config.values import AnswerMetric, Goal, HeldOut, Method, Positive, Size, Sources, Tracker
 
 __all__ = [
     "AdapterInspectOptions",
@@ -30,6 +31,7 @@ __all__ = [
     "DoctorOptions",
     "EvalOptions",
     "LoadOptions",
+    "PlanOptions",
     "TrainOptions",
 ]
 
@@ -60,7 +62,15 @@ class AttachOptions(AdapterOptions):
 class TrainOptions(Options, ModelOptions, AdapterOptions, DataOptions, OptimizerOptions, MemoryOptions):
     """Fine-tune a model: `twinlora train`."""
 
-    method: Method = Field(description="lora: 16-bit base; qlora: NF4 base; full: all weights, float32 masters.")
+    method: Method | None = Field(
+        None, description="lora: 16-bit base; qlora: NF4 base; full: all weights, float32 masters."
+    )
+    plan: Literal["off", "auto"] = Field(
+        "off",
+        description="auto: let the planner choose method, micro_batch_tokens and gradient_checkpointing; what you give "
+        "yourself stays.",
+    )
+    goal: Goal = Field("balanced", description="What plan auto chooses for; see `twinlora plan --help`.")
     output: Path = Field(description="The run's directory.")
     init_adapter: Path | None = Field(None, description="Start from this PEFT adapter instead of a fresh one.")
     resume: bool = Field(False, description="Continue from the newest checkpoint that verifies.")
@@ -82,6 +92,8 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, DataOptions, Optimizer
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.method is None and self.plan == "off":
+            raise ValueError("method is missing: choose lora, qlora or full, or plan auto")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: leave one out")
         if self.method == "full" and self.init_adapter:
@@ -170,6 +182,40 @@ class ChatOptions(Options, ModelOptions):
     temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0: greedy.")
     max_new_tokens: Positive = Field(256, description="Longest answer.")
     seed: int = Field(0, description="Seed of the sampling.")
+
+
+class PlanOptions(Options, ModelOptions, AdapterOptions, DataOptions, ExtentOptions):
+    """The right way to train, before a weight is loaded: `twinlora plan MODEL`."""
+
+    model: Annotated[str, tyro.conf.Positional] = Field(
+        "",
+        description="A directory, a config.json, a GGUF file, a hub id (only its configuration and the headers of its "
+        "weights are read), or a well-known name such as llama-65b.",
+    )
+    data: Sources = Field(
+        [], description="Rows to train on; sources as for `twinlora train`. Without, rows of `length`."
+    )
+    device: str = Field("auto", description="auto: this machine; or a device by its exact name, such as 'RTX 4090'.")
+    memory: Size | None = Field(
+        None, description="Memory that a run may use, for example 24GiB; default: the device's."
+    )
+    goal: Goal = Field(
+        "balanced",
+        description="balanced; accuracy: the least rounding that fits; speed; memory; edge: for a device that runs a "
+        "base of 4 bits; many-tasks: adapters that are switched over one base.",
+    )
+    micro_batch_tokens: Positive = Field(8192, description="Most tokens that may go through the model at once.")
+    length: Positive = Field(512, description="Without data: tokens of each row.")
+    rows: Positive = Field(1000, description="Without data: rows of an epoch.")
+    seed: int = Field(0, description="Seed of the order of rows, as for `twinlora train`.")
+    calibrate: bool = Field(False, description="Measure the rates of this machine and keep them; takes under a minute.")
+    score: bool = Field(False, description="Show what past runs were predicted to take and what they took.")
+
+    @model_validator(mode="after")
+    def _asked(self) -> Self:
+        if not (self.model or self.calibrate or self.score):
+            raise ValueError("model is missing: name one to plan for, for example twinlora plan llama-65b")
+        return self
 
 
 class AdapterInspectOptions(Options):

@@ -124,9 +124,17 @@ def split(examples: Sequence[Example], limit: int, *, packed: bool) -> Iterator[
 
 
 def make_micro_batch(
-    examples: Sequence[Example], *, packed: bool, pad_id: int = 0, device: torch.device | str = "cpu"
+    examples: Sequence[Example],
+    *,
+    packed: bool,
+    pad_id: int = 0,
+    device: torch.device | str = "cpu",
+    target: str | None = None,
 ) -> MicroBatch:
-    """Tensors of one pass over `examples`, concatenated or padded on the right."""
+    """Tensors of one pass over `examples`, concatenated or padded on the right.
+
+    `target`: the kind of device that they are shaped for, if it is not `device`'s.
+    """
     lengths = [len(example.ids) for example in examples]
     longest = max(lengths)
     starts = [sum(lengths[:i]) if packed else i * longest for i in range(len(examples))]
@@ -138,7 +146,7 @@ def make_micro_batch(
                 loss_rows.append(start + t - 1)
                 labels.append(example.ids[t])
     if packed:
-        fill = -sum(lengths) % _ROUND if torch.device(device).type == "cpu" else 0
+        fill = -sum(lengths) % _ROUND if (target or torch.device(device).type) == "cpu" else 0
         layout = Layout([*lengths, fill] if fill else lengths, device)
         ids = torch.tensor([[token for example in examples for token in example.ids] + [pad_id] * fill])
         mask, positions = None, layout.positions()

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from twinlora.numerics import ops
 
-__all__ = ["NAME", "NO_MASK_SHAPE", "Layout", "Rotation", "register"]
+__all__ = ["NAME", "NO_MASK_SHAPE", "Layout", "Rotation", "choose", "register"]
 
 NAME = "twinlora"
 # transformers passes a four-dimensional mask on untouched; ours is empty, since the layout says who sees whom.
@@ -71,3 +71,9 @@ def register() -> None:
     """Make `attn_implementation="twinlora"` known to transformers, with its mask function. Idempotent."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def choose(model: PreTrainedModel) -> None:
+    """Let `model` attend by our function, where its architecture takes one (soft-capped scores are not ours)."""
+    if model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None:
+        model.set_attn_implementation(NAME)

@@ -261,8 +261,7 @@ def load_model(
     if source.is_gguf and quantize is not None:
         for name in quantizable(model):
             _quantize_layer(model, name, model.get_submodule(name).weight.detach(), config)
-    if model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None:
-        model.set_attn_implementation(attention.NAME)
+    attention.choose(model)
     model.name_or_path = model.config._name_or_path = source.given  # not the directory that a hub's copy lies in
     model.to(device)
     return model.requires_grad_(False).eval()

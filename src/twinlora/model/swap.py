@@ -20,7 +20,7 @@ from twinlora.model.attention import NO_MASK_SHAPE, Layout
 from twinlora.model.blocks import Attention, RMSNorm, SwiGLU
 from twinlora.model.linear import DenseLinear, is_linear
 
-__all__ = ["replace_blocks"]
+__all__ = ["Admit", "Candidate", "probed", "replace_blocks"]
 
 _ROWS, _WIDTH = 5, 32  # of a probe's input; a block with weights of its own takes what they take
 _GATED = ("gate_proj", "up_proj", "down_proj")
@@ -28,7 +28,7 @@ _HEADS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
     """What might stand for a stock block, and how both act on an input [rows, width] of type `dtype`."""
 
     block: nn.Module
@@ -38,7 +38,7 @@ class _Candidate:
     stock: Callable[[Tensor], Tensor]
 
 
-def _candidates(module: nn.Module, rotary: nn.Module | None, dtype: torch.dtype) -> Iterator[_Candidate]:
+def _candidates(module: nn.Module, rotary: nn.Module | None, dtype: torch.dtype) -> Iterator[Candidate]:
     """Replacements, for each kind that `module` might be equal to. `dtype` is the model's."""
     if isinstance(module, (Attention, RMSNorm, SwiGLU)):
         return
@@ -46,14 +46,14 @@ def _candidates(module: nn.Module, rotary: nn.Module | None, dtype: torch.dtype)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if is_linear(module) and isinstance(weight, nn.Parameter) and not weight.requires_grad:
         dense = DenseLinear(module)
-        yield _Candidate(dense, dense.in_features, dtype, dense, module)
+        yield Candidate(dense, dense.in_features, dtype, dense, module)
     parts: dict[str, Any] = dict(module.named_children())
     if type(module).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and isinstance(eps, float):
         for norm in (RMSNorm(weight, eps), RMSNorm(weight, eps, offset=1.0, wide=True)):
-            yield _Candidate(norm, weight.numel(), dtype, norm, module)
+            yield Candidate(norm, weight.numel(), dtype, norm, module)
     if {*_GATED} <= set(parts) <= {*_GATED, "act_fn"}:
         gated = SwiGLU(*(parts[name] for name in _GATED))
-        yield _Candidate(gated, _base(parts["gate_proj"]).in_features, dtype, gated, module)
+        yield Candidate(gated, _base(parts["gate_proj"]).in_features, dtype, gated, module)
     if _HEADS <= set(parts) <= {*_HEADS, "q_norm", "k_norm"} and rotary is not None:
         yield from _attention_candidate(module, rotary)
 
@@ -62,7 +62,7 @@ def _base(layer: Any) -> Any:
     return getattr(layer, "base", layer)
 
 
-def _attention_candidate(stock: nn.Module, rotary: nn.Module) -> Iterator[_Candidate]:
+def _attention_candidate(stock: nn.Module, rotary: nn.Module) -> Iterator[Candidate]:
     """Both are probed in float32 over random projections: on trained ones, 16-bit rounding is as large as an error.
 
     The stock block runs once before, to show which scale and window it gives to its attention.
@@ -71,7 +71,7 @@ def _attention_candidate(stock: nn.Module, rotary: nn.Module) -> Iterator[_Candi
     layout, mask = Layout([_ROWS - 2, 2], device), torch.empty(NO_MASK_SHAPE, device=device)
     twin = copy.copy(stock)
     generator = torch.Generator().manual_seed(0)
-    twin._modules = {name: _float32(name, child, generator).to(device) for name, child in stock.named_children()}
+    twin._modules = {name: _float32(name, child, generator, device) for name, child in stock.named_children()}
 
     def call(block: nn.Module, x: Tensor) -> Tensor:
         rotation = rotary(x[None], layout.positions())
@@ -88,17 +88,21 @@ def _attention_candidate(stock: nn.Module, rotary: nn.Module) -> Iterator[_Candi
     if layout.seen and rotated == getattr(stock, "head_dim", None):
         ours = Attention(twin, **layout.seen)
         block = Attention(stock, **layout.seen)
-        yield _Candidate(block, _WIDTH, torch.float32, lambda x: call(ours, x), lambda x: call(twin, x))
+        yield Candidate(block, _WIDTH, torch.float32, lambda x: call(ours, x), lambda x: call(twin, x))
 
 
-def _float32(name: str, child: nn.Module, generator: torch.Generator) -> nn.Module:
+def _float32(name: str, child: nn.Module, generator: torch.Generator, device: torch.device) -> nn.Module:
     """A copied norm; or a random projection with `child`'s heads and a small hidden size, which neither block reads."""
     if name not in _HEADS:
-        return copy.deepcopy(child).float()
+        norm = copy.copy(child)
+        norm._parameters = {
+            key: p if p is None else nn.Parameter(p.detach().float()) for key, p in child._parameters.items()
+        }
+        return norm
     out, width = (_WIDTH, _base(child).in_features) if name == "o_proj" else (_base(child).out_features, _WIDTH)
     linear = nn.Linear(width, out, bias=False)
-    with torch.no_grad():
-        linear.weight.normal_(std=width**-0.5, generator=generator)
+    weight = torch.empty(out, width).normal_(std=width**-0.5, generator=generator)
+    linear.weight = nn.Parameter(weight.to(device))
     return linear
 
 
@@ -111,7 +115,12 @@ def _run(block: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach().float(), dx.float()
 
 
-def _admitted(candidate: _Candidate, device: torch.device) -> bool:
+Admit = Callable[[nn.Module, int, Candidate], bool]  # stock block, number among its candidates, candidate
+
+
+def probed(stock: nn.Module, number: int, candidate: Candidate) -> bool:
+    """Whether output and input gradient of the candidate are the stock block's."""
+    device = next(stock.parameters()).device
     x = torch.randn(_ROWS, candidate.width, generator=torch.Generator().manual_seed(0)).to(device, candidate.dtype)
     # Both round to `dtype`: they may differ by a few units in its last place, relative to the whole output.
     bound = max(4 * torch.finfo(candidate.dtype).eps, 1e-5)
@@ -119,8 +128,10 @@ def _admitted(candidate: _Candidate, device: torch.device) -> bool:
     return all(a.shape == b.shape and bool((a - b).norm() <= bound * b.norm()) for a, b in pairs)
 
 
-def replace_blocks(model: PreTrainedModel, note: Callable[[str], None] | None = None) -> dict[str, int]:
-    """Replace what the probe admits, in place; returns how many instances of each kind, `Stock → Ours`.
+def replace_blocks(
+    model: PreTrainedModel, note: Callable[[str], None] | None = None, admit: Admit = probed
+) -> dict[str, int]:
+    """Replace what `admit` (the probe) admits, in place; returns how many instances of each kind, `Stock → Ours`.
 
     `note` gets a line for each kind of stock block whose candidates were declined.
     """
@@ -130,8 +141,8 @@ def replace_blocks(model: PreTrainedModel, note: Callable[[str], None] | None = 
     declined: set[str] = set()
     for name, module in list(model.named_modules()):
         candidates = list(_candidates(module, rotary, embedding.dtype))
-        for candidate in candidates:
-            if _admitted(candidate, embedding.device):
+        for number, candidate in enumerate(candidates):
+            if admit(module, number, candidate):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, candidate.block.train(module.training))
                 kind = f"{type(module).__name__} → {type(candidate.block).__name__}"

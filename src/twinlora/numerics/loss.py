@@ -50,7 +50,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dhidden,) = ctx.saved_tensors
         dhidden = None if dhidden is None else dhidden * grads[0].to(dhidden.dtype)
-        dweight = None if ctx.dweight is None else (ctx.dweight * grads[0]).to(ctx.weight_dtype)
+        # The loss, and with it this context, outlives its backward pass: the largest gradient must not.
+        dweight, ctx.dweight = ctx.dweight, None
+        dweight = None if dweight is None else dweight.mul_(grads[0]).to(ctx.weight_dtype)
         return dhidden, dweight, None
 
 

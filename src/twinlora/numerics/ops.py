@@ -45,6 +45,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from twinlora.errors import ModelError
 from twinlora.numerics import attention as reference_attention
@@ -275,7 +276,7 @@ def quantize(weight: Tensor, fmt: NF4Format | None = None, *, name: str = "weigh
         raise ModelError(f"{name}: cannot quantise {weight.dtype}; expected float32, bfloat16 or float16")
     packed, scales = torch.ops.twinlora.nf4_quantize(weight, fmt.block_size)
     # A NaN or Inf anywhere in a block shows in its maximum.
-    if weight.device.type != "meta" and not bool(torch.isfinite(scales).all()):
+    if weight.device.type != "meta" and not isinstance(weight, FakeTensor) and not bool(torch.isfinite(scales).all()):
         bad = int((~torch.isfinite(weight)).sum())
         raise ModelError(
             f"{name}: {bad} of {weight.numel()} values are NaN or Inf; the checkpoint is damaged, fetch it again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ from twinlora.numerics import ops
 from twinlora.train.checkpoint import Checkpoint
 from twinlora.train.inputs import Inputs
 
-__all__ = ["identity", "require_same"]
+__all__ = ["as_before", "identity", "require_same"]
 
 _FORMAT = 3  # of the checkpoint
 # Options that may change between a run and its continuation; of files the content counts, not the path.
 # Those of memory compute the same bits; micro-batches that were halved are part of the checkpoint.
 _FREE = {
     "output", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "json_output", "report_to", "device",
-    "gradient_checkpointing", "on_oom", "offload", "dense_copies",
+    "gradient_checkpointing", "on_oom", "offload", "dense_copies", "plan", "goal",
 }  # fmt: skip
 _FILES = {"model", "data", "eval", "init_adapter"}
 
@@ -47,6 +48,12 @@ def require_same(found: Checkpoint, now: dict[str, Any], options: TrainOptions) 
             + "\n  ".join(lines)
             + "\ngive the options and files of the first run, or another --output"
         )
+
+
+def as_before(found: Checkpoint, options: TrainOptions, names: Sequence[str]) -> TrainOptions:
+    """`options` with what the planner had chosen when the run began: it need not choose the same twice."""
+    saved = found.state["identity"]["options"]
+    return options.model_copy(update={name: saved[name] for name in names if name in saved})
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any], options: TrainOptions) -> list[str]:

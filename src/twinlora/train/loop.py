@@ -22,13 +22,14 @@ from twinlora.adapters.lora import trainable_parameters
 from twinlora.config import TrainOptions
 from twinlora.data.packing import Batch, make_batch
 from twinlora.data.template import Example
-from twinlora.errors import ConfigError, Interrupted, StorageError, TrainingDiverged
+from twinlora.errors import ConfigError, Interrupted, OutOfMemory, StorageError, TrainingDiverged
 from twinlora.evaluate.metrics import mean_loss
 from twinlora.model.load import pick_device, pick_dtype
 from twinlora.numerics import ops
 from twinlora.reporter import Reporter
 from twinlora.train import checkpoint, rehearsal
-from twinlora.train.identity import identity, require_same
+from twinlora.train.forecast import Forecast
+from twinlora.train.identity import as_before, identity, require_same
 from twinlora.train.inputs import Inputs, read_inputs
 from twinlora.train.memory import Memory
 from twinlora.train.notes import Notes
@@ -107,6 +108,7 @@ def _require_one_process() -> None:
 
 def _train(options: TrainOptions, inputs: Inputs, run: RunDirectory, notes: Notes, device: torch.device) -> TrainResult:
     found = _find_checkpoint(run, notes) if options.resume else None
+    options = _planned(options, inputs, found, notes)
     dtype, reason = pick_dtype(options.dtype, device)
     if options.dtype == "auto" and found is not None:  # a measured choice need not come out the same twice
         dtype, reason = getattr(torch, found.state["identity"]["options"]["dtype"]), "dtype as before"
@@ -118,8 +120,20 @@ def _train(options: TrainOptions, inputs: Inputs, run: RunDirectory, notes: Note
         trainer = _Trainer(options, inputs, run, notes, trackers, dtype, device)
         trainer.restore(found)
         trackers.start(trainer.at.step)
-        trainer.fit()
+        try:
+            trainer.fit()
+        except OutOfMemory as error:
+            raise OutOfMemory(f"{error}\n  {trainer.forecast.blame(trainer.prepared)}") from None
         return trainer.finish()
+
+
+def _planned(options: TrainOptions, inputs: Inputs, found: checkpoint.Checkpoint | None, notes: Notes) -> TrainOptions:
+    """With what `plan auto` chooses, or chose when the run began."""
+    if options.plan == "off":
+        return options
+    from twinlora.plan.auto import CHOSEN, planned_options
+
+    return planned_options(options, inputs, notes) if found is None else as_before(found, options, CHOSEN)
 
 
 def _find_checkpoint(run: RunDirectory, notes: Notes) -> checkpoint.Checkpoint | None:
@@ -149,9 +163,12 @@ class _Trainer:
         self.identity = identity(options, inputs, dtype, device)
         machine.reset_peaks(device)
         machine.keep_freed_memory()
+        self.forecast = Forecast(options, inputs, dtype, device, notes)
         torch.manual_seed(options.seed)  # dropout draws from the global generators
         self.prepared = prepare(options, inputs, dtype, device, notes)
         self.model = self.prepared.model
+        self.loading_peak = machine.peak_rss_bytes()
+        machine.reset_peaks(device)  # what a step takes is predicted; loading may take more
         self.parameters = trainable_parameters(self.model)
         self.memory = Memory(options, self.model, packed=self.prepared.packed, device=device, notes=notes)
         self.optimizer = MasterAdamW(
@@ -355,6 +372,7 @@ class _Trainer:
             files.save_adapter(self.model, where, options.model, passport)
             hf.follow_peft(self.model, passport)
         record = self._record() | {kind: str(where)}
+        record["predicted"] = self.forecast.beside(record, prepared)
         document: dict[str, Any] = {"options": options.model_dump(mode="json")}
         document |= {"base_fingerprint": self.inputs.fingerprint, "data_sha256": self.inputs.digests}
         document |= {"machine": machine.describe(self.device), "notes": self.notes.lines}
@@ -383,7 +401,8 @@ class _Trainer:
             "skipped_steps": self.at.skipped,
             "seconds": self.at.seconds,
             "tokens_per_second": self.at.tokens / self.at.seconds if self.at.seconds else None,
-            "peak_rss_bytes": machine.peak_rss_bytes(),
+            "peak_rss_bytes": max(self.loading_peak, machine.peak_rss_bytes()),
+            "step_peak_rss_bytes": machine.peak_rss_bytes(),
             "peak_device_bytes": machine.peak_device_bytes(self.device),
             "trainable_parameters": sum(p.numel() for p in self.parameters.values()),
             "base_weight_bytes": self.prepared.weight_bytes,

@@ -1,0 +1,122 @@
+"""Predicted against measured time of a training step on this machine, for the cells of plan_memory.py.
+
+    python benchmarks/plan_time.py --model DIR [--scratch DIR] [--output benchmarks/results/plan_time.json]
+
+First the rates are measured: products, attention, copies and what lies between, nothing of any cell. Then each cell is
+predicted from its configuration and these rates, and measured in a process of its own that loads the checkpoint as
+training does: the median of its steps after two that do not count. Run it on a quiet machine, with all of its cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import harness  # puts src on the path
+import plan_memory
+
+_SECONDS, _LEAST, _MOST = 15.0, 5, 60  # of steps of a cell that count
+
+
+def measure(connection: Any, directory: str, cell: Any) -> None:
+    """The body of a cell's process: seconds of each step."""
+    from twinlora import machine
+    from twinlora.model.load import resolve
+
+    machine.keep_freed_memory()
+    step = plan_memory.stepper(resolve(directory), cell)
+    for _ in range(2):
+        step()
+    seconds: list[float] = []
+    end = time.perf_counter() + _SECONDS
+    while len(seconds) < _LEAST or (time.perf_counter() < end and len(seconds) < _MOST):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    connection.send(seconds)
+
+
+def calibrate(connection: Any) -> None:
+    """In a process of its own: the rates, and how long they took."""
+    import torch
+
+    from twinlora.plan import calibrate
+    from twinlora.reporter import ConsoleReporter
+
+    start = time.perf_counter()
+    rates = calibrate.measure(torch.device("cpu"), ConsoleReporter())
+    connection.send((rates, time.perf_counter() - start))
+
+
+def in_process(body: Any, *arguments: Any) -> Any:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=body, args=(theirs, *arguments))
+    process.start()
+    theirs.close()
+    found = ours.recv()
+    process.join()
+    return found
+
+
+def compare(directory: str, name: str, shape: str, cell: Any, rates: Any) -> dict[str, Any]:
+    """One cell: predicted here, measured in a process of its own."""
+    from transformers import AutoConfig
+
+    from twinlora.plan.simulate import simulate
+
+    counts = simulate(AutoConfig.from_pretrained(directory), cell).counts
+    tokens = sum(cell.lengths)
+    predicted = rates.step_seconds(counts, tokens)
+    seconds = in_process(measure, directory, cell)
+    measured = statistics.median(seconds)
+    row = {"model": name, "method": cell.method, "shape": shape, "checkpointing": cell.checkpointing}
+    row |= {"predicted": predicted, "by_kind": rates.seconds_by_kind(counts, tokens), "measured": measured}
+    row |= {"steps": seconds, "error": predicted / measured - 1}
+    print(
+        f"{name:<10} {cell.method:<6} {shape:<9} {'checkpointing' if cell.checkpointing else '':<13} "
+        f"predicted {predicted:7.3f} s, measured {measured:7.3f} s ({row['error']:+.1%})",
+        flush=True,
+    )
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--methods", default="lora,qlora,full")
+    parser.add_argument("--only", default="", help="part of a cell's name, to run a few")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    rates, seconds = in_process(calibrate)
+    print(f"calibrated in {seconds:.0f} s")
+    models = {Path(args.model).name: args.model}
+    if args.scratch:
+        plan_memory.write_billion(args.scratch / "llama-1b")
+        models["llama-1b"] = str(args.scratch / "llama-1b")
+    curves = {name: curve.points for name, curve in rates.curves.items()}
+    document: dict[str, Any] = harness.facts() | {"calibration_seconds": seconds, "overhead": rates.overhead}
+    document |= {"curves": curves, "cells": []}
+    try:
+        for name, directory in models.items():
+            for shape, cell in plan_memory.cells(args.methods.split(",")):
+                if args.only in f"{name} {cell.method} {shape} {cell.checkpointing}":
+                    document["cells"].append(compare(directory, name, shape, cell, rates))
+                    if args.output:
+                        args.output.write_text(json.dumps(document, indent=1))
+    finally:
+        if args.scratch:
+            shutil.rmtree(args.scratch / "llama-1b")
+    errors = [abs(cell["error"]) for cell in document["cells"]]
+    print(f"error: median {statistics.median(errors):.1%}, largest {max(errors):.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""`twinlora plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from twinlora.cli.console import as_typed, out, print_json, print_table
+from twinlora.config import PlanOptions
+from twinlora.reporter import ConsoleReporter
+
+if TYPE_CHECKING:
+    from twinlora.plan.answer import Plan
+    from twinlora.plan.rows import Row
+    from twinlora.plan.score import Past
+
+_FITS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+_LABEL = 9  # columns
+
+
+def run(options: PlanOptions) -> None:
+    """Calibrate, show the score, or plan: whatever was asked, in this order."""
+    reporter = ConsoleReporter()
+    try:
+        if options.calibrate:
+            _calibrate(options, reporter)
+        if options.score:
+            _score(options, reporter)
+        if options.model:
+            _plan(options, reporter)
+    finally:
+        reporter.close()
+
+
+def _calibrate(options: PlanOptions, reporter: ConsoleReporter) -> None:
+    from twinlora.model.load import pick_device
+    from twinlora.plan import calibrate
+
+    device = pick_device("auto")
+    rates = calibrate.calibrate(device, reporter)
+    name = calibrate.hardware(device)
+    if options.json_output and not options.model:
+        curves = {curve: found.points for curve, found in rates.curves.items()}
+        print_json({"hardware": name, "source": rates.source, "overhead_seconds": rates.overhead, "curves": curves})
+        return
+    reporter.note(f"rates of {name} are kept; {rates.overhead * 1e6:.1f} µs a call, best rates:")
+    for curve, found in rates.curves.items():
+        best = max(rate for _, rate in found.points)
+        unit = "GFLOP/s" if "product" in curve or "attention" in curve else "GB/s"
+        reporter.note(f"  {curve:<22} {best / 1e9:8,.0f} {unit}")
+
+
+def _score(options: PlanOptions, reporter: ConsoleReporter) -> None:
+    from twinlora.plan import score
+
+    runs = score.read(reporter.note)
+    found = score.summary(runs)
+    if options.json_output:
+        print_json({"history": str(score.history_file()), "score": found, "runs": [run.model_dump() for run in runs]})
+        return
+    if not runs:
+        out.print(f"no runs yet in {score.history_file()}: each `twinlora train` adds one", markup=False)
+        return
+    print_table(_history(runs))
+    for name, of in found.items():
+        out.print(f"\n{name}: {of['runs']} run(s), median error", markup=False)
+        time, corrected = (_percent(of[key]) for key in ("time", "time_corrected"))
+        out.print(f"  peak {_percent(of['peak'])}; time {time}, corrected by the other runs {corrected}")
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _history(runs: list[Past]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for title in ("run", "model", "method", "peak GiB", "measured", "off", "s/step", "measured", "off"):
+        table.add_column(title, justify="left" if title in ("run", "model", "method") else "right", no_wrap=True)
+    for run in runs[-30:]:
+        predicted, time = run.predicted_step_seconds, run.time_ratio
+        table.add_row(
+            run.when[:16],
+            run.model[-24:],
+            run.method + (" ckpt" if run.checkpointing else ""),
+            f"{run.predicted_peak_bytes / 2**30:.2f}",
+            f"{run.measured_peak_bytes / 2**30:.2f}",
+            f"{100 * (1 / run.peak_ratio - 1):+.1f} %",
+            "–" if predicted is None else f"{predicted:.3f}",
+            f"{run.measured_step_seconds:.3f}",
+            "–" if time is None else f"{100 * (1 / time - 1):+.1f} %",
+        )
+    return table
+
+
+def _plan(options: PlanOptions, reporter: ConsoleReporter) -> None:
+    from twinlora.plan.answer import plan
+
+    found = plan(options, reporter)
+    reporter.close()
+    if options.json_output:
+        print_json(found.document())
+        return
+    out.print(show(found, out.width))
+    if found.command:
+        out.print()
+        out.print(as_typed(found.command), style="cyan", markup=False)  # on one line, to be copied
+
+
+def show(plan: Plan, width: int) -> Group:
+    """The whole answer, for a terminal of `width` columns; 80 are enough."""
+    from twinlora.plan.words import runner_up
+
+    parts: list[Table | Text | Padding] = [
+        _head(plan),
+        Text(),
+        _ways(plan, width),
+        Text(),
+        _causes(plan, width),
+        Text(),
+    ]
+    first, second = plan.sentences
+    parts += [Text(first, style="bold"), Text(second), Text()]
+    second_best = runner_up(plan.choice)
+    if second_best:
+        parts.append(_lines("runner-up", [second_best]))
+    if plan.change_lines:
+        parts.append(_lines("changes", plan.change_lines))
+    parts.append(_lines("expected", _expectations(plan)))
+    parts.append(_lines("often said", plan.claims))
+    later = [f"* {_name(row)} needs {row.way.needs}" for row in plan.rows if row.way.needs]
+    if plan.notes or later:
+        parts.append(_lines("notes", plan.notes + later))
+    return Group(*parts)
+
+
+def _lines(label: str, lines: list[str]) -> Table:
+    """Lines beside a label, wrapped under each other."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(style="dim", width=_LABEL + 1, no_wrap=True)
+    table.add_column(overflow="fold")
+    for number, line in enumerate(lines):
+        table.add_row("" if number else label, Text(line))
+    return table
+
+
+def _head(plan: Plan) -> Table:
+    from twinlora.plan.words import gib
+
+    work, planned = plan.workload, plan.planned
+    size = plan.ways[0].parameters
+    checkpoint = f", {planned.checkpoint_bytes / 1e9:,.1f} GB on disk" if planned.checkpoint_bytes else ""
+    data = (
+        f"{work.rows:,} rows, {work.tokens:,} tokens, longest {work.longest:,}, {len(work.batches):,} steps"
+        if work.from_data
+        else f"none: {work.rows:,} rows of {work.longest:,} tokens, {len(work.batches):,} steps (--data, --length)"
+    )
+    count = f"{size / 1e9:,.2f} B" if size >= 1e9 else f"{size / 1e6:,.0f} M"
+    lines = {
+        "model": f"{planned.given}, {count} parameters{checkpoint}; {planned.origin}",
+        "device": f"{plan.device.name}, {gib(plan.memory)} ({plan.device.source}, {plan.device.date})"
+        if plan.options.memory is None
+        else f"{plan.device.name}, {gib(plan.memory)} as given",
+        "data": data,
+        "goal": plan.options.goal,
+    }
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(style="dim", width=_LABEL + 1, no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, line in lines.items():
+        table.add_row(label, Text(line))
+    return table
+
+
+def _grid(width: int) -> Table:
+    """A table without lines; its columns stand close on a narrow terminal."""
+    return Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1 if width < 100 else 3, 0, 0))
+
+
+def _ways(plan: Plan, width: int) -> Table:
+    """A row for each way."""
+    table = _grid(width)
+    for title in ("way", "in memory?", "peak", "micro×n", "ckpt", "tokens/s", "time", "disk", "quality"):
+        left = title in ("way", "in memory?", "ckpt")
+        table.add_column(title, justify="left" if left else "right", no_wrap=True)
+    for row in plan.rows:
+        setting, chosen = row.setting, row is plan.choice.row and plan.choice.method is not None
+        speed = row.tokens_per_second
+        table.add_row(
+            Text(("▸ " if chosen else "  ") + _name(row), style="bold" if chosen else ""),
+            Text(row.fit + ("*" if row.way.needs else ""), style=_FITS[row.fit]),
+            f"{row.peak / 2**30:,.1f}",
+            f"{setting.micro_batch_tokens:,}×{setting.micro_batches}",
+            "on" if setting.checkpointing else "off",
+            "–" if speed is None else f"{speed:,.0f}",
+            "–" if row.seconds is None else _time(row.seconds),
+            _disk(row.way.disk_bytes),
+            _quality(row),
+            style="" if row.fit != "does not fit" else "dim",
+        )
+    return table
+
+
+def _name(row: Row) -> str:
+    names = {"full": "full", "lora": f"LoRA {row.way.bits:.0f}-bit", "int8": "LoRA int8", "qlora": "QLoRA"}
+    return names.get(row.method) or f"hybrid {row.bits:.2g}"
+
+
+def _time(seconds: float) -> str:
+    """In six columns."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}" if unit != "min" else f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _disk(size: float) -> str:
+    """In seven columns."""
+    number, unit = (size / 1e12, "TB") if size >= 1e12 else (size / 1e9, "GB")
+    return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.1f} {unit}"
+
+
+def _quality(row: Row) -> str:
+    points = row.way.expected.points
+    return "?" if points is None else "±0" if points == 0 else f"{points:+.1f}"
+
+
+def _causes(plan: Plan, width: int) -> Table:
+    """The peaks by cause, in GiB."""
+    table = _grid(width)
+    table.add_column("peak by cause, GiB", no_wrap=True, style="dim")
+    for row in plan.rows:
+        table.add_column(_name(row), justify="right", no_wrap=True)
+    causes = dict.fromkeys(cause for row in plan.rows for cause in row.by_cause)
+    for cause in causes:
+        table.add_row(cause, *(_gib(row.by_cause.get(cause, 0)) for row in plan.rows))
+    table.add_row(Text("needed, with reserve"), *(_gib(row.needed) for row in plan.rows), style="bold")
+    return table
+
+
+def _gib(size: int) -> str:
+    return "–" if not size else f"{size / 2**30:,.1f}" if size >= 2**30 else f"{size / 2**30:.2f}"
+
+
+def _expectations(plan: Plan) -> list[str]:
+    """Where the column of quality comes from."""
+    lines = ["quality: points against LoRA over a 16-bit base, by the source's own score"]
+    for row in plan.rows:
+        known = row.way.expected
+        if row.method != "lora" and row.fit != "does not fit":
+            interval = "" if known.low is None else f" ({known.low:+.1f} to {known.high:+.1f})"
+            lines.append(f"{_name(row)} {_quality(row)}{interval}: {known.source}")
+    return lines

@@ -1,0 +1,203 @@
+"""`plan(options)`: from a model, a device and data to the rows, the choice and what would change it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from twinlora.config import PlanOptions, parse_size
+from twinlora.model.load import pick_device, pick_dtype
+from twinlora.plan import calibrate, score
+from twinlora.plan.advise import Change, Choice, changes, choose, rows_for
+from twinlora.plan.claims import checked
+from twinlora.plan.devices import Device, find, this_machine
+from twinlora.plan.model import Planned, describe
+from twinlora.plan.overhead import Overhead, overhead
+from twinlora.plan.rows import RESERVE, Row, Way
+from twinlora.plan.speed import Rates, stated
+from twinlora.plan.ways import Setting, Ways
+from twinlora.plan.words import change_lines, command, memory_note, runner_up, sentences
+from twinlora.plan.workload import Workload, assumed, tokenised
+from twinlora.reporter import Reporter
+
+__all__ = ["Plan", "plan"]
+
+_CUDA_CONTEXT = 600 << 20  # bytes: the driver's context and the libraries' workspaces, as seen on data-centre cards
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan: what it is for, its rows in the order of METHODS, the choice, and what is to be said beside it."""
+
+    options: PlanOptions
+    planned: Planned
+    device: Device
+    memory: int
+    dtype: torch.dtype
+    workload: Workload
+    rates: Rates | None
+    reserve: float
+    ways: list[Way]
+    rows: list[Row]
+    choice: Choice
+    changes: list[Change]
+    claims: list[str]
+    notes: list[str]
+
+    @property
+    def sentences(self) -> tuple[str, str]:
+        """The recommendation."""
+        return sentences(self.choice, self.rows, self.options.goal)
+
+    @property
+    def command(self) -> str | None:
+        """What trains as recommended, if there is something to train from."""
+        if self.choice.method is None or self.planned.train_as is None:
+            return None
+        return command(self.choice.row, self.options, self.planned.train_as)
+
+    @property
+    def change_lines(self) -> list[str]:
+        """What would change the choice, in words."""
+        return change_lines(self.changes, self.memory)
+
+    def document(self) -> dict[str, Any]:
+        """All of it as JSON. Sizes in bytes, times in seconds."""
+        return {
+            "model": {"given": self.planned.given, "origin": self.planned.origin, "parameters": self.ways[0].parameters,
+                      "checkpoint_bytes": self.planned.checkpoint_bytes, "type": self.planned.config.model_type},
+            "device": dataclasses.asdict(self.device),
+            "memory_bytes": self.memory,
+            "reserve": self.reserve,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "goal": self.options.goal,
+            "rates": None if self.rates is None else self.rates.source,
+            "data": {"from": self.options.data or "assumed", "rows": self.workload.rows, "tokens": self.workload.tokens,
+                     "longest": self.workload.longest, "steps": len(self.workload.batches)},
+            "rows": [_row(row) for row in self.rows],
+            "choice": self.choice.method,
+            "reason": self.choice.reason,
+            "sentences": list(self.sentences),
+            "runner_up": runner_up(self.choice),
+            "changes": [dataclasses.asdict(change) for change in self.changes],
+            "change_lines": self.change_lines,
+            "claims": self.claims,
+            "command": self.command,
+            "notes": self.notes,
+        }  # fmt: skip
+
+
+def _row(row: Row) -> dict[str, Any]:
+    setting, way = row.setting, row.way
+    return {
+        "method": row.method,
+        "fit": row.fit,
+        "needs": way.needs,
+        "peak_bytes": row.peak,
+        "needed_bytes": row.needed,
+        "by_cause": dict(row.by_cause),
+        "bits": row.bits,
+        "micro_batch_tokens": setting.micro_batch_tokens,
+        "micro_batches": setting.micro_batches,
+        "gradient_checkpointing": setting.checkpointing,
+        "simulated": setting.exact,
+        "tokens_per_second": row.tokens_per_second,
+        "seconds": row.seconds,
+        "disk_bytes": way.disk_bytes,
+        "artefact_bytes": way.artefact_bytes,
+        "trainable_parameters": way.trainable,
+        "expected": dataclasses.asdict(way.expected),
+    }
+
+
+def plan(
+    options: PlanOptions,
+    reporter: Reporter,
+    workload: Workload | None = None,
+    *,
+    only: str | None = None,
+    checkpointing: bool = False,
+) -> Plan:
+    """Plan as `options` say, for a `workload` if there is one already; `only` one method, with `checkpointing` only.
+
+    Raises InputError; StorageError for rates that are damaged.
+    """
+    notes: list[str] = []
+    planned = describe(options.model, trust_remote_code=options.trust_remote_code)
+    here = options.device in ("auto", "cpu") or options.device.startswith("cuda")
+    device = this_machine(pick_device(options.device)) if here else find(options.device)
+    memory = device.memory_bytes if options.memory is None else parse_size(options.memory)
+    notes += [line for line in (memory_note(options.memory, memory),) if line]
+    dtype, reason = _dtype(options, device)
+    notes += [reason] if reason else []
+    rates, reserve = _rates(device, notes)
+    if workload is None:
+        workload = tokenised(options, planned, reporter.note) if options.data else assumed(options)
+    maker = Ways(
+        planned.config,
+        workload,
+        Setting(options, device.target, dtype, rates, _overhead(device)),
+        lambda done, total: reporter.progress("simulating", done, total),
+    )
+    made = [way for way in maker.make() if only in (None, way.method)]
+    made = [way.recomputing() for way in made] if checkpointing else made
+    ways, rows, choice = _settled(maker, made, memory, options, reserve)
+    found = changes(ways, memory, options.goal, reserve)
+    claims = checked({row.method: row for row in rows}, model=planned.given, rank=options.rank)
+    return Plan(
+        options, planned, device, memory, dtype, workload, rates, reserve, ways, rows, choice, found, claims, notes
+    )
+
+
+def _settled(
+    maker: Ways, ways: Sequence[Way], memory: int, options: PlanOptions, reserve: float
+) -> tuple[list[Way], list[Row], Choice]:
+    """Rows, after what is recommended or close to a border was simulated rather than derived from its neighbours."""
+    ways = list(ways)
+    while True:
+        rows = rows_for(ways, memory, options.goal, reserve)
+        choice = choose(rows, options.goal)
+        rough = [i for i, row in enumerate(rows) if not row.setting.exact and (row is choice.row or _close(row))]
+        if not rough:
+            return ways, rows, choice
+        for i in rough:
+            ways[i] = maker.exact(rows[i])
+
+
+def _close(row: Row) -> bool:
+    """Whether an error of a derived peak could decide if the row fits. Hybrid fills its memory, whatever that is."""
+    return row.method != "hybrid" and abs(row.needed / row.memory - 1) < 0.05
+
+
+def _overhead(device: Device) -> Overhead:
+    """What a process takes beside the step. Of a GPU of this machine it is measured, and free memory is without it."""
+    if device.target == "cpu":
+        return overhead()
+    if device.product_flops is None:
+        return Overhead(0, 0)
+    return Overhead(_CUDA_CONTEXT, 0)
+
+
+def _dtype(options: PlanOptions, device: Device) -> tuple[torch.dtype, str | None]:
+    if options.dtype == "auto" and device.target == "cuda":
+        return (torch.bfloat16, None) if device.bfloat16 else (torch.float16, "float16: no bfloat16 on this device")
+    return pick_dtype(options.dtype, torch.device("cpu"))
+
+
+def _rates(device: Device, notes: list[str]) -> tuple[Rates | None, float]:
+    """Rates of the device and the reserve of memory, both corrected by what past runs took there."""
+    table = stated(device)
+    if table is not None:
+        notes.append("times follow from stated peaks, not from a measurement of this device")
+        return table, RESERVE
+    hardware = calibrate.hardware(torch.device(device.target))
+    measured = calibrate.load(hardware)
+    history = score.of_hardware(score.read(notes.append), hardware)
+    if measured is None:
+        notes.append("no times: the rates of this machine are not measured; twinlora plan --calibrate does (a minute)")
+        return None, score.reserve(history)
+    return dataclasses.replace(measured, factor=score.time_factor(history)), score.reserve(history)

@@ -1,0 +1,41 @@
+"""`train --plan auto`: what the planner would choose, as options of the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twinlora.config import PlanOptions, TrainOptions
+from twinlora.errors import ConfigError
+from twinlora.plan.answer import plan
+from twinlora.plan.workload import Workload
+from twinlora.train.inputs import Inputs
+from twinlora.train.notes import Notes
+
+__all__ = ["CHOSEN", "planned_options"]
+
+CHOSEN = ("method", "bits", "micro_batch_tokens", "gradient_checkpointing")  # what the planner decides
+
+
+def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> TrainOptions:
+    """`options` with what the planner chose for this machine. A method and checkpointing that is on stay as given, and
+    micro-batches no larger. Raises ConfigError if nothing fits."""
+    shared = {name: getattr(options, name) for name in PlanOptions.model_fields if name in TrainOptions.model_fields}
+    asked = PlanOptions(**(shared | {"model": str(inputs.source.path)}))
+    workload = Workload(
+        inputs.examples, asked, options.epochs, options.max_steps, options.seed, from_data=True,
+        packed=options.packing == "auto",
+    )  # fmt: skip
+    found = plan(asked, notes.reporter, workload, only=options.method, checkpointing=options.gradient_checkpointing)
+    first, second = found.sentences
+    if found.choice.method is None:
+        raise ConfigError(f"plan auto: {first} {second}")
+    notes.add(f"plan: {first} {second}")
+    setting = found.choice.row.setting
+    update: dict[str, Any] = {
+        "method": found.choice.method,
+        "micro_batch_tokens": setting.micro_batch_tokens,
+        "gradient_checkpointing": setting.checkpointing,
+    }
+    if found.choice.method in ("hybrid", "int8"):
+        update |= {"method": "hybrid", "bits": found.choice.row.bits}
+    return options.model_copy(update=update)

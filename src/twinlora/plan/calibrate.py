@@ -1,0 +1,258 @@
+"""The rates of this machine, measured in under a minute: products, attention, copies and what lies between them.
+
+Nothing of a cell that is predicted later is measured. Each piece is a call of one op at some size; what it did is
+counted by the same code that counts a step (work.py), so that rates and counts cannot drift apart. Operands rotate, so
+that a weight comes from memory as it does in a model.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from twinlora import atomic, machine
+from twinlora.errors import StorageError
+from twinlora.model.fingerprint import cache_directory
+from twinlora.numerics import ops
+from twinlora.plan import work
+from twinlora.plan.speed import Curve, Measured, computes, launches
+from twinlora.reporter import Reporter
+
+__all__ = ["calibrate", "load", "measure", "store"]
+
+_SECONDS = 0.25  # for each piece
+_LEAST, _MOST = 5, 2000  # calls of a piece
+_ROTATING = 96 << 20  # bytes of operands that take turns: more than a last-level cache holds for long
+
+# curve, then the call to time; it gets the number of the turn
+Piece = tuple[str, Callable[[int], Any]]
+
+
+def calibrate(device: torch.device, reporter: Reporter) -> Measured:
+    """Measure and keep. Raises StorageError."""
+    rates = measure(device, reporter)
+    store(rates, hardware(device))
+    return rates
+
+
+def measure(device: torch.device, reporter: Reporter) -> Measured:
+    """The rates of `device`, which should have nothing else to do."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    overhead = _overhead(device)
+    with torch.no_grad():
+        makers = list(_pieces(device))
+        for number, make in enumerate(makers):
+            curve, call = make()
+            kinds = _main(_count(call))
+            seconds = _time(call, device)
+            seconds = max(seconds - overhead * sum(map(launches, kinds)), seconds / 4)
+            flops, size = sum(k.flops for k in kinds), sum(k.read + k.written for k in kinds)
+            point = (flops / size, flops / seconds) if computes(curve) else (size / len(kinds), size / seconds)
+            found.setdefault(curve, []).append(point)
+            reporter.progress("calibrating", number + 1, len(makers), curve)
+    curves = {name: Curve(tuple(sorted(points))) for name, points in found.items()}
+    return Measured(f"measured on this machine, {date.today().isoformat()}", curves, overhead)
+
+
+class _Counter(TorchDispatchMode):
+    """The kinds of all operations while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: list[work.Kind] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, (tuple, list)) else (out,)
+        for kind, calls in work.of(func, args, kwargs or {}, made):
+            self.kinds += [kind] * calls
+        return out
+
+
+def _count(call: Callable[[int], Any]) -> list[work.Kind]:
+    with _Counter() as counter:
+        call(0)
+    return counter.kinds
+
+
+def _main(kinds: list[work.Kind]) -> list[work.Kind]:
+    """Those that the piece is there for, without counters and the like."""
+    name = max(kinds, key=lambda kind: (kind.flops, kind.read)).name
+    return [kind for kind in kinds if kind.name == name]
+
+
+def _time(call: Callable[[int], Any], device: torch.device) -> float:
+    """Seconds of a call: the mean of the fastest quarter, since other load only adds."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    call(0)
+    wait()
+    times: list[float] = []
+    end = time.perf_counter() + _SECONDS
+    while len(times) < _LEAST or (time.perf_counter() < end and len(times) < _MOST):
+        start = time.perf_counter()
+        call(len(times))
+        wait()
+        times.append(time.perf_counter() - start)
+    fastest = sorted(times)[: (len(times) + 3) // 4]
+    return sum(fastest) / len(fastest)
+
+
+def _overhead(device: torch.device) -> float:
+    """Seconds that a call takes where there is next to nothing to do, autograd and Python around it included."""
+    x = torch.ones(8, device=device, requires_grad=True)
+
+    def chain(_: int) -> None:
+        y = x
+        for _ in range(50):
+            y = y * x
+        y.sum().backward()
+        x.grad = None
+
+    return _time(chain, device) / len(_count(chain))
+
+
+def _rotate(make: Callable[[], Tensor]) -> list[Tensor]:
+    first = make()
+    return [first] + [first.clone() for _ in range(min(64, _ROTATING // max(first.nbytes, 1)))]
+
+
+def _pieces(device: torch.device) -> Iterator[Callable[[], Piece]]:
+    for dtype, every in ((torch.bfloat16, 1), (torch.float32, 2)):
+        name = str(dtype).removeprefix("torch.")
+        for shape in _PRODUCTS[::every]:
+            yield lambda d=dtype, n=name, s=shape: (f"product {n}", _product(*s, d, device))
+        for rows in (64, 256, 1024)[::every]:
+            yield lambda d=dtype, n=name, r=rows: (f"nf4 product {n}", _nf4(r, 1024, d, device))
+    for length in (32, 128, 512, 2048):
+        yield lambda n=length: ("attention", _attention(n, device, backward=False))
+        yield lambda n=length: ("attention_backward", _attention(n, device, backward=True))
+    for size in (1 << 12, 1 << 16, 1 << 20, 1 << 23):
+        yield lambda n=size: ("copy", _copy(n, device))
+        yield lambda n=size: ("elementwise", _add(n, device))
+    for rows in (64, 1024):
+        yield lambda r=rows: ("norm", _norm(r, device))
+        yield lambda r=rows: ("swiglu", _swiglu(r, device, backward=False))
+        yield lambda r=rows: ("swiglu_backward", _swiglu(r, device, backward=True))
+    yield lambda: ("loss", _loss(64, device))
+    for count in (1 << 12, 1 << 20):
+        yield lambda n=count: ("optimiser", _adam(n, device))
+
+
+# rows, inner, outer: wide, and as narrow as the products of an adapter
+_PRODUCTS = (
+    (1024, 16, 1024), (1024, 1024, 16), (1024, 1024, 48), (64, 1024, 1024), (256, 1024, 1024), (1024, 576, 576),
+    (1024, 1024, 1024), (1024, 2048, 4096),
+)  # fmt: skip
+
+
+def _product(rows: int, inner: int, outer: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], Any]:
+    x = torch.randn(rows, inner, dtype=dtype, device=device)
+    weights = _rotate(lambda: torch.randn(outer, inner, dtype=dtype, device=device))
+    return lambda turn: x @ weights[turn % len(weights)].T
+
+
+def _nf4(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], Any]:
+    x = torch.randn(rows, size, dtype=dtype, device=device)
+    weights = [ops.quantize(torch.randn(size, size, dtype=dtype, device=device)) for _ in range(32)]
+    return lambda turn: ops.linear(x, weights[turn % len(weights)])
+
+
+def _attention(length: int, device: torch.device, *, backward: bool) -> Callable[[int], Any]:
+    """About 2,048 tokens in rows of `length`, eight heads of 64, four of keys."""
+    count = max(1, 1024 // length)
+    starts = [i * length for i in range(count + 1)]
+    q, dout = (torch.randn(starts[-1], 8, 64, dtype=torch.bfloat16, device=device) for _ in range(2))
+    k, v = (torch.randn(starts[-1], 4, 64, dtype=torch.bfloat16, device=device) for _ in range(2))
+    settings = (starts, 0.125, 0)
+    if not backward:
+        return lambda _: torch.ops.twinlora.attention(q, k, v, None, None, *settings)
+    out, lse = torch.ops.twinlora.attention(q, k, v, None, None, *settings)
+    return lambda _: torch.ops.twinlora.attention_backward(dout, q, k, v, None, None, out, lse, *settings)
+
+
+def _copy(count: int, device: torch.device) -> Callable[[int], Any]:
+    sources = _rotate(lambda: torch.randn(count, device=device))
+    target = torch.empty(count, dtype=torch.bfloat16, device=device)
+    return lambda turn: target.copy_(sources[turn % len(sources)])
+
+
+def _add(count: int, device: torch.device) -> Callable[[int], Any]:
+    values = _rotate(lambda: torch.randn(count, device=device).bfloat16())
+    return lambda turn: values[turn % len(values)] + values[(turn + 1) % len(values)]
+
+
+def _norm(rows: int, device: torch.device) -> Callable[[int], Any]:
+    xs = _rotate(lambda: torch.randn(rows, 1024, dtype=torch.bfloat16, device=device))
+    scale = torch.ones(1024, dtype=torch.bfloat16, device=device)
+    return lambda turn: torch.ops.twinlora.rms_norm(xs[turn % len(xs)], scale, 1e-5, 0.0, False)
+
+
+def _swiglu(rows: int, device: torch.device, *, backward: bool) -> Callable[[int], Any]:
+    xs = _rotate(lambda: torch.randn(rows, 2048, dtype=torch.bfloat16, device=device))
+    if backward:
+        return lambda turn: torch.ops.twinlora.swiglu_backward(*(xs[(turn + i) % len(xs)] for i in range(3)))
+    return lambda turn: torch.ops.twinlora.swiglu(xs[turn % len(xs)], xs[(turn + 1) % len(xs)])
+
+
+def _loss(rows: int, device: torch.device) -> Callable[[int], Any]:
+    values = torch.randn(rows, 32768, dtype=torch.bfloat16, device=device)
+    labels = torch.zeros(rows, dtype=torch.long, device=device)
+    return lambda _: torch.ops.twinlora.cross_entropy_(values, labels)
+
+
+def _adam(count: int, device: torch.device) -> Callable[[int], Any]:
+    """A step over 64 matrices."""
+    parameters = [torch.nn.Parameter(torch.randn(count // 64, device=device)) for _ in range(64)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    adam = torch.optim.AdamW(parameters, fused=True)
+    return lambda _: adam.step()
+
+
+def hardware(device: torch.device) -> str:
+    """The name under which rates are kept: they hold for this device, backend and number of threads."""
+    facts = machine.describe(device)
+    if device.type == "cuda":
+        return f"{facts['device']}, {ops.backend(device)}"
+    return f"{facts['cpu']}, {facts['threads']} threads, {ops.backend(device)}"
+
+
+def _file() -> Path:
+    return cache_directory() / "rates.json"
+
+
+def _kept() -> dict[str, Any]:
+    try:
+        kept = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def store(rates: Measured, name: str) -> None:
+    """Keep `rates` in the cache directory under the hardware's name. Raises StorageError."""
+    curves = {curve: [list(point) for point in found.points] for curve, found in rates.curves.items()}
+    entry = {"source": rates.source, "overhead": rates.overhead, "curves": curves}
+    atomic.write_json(_file(), _kept() | {name: entry})
+
+
+def load(name: str) -> Measured | None:
+    """The rates kept under the hardware's name, None if there are none. Raises StorageError if they are damaged."""
+    entry = _kept().get(name)
+    if entry is None:
+        return None
+    try:
+        curves = {
+            curve: Curve(tuple((float(x), float(y)) for x, y in points)) for curve, points in entry["curves"].items()
+        }
+        return Measured(str(entry["source"]), curves, float(entry["overhead"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StorageError(f"{_file()}: {name}: not rates ({error}); run twinlora plan --calibrate again") from None

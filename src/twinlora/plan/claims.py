@@ -1,0 +1,46 @@
+"""What is often said of LoRA and QLoRA, beside what a plan computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from twinlora.plan.rows import Row
+
+__all__ = ["checked"]
+
+_GIB = 2**30
+
+
+def checked(rows: Mapping[str, Row], *, model: str, rank: int) -> list[str]:
+    """Sentences for the claims that `rows` (by method) have something to say about."""
+    out = []
+    lora, qlora = rows.get("lora"), rows.get("qlora")
+    if lora is not None:
+        share = 100 * lora.way.trainable / lora.way.parameters
+        out.append(
+            f"“LoRA trains 0.1 % of the parameters”: here, with rank {rank}, {_percent(share)} "
+            f"({lora.way.trainable / 1e6:,.1f} M of {lora.way.parameters / 1e9:,.2f} B)"
+        )
+    if lora is not None and qlora is not None:
+        before, after = (_stored(row) for row in (lora, qlora))
+        saved = 100 * (1 - after / before)
+        out.append(
+            f"“QLoRA needs 75 % less memory”: its base takes {saved:.1f} % less ({after / _GIB:,.1f} for "
+            f"{before / _GIB:,.1f} GiB; 4.127 bits for 16 are 74.2 %, and embeddings and head stay), a whole step "
+            f"{100 * (1 - qlora.peak / lora.peak):.1f} % less"
+        )
+    if model.startswith("gpt3") and lora is not None and qlora is not None:
+        out.append(
+            f"“LoRA fits GPT-3 into 24 GB”: wrong. Its weights alone take {_stored(lora) / 1e9:,.0f} GB in 16 bit, a "
+            f"step {lora.peak / 1e9:,.0f} GB, with QLoRA {qlora.peak / 1e9:,.0f} GB; the paper needed 350 GB "
+            "(arXiv 2106.09685, section 4.2)"
+        )
+    return out
+
+
+def _stored(row: Row) -> int:
+    return row.by_cause["weights"] + row.by_cause.get("quantisation constants", 0)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.3f} %" if share < 0.1 else f"{share:.2f} %"

@@ -1,0 +1,124 @@
+"""What the planner would have said of a run that is there: its peak by cause and the time of a step, for run.json and
+the history; and, when memory runs out, which cause took more than predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from twinlora import machine
+from twinlora.config import TrainOptions
+from twinlora.plan import calibrate, score
+from twinlora.plan.overhead import overhead
+from twinlora.plan.simulate import simulate
+from twinlora.plan.targets import TargetName
+from twinlora.plan.ways import cell_for, step_times
+from twinlora.plan.workload import Workload
+from twinlora.train.inputs import Inputs
+
+__all__ = ["Prediction", "as_json", "blame", "predict", "remember", "wanted"]
+
+_GIB = 2**30
+_OFF = 1.03  # more than this times the prediction is more than its error
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes by cause at the peak, the process's own included; seconds of a mean step, None without rates."""
+
+    peak_bytes: int
+    by_cause: Mapping[str, int]
+    step_seconds: float | None
+    rates: str | None
+
+
+def wanted() -> bool:
+    """Whether runs are predicted and kept at all."""
+    return score.history_file() is not None
+
+
+def predict(
+    config: PretrainedConfig,
+    options: TrainOptions,
+    inputs: Inputs,
+    *,
+    packed: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    runtime: int,
+) -> Prediction:
+    """Of a run with `options`; `runtime` are the bytes that the process had before its model."""
+    workload = Workload(
+        inputs.examples, options, options.epochs, options.max_steps, options.seed, from_data=True, packed=packed
+    )
+    limit = options.micro_batch_tokens
+    micro = workload.largest(limit)
+    target: TargetName = "cuda" if device.type == "cuda" else "cpu"
+    cell = cell_for(
+        micro, options, method=str(options.method), checkpointing=options.gradient_checkpointing, dtype=dtype,
+        target=target, packed=packed, block_size=options.block_size, double_quant=options.double_quant,
+        fused=options.fused,
+    )  # fmt: skip
+    found = simulate(config, cell)
+    compiled = overhead().product * found.products if device.type == "cpu" else 0
+    by_cause = found.by_cause | {"runtime": runtime + compiled}
+    rates = calibrate.load(calibrate.hardware(device))
+    seconds = None
+    if rates is not None:
+        tokens = micro.size(packed=packed)
+        each, update = step_times(rates, found, micro, tokens)
+        count, mean = workload.micro_batches(limit)
+        seconds = update + each * mean / tokens * count / len(workload.batches)
+    return Prediction(sum(by_cause.values()), by_cause, seconds, None if rates is None else rates.source)
+
+
+def remember(prediction: Prediction, options: TrainOptions, record: Mapping[str, Any], device: torch.device) -> None:
+    """Add the run to the history. Raises StorageError."""
+    measured = record["peak_device_bytes"] if device.type == "cuda" else record["step_peak_rss_bytes"]
+    past = score.Past(
+        when=datetime.now(UTC).isoformat(timespec="seconds"),
+        hardware=calibrate.hardware(device),
+        model=options.model,
+        method=str(options.method),
+        checkpointing=options.gradient_checkpointing,
+        micro_batch_tokens=options.micro_batch_tokens,
+        steps=record["steps"],
+        predicted_peak_bytes=prediction.peak_bytes - (prediction.by_cause["runtime"] if device.type == "cuda" else 0),
+        predicted_by_cause=dict(prediction.by_cause),
+        measured_peak_bytes=measured,
+        predicted_step_seconds=prediction.step_seconds,
+        measured_step_seconds=record["seconds"] / record["steps"],
+    )
+    score.append(past)
+
+
+def as_json(prediction: Prediction) -> dict[str, Any]:
+    """For run.json."""
+    return asdict(prediction) | {"by_cause": dict(prediction.by_cause)}
+
+
+def blame(prediction: Prediction, *, weights: int, trained: int, device: torch.device) -> str:
+    """Which cause exceeded its prediction when memory ran out, in words.
+
+    `weights` are the base's bytes as loaded, `trained` the parameters that train; the rest is what the pass holds.
+    """
+    by_cause = prediction.by_cause
+    stored = by_cause["weights"] + by_cause["quantisation constants"]
+    fixed = stored + sum(by_cause[cause] for cause in ("adapter", "optimiser"))
+    held = weights + 12 * trained  # float32: itself or its master, two moments
+    rest = prediction.peak_bytes - fixed - by_cause["runtime"]
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine.available_bytes()
+    peak = prediction.peak_bytes / _GIB
+    said = f"predicted peak {peak:.2f} GiB, of it {rest / _GIB:.2f} for activations, gradients and loss"
+    if weights > _OFF * stored:
+        return f"{said}; the weights take {weights / _GIB:.2f} GiB instead of {stored / _GIB:.2f}"
+    if held > _OFF * fixed:
+        return f"{said}; what trains takes {(held - weights) / _GIB:.2f} GiB instead of {(fixed - stored) / _GIB:.2f}"
+    if free < rest:
+        return f"{said}; {free / _GIB:.2f} GiB are free, the rest belongs to others"
+    return f"{said}; activations took more than that"

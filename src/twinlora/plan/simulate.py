@@ -1,0 +1,199 @@
+"""The memory and the work of a training step, from a configuration alone: `simulate(config, cell)`.
+
+The trainer's own `train_step` runs on the real architecture, with our blocks, adapters and optimiser, over fake tensors.
+Causes come from where in the step a tensor is made, not from formulas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from twinlora.adapters.lora import LoraLinear, trainable_parameters
+from twinlora.adapters.targets import LoraConfig
+from twinlora.config import OptimizerOptions
+from twinlora.data.packing import Batch, make_micro_batch
+from twinlora.data.template import Example
+from twinlora.errors import ConfigError
+from twinlora.model.linear import QuantLinear
+from twinlora.model.load import weight_bytes
+from twinlora.numerics.nf4 import NF4Format
+from twinlora.plan.build import Proof, build, prove, require_family, signatures, with_layers
+from twinlora.plan.fold import aligned, extrapolate, fold
+from twinlora.plan.ledger import Ledger, Peak, Segment
+from twinlora.plan.observe import Observed, observe
+from twinlora.plan.targets import Target, TargetName
+from twinlora.plan.work import Counts
+from twinlora.plan.workspace import WEIGHT
+from twinlora.train.step import train_step
+
+__all__ = ["Cell", "Counts", "Simulated", "simulate"]
+
+PlannedMethod = Literal["full", "lora", "int8", "qlora", "hybrid"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to train, on one batch shape. `lengths` are the rows of a micro-batch, of which `trained_tokens` carry
+    loss; a step has `micro_batches` of them."""
+
+    method: PlannedMethod = "lora"
+    lengths: tuple[int, ...] = (512,)
+    trained_tokens: int | None = None  # None: all that can
+    micro_batches: int = 1
+    rank: int = 16
+    targets: tuple[str, ...] = ("all-linear",)
+    adapter: LoraConfig = field(default_factory=LoraConfig)  # all of it but rank and targets
+    precision: Mapping[str, str] = field(default_factory=dict)  # hybrid: linear layer -> name of its format
+    block_size: int = 64
+    double_quant: bool = True
+    checkpointing: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    target: TargetName = "cpu"
+    fused: bool = True
+    packing: bool = True
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter, or None for method full."""
+        if self.method == "full":
+            return None
+        return dataclasses.replace(self.adapter, rank=self.rank, target=self.targets)
+
+    def formats(self) -> dict[str, NF4Format]:
+        """How linear layers are stored, by name; "" stands for all that are not named. Raises ConfigError."""
+        if self.method in ("full", "lora"):
+            return {}
+        if self.method == "qlora":
+            return {"": NF4Format(self.block_size, 256 if self.double_quant else 0)}
+        raise ConfigError(f"method {self.method}: cannot be simulated yet; expected full, lora or qlora")
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """The largest moment of a step, in bytes, and what they were; the work of the whole step."""
+
+    peak_bytes: int
+    by_cause: dict[str, int]  # ledger.CAUSES; sums to the peak
+    counts: Counts
+    trainable_parameters: int
+    total_parameters: int  # of the base
+    weight_bytes: int  # of the base as stored
+    kernel_bytes: int = 0  # of the workspace, what compiled kernels keep outside of torch's allocator
+    products: int = 0  # shapes of 16-bit products, for overhead.py
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One simulated number of layers."""
+
+    peaks: dict[Segment, Peak]
+    kept: dict[str, int]  # buffers of kernels, by name
+    products: int
+    work: Counts
+    sizes: dict[str, int]  # trainable, total, weight bytes
+
+
+def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
+    """Simulate a step. Raises ModelError for a family that is not tested, AdapterError for targets that match nothing."""
+    require_family(config)
+    proof = prove(config, cell.dtype, cell.lora, fused=cell.fused)
+    plan = fold(_layers(config, cell))
+    with torch.random.fork_rng(devices=[]):
+        runs = [_run(with_layers(config, n), cell, proof, n, plan.period) for n in plan.sizes]
+    small, large = runs[0], runs[-1]
+    peak: dict[str, int] = {}
+    for segment, found in small.peaks.items():
+        by_cause = extrapolate(found.by_cause, large.peaks[segment].by_cause, plan.times)
+        peak = max(peak, by_cause, key=lambda causes: sum(causes.values()))
+    peak["workspace"] += sum(large.kept.values())
+    outside = sum(size for name, size in large.kept.items() if not name.startswith(WEIGHT))
+    sizes = extrapolate(small.sizes, large.sizes, plan.times)
+    work = extrapolate(small.work.calls_of, large.work.calls_of, plan.times)
+    counts = Counts.sum([(work, 1)])
+    return Simulated(sum(peak.values()), peak, counts, **sizes, kernel_bytes=outside, products=large.products)
+
+
+def _layers(config: PretrainedConfig, cell: Cell) -> list[Any]:
+    """What each layer is: equal ones are simulated once."""
+    kinds = signatures(config, max(cell.lengths))
+    chosen, lora = cell.adapter.layers, cell.lora
+    named = [*cell.precision, *(lora.target if lora else ()), *cell.adapter.exclude]
+    named += [*cell.adapter.rank_pattern, *cell.adapter.modules_to_save]
+    if any(character.isdigit() for name in named for character in name):
+        return [(i, kind) for i, kind in enumerate(kinds)]  # layers are told apart by their number
+    return [(kind, chosen is None or i in chosen) for i, kind in enumerate(kinds)]
+
+
+def _run(config: PretrainedConfig, cell: Cell, proof: Proof, layers: int, period: int) -> _Run:
+    ledger = Ledger(Target(cell.target))
+    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        model, parameters = build(
+            config,
+            proof,
+            dtype=cell.dtype,
+            lora=cell.lora,
+            formats=cell.formats(),
+            checkpointing=cell.checkpointing,
+            fused=cell.fused,
+        )
+        trained = trainable_parameters(model)
+        with ledger.within(("build", None), "optimiser"):
+            optimizer = Observed(ledger, trained, OptimizerOptions(), scaled=cell.dtype == torch.float16)
+            optimizer.reserve()  # as before a run's first step
+            optimizer.discard_gradients()
+        _assign(ledger, model, trained if cell.lora else {})
+        observe(model, ledger)
+        with ledger.within(("batch", None), "activations"):
+            batch = _batch(cell, packed=cell.packing and proof.packed)
+        ledger.start()
+        train_step(model, batch, optimizer, lr=1e-4, max_grad_norm=1.0, plain_head=proof.plain_head)
+    first, again = ledger.work.get(0, {}), ledger.work.get(1, {})
+    rest = ledger.work.get(None, {})
+    return _Run(
+        peaks=aligned(ledger.peaks, layers, period),
+        kept=ledger.kept,
+        products=len(ledger.products),
+        work=Counts.sum([(first, 1), (again, cell.micro_batches - 1), (rest, 1)]),
+        sizes={
+            "trainable_parameters": sum(p.numel() for p in trained.values()),
+            "total_parameters": parameters,
+            "weight_bytes": weight_bytes(model),
+        },
+    )
+
+
+def _assign(ledger: Ledger, model: PreTrainedModel, adapter: Mapping[str, Tensor]) -> None:
+    """What was made while the model was built is its weights, except for these."""
+    for parameter in adapter.values():
+        ledger.assign(parameter, "adapter")
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            for tensor in module.quantized.tensors[1:]:
+                ledger.assign(tensor, "quantisation constants")
+        elif isinstance(module, LoraLinear):
+            for value in (*module.parameters(recurse=False), *vars(module).values()):
+                if isinstance(value, Tensor):
+                    ledger.assign(value, "adapter")
+
+
+def _batch(cell: Cell, *, packed: bool) -> Batch:
+    """Micro-batches of the cell's shape; two stand for any number, since each further one repeats the second."""
+    left = sum(length - 1 for length in cell.lengths) if cell.trained_tokens is None else cell.trained_tokens
+    rows = []
+    for length in cell.lengths:
+        trained = min(left, length - 1)
+        rows.append(Example([0] * length, [False] * (length - trained) + [True] * trained, ""))
+        left -= trained
+    if left > 0:
+        raise ConfigError(f"trained_tokens {cell.trained_tokens}: rows of {cell.lengths} tokens have fewer")
+    count = min(cell.micro_batches, 2)
+    micro = [make_micro_batch(rows, packed=packed, target=cell.target) for _ in range(count)]
+    return Batch(micro, [], sum(part.trained_tokens for part in micro))

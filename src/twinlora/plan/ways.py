@@ -1,0 +1,295 @@
+"""The ways to train a model on a workload: each method's settings with peak and time, from few simulated steps.
+
+LoRA is simulated with and without checkpointing, at the largest micro-batch and with the longest row alone; the others
+once. The rest is close by: what lies between is affine in the tokens of a micro-batch (attention of a row
+aside), and checkpointing saves all methods alike. A setting that is recommended is simulated itself (`exact`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import get_args
+
+import torch
+from transformers import PretrainedConfig
+
+from twinlora.adapters.targets import LoraConfig
+from twinlora.config import AdapterOptions, Method, PlanOptions
+from twinlora.numerics.nf4 import NF4Format
+from twinlora.plan.overhead import Overhead
+from twinlora.plan.quality import FORMATS, expected
+from twinlora.plan.rows import Candidate, Row, Way
+from twinlora.plan.simulate import Cell, Simulated, simulate
+from twinlora.plan.speed import Rates
+from twinlora.plan.targets import TargetName
+from twinlora.plan.workload import Micro, Workload
+
+__all__ = ["METHODS", "Setting", "Ways", "cell_for", "step_times"]
+
+METHODS = ("full", "lora", "int8", "qlora", "hybrid")
+_GROWING = ("activations", "loss head", "workspace")  # with the tokens of a micro-batch
+_NF4, _INT8 = FORMATS[1], FORMATS[2]
+_KEPT = 2  # checkpoints, as train keeps by default
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan is made with beside the model and the workload."""
+
+    options: PlanOptions
+    target: TargetName
+    dtype: torch.dtype
+    rates: Rates | None
+    overhead: Overhead  # of a process, beside the step
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A cell: bytes by cause, operations and seconds of a micro-batch of `tokens`, seconds of an update."""
+
+    by_cause: dict[str, int]
+    tokens: int
+    work: float
+    seconds: float | None
+    update: float
+    exact: bool = True
+
+    def and_what(self, more: _Point, less: _Point, share: float = 1.0) -> _Point:
+        """This, with what `more` has more than `less`; of its time a `share`."""
+        by_cause = {c: max(0, n + more.by_cause[c] - less.by_cause[c]) for c, n in self.by_cause.items()}
+        seconds = None
+        if self.seconds is not None and more.seconds is not None and less.seconds is not None:
+            seconds = self.seconds + share * (more.seconds - less.seconds)
+        work = self.work + more.work - less.work
+        return _Point(by_cause, self.tokens, work, seconds, more.update, exact=False)
+
+
+class Ways:
+    """Makes the ways of one model. `tell(done, total)` hears how far the simulation is."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        workload: Workload,
+        setting: Setting,
+        tell: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.config, self.workload, self.setting = config, workload, setting
+        self._tell = tell or (lambda done, total: None)
+        self._cells: set[str] = set()
+        self.limits = self._limits()
+
+    def _limits(self) -> list[int]:
+        """Tokens of a micro-batch at most, descending to the longest row's."""
+        longest, most = self.workload.longest, self.workload.largest_step
+        limit, out = self.setting.options.micro_batch_tokens, []
+        while limit > longest:
+            if limit // 2 < most:
+                out.append(limit)
+            limit //= 2
+        return [*out, longest]
+
+    def make(self) -> list[Way]:
+        """All ways, in the order of METHODS."""
+        top, bottom = self.limits[0], self.limits[-1]
+        sizes = {method: self._simulated(method, method != "full", top) for method in ("lora", "qlora", "full")}
+        points = {("lora", c): self._point("lora", c, top) for c in (False, True)}
+        points["qlora", True], points["full", False] = self._point("qlora", True, top), self._point("full", False, top)
+        # Recomputing decodes each weight a third time.
+        points["qlora", False] = points["lora", False].and_what(points["qlora", True], points["lora", True], 2 / 3)
+        points["full", True] = points["full", False].and_what(points["lora", True], points["lora", False])
+        low = {c: self._point("lora", c, bottom) for c in (False, True)} if len(self.limits) > 1 else {}
+        quantised = self._quantised(sizes["lora"], sizes["qlora"])
+        made = {}
+        for method in sizes:
+            candidates = [
+                self._candidate(points[method, checkpointing], points["lora", checkpointing], low.get(checkpointing),
+                                checkpointing, limit, shared=method == "full")
+                for checkpointing in (False, True)
+                for limit in self.limits
+            ]  # fmt: skip
+            made[method] = self._way(method, candidates, sizes[method], quantised)
+        made["hybrid"] = dataclasses.replace(
+            made["qlora"],
+            method="hybrid",
+            needs=_needs("hybrid"),
+            expected=expected("hybrid", made["qlora"].parameters),
+        )
+        made["int8"] = self._in_int8(made["qlora"])
+        return [made[method] for method in METHODS]
+
+    def _quantised(self, lora: Simulated, qlora: Simulated) -> int:
+        """Weights that QLoRA quantises. The sizes as stored: an allocator's rounding is not the format's."""
+        options, count = self.setting.options, 1 << 24
+        fmt = NF4Format(options.block_size, 256 if options.double_quant else 0)
+        saved = self.setting.dtype.itemsize - fmt.stored_bytes(count) / count
+        return round((lora.weight_bytes - qlora.weight_bytes) / saved)
+
+    def exact(self, row: Row) -> Way:
+        """The way of `row`, with the row's setting simulated itself."""
+        method = {"hybrid": "qlora", "int8": "qlora"}.get(row.method, row.method)
+        found = self._simulated(method, row.setting.checkpointing, row.setting.micro_batch_tokens)
+        by_cause = self._causes(found.by_cause, found)
+        if row.method == "int8":
+            by_cause = _int8_causes(by_cause, row.way.quantised_weights)
+        better = dataclasses.replace(row.setting, by_cause=by_cause, exact=True)
+        candidates = tuple(better if candidate is row.setting else candidate for candidate in row.way.candidates)
+        return dataclasses.replace(row.way, candidates=candidates)
+
+    def _simulated(self, method: str, checkpointing: bool, limit: int) -> Simulated:
+        setting, packed = self.setting, self.workload.packed
+        cell = cell_for(
+            self.workload.largest(limit), setting.options, method=method, checkpointing=checkpointing,
+            dtype=setting.dtype, target=setting.target, packed=packed, block_size=setting.options.block_size,
+            double_quant=setting.options.double_quant,
+        )  # fmt: skip
+        found = _simulated(self.config, cell)
+        self._cells.add(repr(cell))
+        total = max(len(self._cells), 4 + 2 * (len(self.limits) > 1))
+        self._tell(len(self._cells), total)
+        return found
+
+    def _point(self, method: str, checkpointing: bool, limit: int) -> _Point:
+        found = self._simulated(method, checkpointing, limit)
+        micro, rates = self.workload.largest(limit), self.setting.rates
+        tokens = micro.size(packed=self.workload.packed)
+        work = sum(found.counts.flops.values()) / micro.micro_batches
+        times = (None, 0.0) if rates is None else step_times(rates, found, micro, tokens)
+        return _Point(self._causes(found.by_cause, found), tokens, work, *times)
+
+    def _candidate(
+        self, top: _Point, lora: _Point, low: _Point | None, checkpointing: bool, limit: int, *, shared: bool
+    ) -> Candidate:
+        """The setting with micro-batches of at most `limit`; LoRA's two points tell how things grow.
+
+        `shared`: what the method takes more time than LoRA grows with the tokens, too.
+        """
+        tokens = self.workload.largest(limit).size(packed=self.workload.packed)
+        count, mean = self.workload.micro_batches(limit)
+        by_cause = dict(top.by_cause)
+        if low is not None and tokens != top.tokens:
+            missing = (top.tokens - tokens) / (top.tokens - low.tokens)
+            for cause in _GROWING:
+                grown = lora.by_cause[cause] - low.by_cause[cause]
+                by_cause[cause] = max(0, round(by_cause[cause] - missing * grown))
+        seconds = None
+        if top.seconds is not None and lora.seconds is not None:
+            plain = _at(mean, lora, low)
+            each = plain * top.seconds / lora.seconds if shared else plain + top.seconds - lora.seconds
+            seconds = count * each + len(self.workload.batches) * top.update
+        steps = max(1, len(self.workload.batches))
+        exact = tokens == top.tokens or (top is lora and low is not None and tokens == low.tokens)
+        return Candidate(
+            checkpointing,
+            limit,
+            max(1, round(count / steps)),
+            by_cause,
+            top.work * count * mean / top.tokens,
+            seconds,
+            exact and top.exact,
+        )
+
+    def _causes(self, by_cause: dict[str, int], found: Simulated) -> dict[str, int]:
+        return by_cause | {"runtime": self.setting.overhead.total(found.products)}
+
+    def _way(self, method: str, candidates: list[Candidate], found: Simulated, quantised: int) -> Way:
+        full = method == "full"
+        bits = _NF4.bits if method == "qlora" else 8.0 * self.setting.dtype.itemsize
+        artefact = found.trainable_parameters * (self.setting.dtype.itemsize if full else 4)
+        return Way(
+            method=method,
+            bits=bits,
+            quantised_weights=quantised,
+            trainable=found.trainable_parameters,
+            parameters=found.total_parameters,
+            disk_bytes=artefact + _KEPT * 12 * found.trainable_parameters,  # masters and both moments, float32
+            artefact_bytes=artefact,
+            tokens=self.workload.tokens,
+            expected=expected(method, found.total_parameters),
+            candidates=tuple(candidates),
+            needs=_needs(method),
+        )
+
+    def _in_int8(self, qlora: Way) -> Way:
+        """QLoRA with the weights of another format."""
+        candidates = tuple(
+            dataclasses.replace(c, by_cause=_int8_causes(c.by_cause, qlora.quantised_weights)) for c in qlora.candidates
+        )
+        known = expected("int8", qlora.parameters)
+        return dataclasses.replace(
+            qlora, method="int8", bits=_INT8.bits, candidates=candidates, expected=known, needs=_needs("int8")
+        )
+
+
+def cell_for(
+    micro: Micro,
+    options: AdapterOptions,
+    *,
+    method: str,
+    checkpointing: bool,
+    dtype: torch.dtype,
+    target: TargetName,
+    packed: bool,
+    block_size: int = 64,
+    double_quant: bool = True,
+    fused: bool = True,
+) -> Cell:
+    """The cell of a step whose micro-batches are like `micro`."""
+    return Cell(
+        method=method,  # type: ignore[arg-type]
+        lengths=micro.lengths,
+        trained_tokens=micro.trained_tokens,
+        micro_batches=micro.micro_batches,
+        rank=options.rank,
+        targets=tuple(options.target),
+        adapter=LoraConfig.from_options(options),
+        block_size=block_size,
+        double_quant=double_quant,
+        checkpointing=checkpointing,
+        dtype=dtype,
+        target=target,
+        fused=fused,
+        packing=packed,
+    )
+
+
+def step_times(rates: Rates, found: Simulated, micro: Micro, tokens: int) -> tuple[float, float]:
+    """Seconds of one micro-batch of `tokens`, and of one update of the weights."""
+    by_kind = rates.seconds_by_kind(found.counts, tokens)
+    update = by_kind.pop("optimiser", 0.0)
+    return sum(by_kind.values()) / micro.micro_batches, update
+
+
+@cache
+def _kept(text: str, cell: str) -> list[Simulated]:
+    return []
+
+
+def _simulated(config: PretrainedConfig, cell: Cell) -> Simulated:
+    """`simulate`, once in a process for equal questions."""
+    kept = _kept(config.to_json_string(), repr(cell))
+    if not kept:
+        kept.append(simulate(config, cell))
+    return kept[0]
+
+
+def _int8_causes(by_cause: dict[str, int], weights: int) -> dict[str, int]:
+    constants = weights * (_INT8.bits - 8) / 8
+    return dict(by_cause) | {"weights": by_cause["weights"] + weights // 2, "quantisation constants": round(constants)}
+
+
+def _at(tokens: float, top: _Point, low: _Point | None) -> float:
+    """Seconds of a micro-batch of `tokens`."""
+    assert top.seconds is not None
+    if low is None or low.seconds is None or low.tokens == top.tokens:
+        return top.seconds * tokens / top.tokens
+    return low.seconds + (top.seconds - low.seconds) * (tokens - low.tokens) / (top.tokens - low.tokens)
+
+
+def _needs(method: str) -> str | None:
+    """What this version lacks; a base in int8 alone is a hybrid of its bits."""
+    name = "hybrid" if method == "int8" else method
+    return None if name in get_args(Method) else f"--method {name}, which this version does not train yet"

@@ -1,0 +1,162 @@
+"""A plan in words: the recommendation in two sentences, the runner-up, what would change it, the command to type."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from twinlora.config import Goal, PlanOptions
+from twinlora.plan.advise import Change, Choice
+from twinlora.plan.rows import Row
+
+__all__ = ["change_lines", "command", "duration", "memory_note", "runner_up", "sentences", "title"]
+
+_GIB = 2**30
+_DEFAULTS = PlanOptions(model="any")
+
+
+def title(row: Row) -> str:
+    """What a row is called, bits included."""
+    names = {"full": "full fine-tuning", "int8": "LoRA over int8", "qlora": "QLoRA"}
+    if row.method == "lora":
+        return f"LoRA in {row.way.bits:.0f} bit"
+    return names.get(row.method) or _mix(row.bits)
+
+
+def _mix(bits: float) -> str:
+    return f"hybrid at {bits:.2g} bits" if bits < 10 else f"hybrid at {bits:.0f} bits"
+
+
+def gib(size: float) -> str:
+    """A size of memory."""
+    return f"{size / _GIB:,.1f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """`2 h 10 min`, `3 d 4 h`, `45 s`."""
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if days >= 2:
+        return f"{int(days)} d {int(hours % 24)} h"
+    if hours >= 2:
+        return f"{int(hours)} h {int(minutes % 60)} min"
+    return f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"
+
+
+def sentences(choice: Choice, rows: Sequence[Row], goal: Goal) -> tuple[str, str]:
+    """Which way and why; then what it means for this run."""
+    row = choice.row
+    if choice.method is None:
+        return (
+            f"Nothing fits into {gib(row.memory)}: the least is {title(row)} with {gib(row.needed)} (peak "
+            f"{gib(row.peak)} and {100 * row.reserve:.0f} % reserve).",
+            "Take a smaller model, shorter rows (--max-length), or more memory.",
+        )
+    name = title(row)
+    return f"Choose {name}: {_why(choice, rows, goal)}.", _run(row)
+
+
+def _why(choice: Choice, rows: Sequence[Row], goal: Goal) -> str:
+    row = choice.row
+    lora = next((r for r in rows if r.method == "lora"), row)
+    qlora = next((r for r in rows if r.method == "qlora"), row)
+    quality = row.way.expected
+    expectation = "" if quality.points is None else f"; expected quality {_points(quality.points)} ({quality.source})"
+    too_large = f"LoRA in 16 bit needs {gib(lora.needed)} and does not fit into {gib(row.memory)}"
+    reasons = {
+        "only way": f"it is the only way that fits into {gib(row.memory)}; {_short(rows, row)}",
+        "not rounded": f"it fits with {gib(row.needed)}, and its base is not rounded",
+        "switching": f"it fits, and switching between tasks swaps {_size(row.way.artefact_bytes)} of adapter over one "
+        "base that is not rounded",
+        "fastest": f"it is the fastest that fits{expectation}",
+        "least memory": f"it needs the least memory, {gib(row.needed)}{expectation}",
+        "edge": "an edge device runs a base of about 4 bits, so train on the base that will run, and export both for it"
+        + expectation,
+    }
+    if choice.reason == "no rounding to fear":
+        fits = too_large if lora.fit != "fits" else "LoRA in 16 bit fits, but only with smaller or recomputed steps"
+        return f"{fits}, and QLoRA's rounding is not expected to cost anything that matters{expectation}"
+    if choice.reason == "less rounded":
+        kept = 100 * (1 - row.rounding / max(qlora.rounding, 1e-9))
+        fits = too_large if lora.fit != "fits" else "LoRA in 16 bit leaves room for smaller or recomputed steps only"
+        return f"{fits}, and this memory, between QLoRA's and LoRA's, buys back {kept:.0f} % of what NF4 rounds"
+    return reasons[choice.reason]
+
+
+def _short(rows: Sequence[Row], chosen: Row) -> str:
+    """The nearest of the others, and what it needs."""
+    others = [row for row in rows if row is not chosen and row.way.needs is None]
+    if not others:
+        return "nothing else was planned"
+    nearest = min(others, key=lambda row: row.needed)
+    return f"{title(nearest)} would need {gib(nearest.needed)}"
+
+
+def _run(row: Row) -> str:
+    setting = row.setting
+    shape = f"micro-batches of at most {setting.micro_batch_tokens:,} tokens, {setting.micro_batches} a step"
+    held = "recomputing activations" if setting.checkpointing else "keeping activations"
+    time = ""
+    if row.seconds is not None and row.tokens_per_second is not None:
+        time = f", at {row.tokens_per_second:,.0f} tokens/s in {duration(row.seconds)}"
+    close = ", which is tight" if row.fit == "tight" else ""
+    return f"It trains in {shape}, {held}{time}, and peaks at {gib(row.peak)} of {gib(row.memory)}{close}."
+
+
+def _points(points: float) -> str:
+    return "that of LoRA in 16 bit" if abs(points) < 0.5 else f"{points:+.1f} points against LoRA in 16 bit"
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+
+
+def runner_up(choice: Choice) -> str | None:
+    """The second choice and its figures."""
+    if choice.runner_up is None:
+        return None
+    row = choice.runner_up
+    time = "" if row.seconds is None else f", {duration(row.seconds)}"
+    return f"{title(row)}: peak {gib(row.peak)}{time}"
+
+
+def change_lines(found: Sequence[Change], memory: int) -> list[str]:
+    """What would change the choice, a line each."""
+    names = {"lora": "LoRA in 16 bit", "full": "full fine-tuning", "int8": "LoRA over int8", "qlora": "QLoRA"}
+    lines = []
+    by_method: dict[str | None, list[str]] = {}
+    for change in found:
+        name = "nothing would fit" if change.method is None else names.get(change.method) or _mix(change.bits)
+        if change.memory is not None:
+            more = change.memory > memory
+            lines.append(f"with {gib(abs(change.memory - memory))} {'more' if more else 'less'}: {name}")
+        else:
+            by_method.setdefault(name, []).append(f"--goal {change.goal}")
+    return lines + [f"with {' or '.join(goals)}: {name}" for name, goals in by_method.items()]
+
+
+def memory_note(given: str | None, size: int) -> str | None:
+    """GB and GiB told apart, where somebody may have meant the other."""
+    if given is None or not given.lower().rstrip("b").endswith(("g", "t")):
+        return None
+    number = given.lower().rstrip("b").rstrip("gt").strip()
+    return (
+        f"{number} GB are {size / _GIB:.1f} GiB; a card sold as {number} GB has {number} GiB: if you mean that, give "
+        f"--memory {number}GiB"
+    )
+
+
+def command(row: Row, options: PlanOptions, train_as: str) -> str:
+    """The `twinlora train` command that does what the row says."""
+    setting = row.setting
+    data = options.data or ["train.jsonl"]
+    mixed = row.method in ("hybrid", "int8")
+    parts = ["twinlora", "train", "--model", train_as, "--data", *data, "--method", "hybrid" if mixed else row.method]
+    parts += ["--bits", f"{row.bits:.2f}"] if mixed else []
+    parts += ["--micro-batch-tokens", str(setting.micro_batch_tokens)]
+    parts += ["--gradient-checkpointing"] if setting.checkpointing else []
+    for name in ("rank", "target", "batch_size", "max_length", "epochs", "max_steps", "overlong", "columns", "packing"):
+        value = getattr(options, name)
+        if value != getattr(_DEFAULTS, name):
+            parts += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
+    parts += ["--output", f"runs/{row.method}"]
+    return shlex.join(parts)

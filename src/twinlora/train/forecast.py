@@ -1,0 +1,72 @@
+"""What the planner would have said of this run, beside what the run took. Nothing here ever fails a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from twinlora import machine
+from twinlora.config import TrainOptions
+from twinlora.errors import StorageError
+from twinlora.train.inputs import Inputs
+from twinlora.train.notes import Notes
+from twinlora.train.prepare import Prepared
+
+if TYPE_CHECKING:
+    from twinlora.plan.predict import Prediction
+
+__all__ = ["Forecast"]
+
+
+class Forecast:
+    """To be made before the model is: the process's own memory counts apart."""
+
+    def __init__(
+        self, options: TrainOptions, inputs: Inputs, dtype: torch.dtype, device: torch.device, notes: Notes
+    ) -> None:
+        self.options, self.inputs, self.dtype, self.device, self.notes = options, inputs, dtype, device, notes
+        self._runtime = machine.rss_bytes()
+
+    def _predict(self, prepared: Prepared) -> Prediction | None:
+        from twinlora.plan import predict
+        from twinlora.plan.model import describe
+
+        if not predict.wanted():
+            return None
+        try:
+            return predict.predict(
+                describe(str(self.inputs.source.path), trust_remote_code=self.options.trust_remote_code).config,
+                self.options,
+                self.inputs,
+                packed=prepared.packed,
+                dtype=self.dtype,
+                device=self.device,
+                runtime=self._runtime,
+            )
+        except Exception as error:  # a model that trains need not be one that can be simulated
+            self.notes.add(f"no prediction beside this run: {type(error).__name__}: {str(error).splitlines()[0]}")
+            return None
+
+    def beside(self, record: dict[str, Any], prepared: Prepared) -> dict[str, Any] | None:
+        """The prediction for run.json; the run joins the history."""
+        from twinlora.plan import predict
+
+        prediction = self._predict(prepared) if record["steps"] else None
+        if prediction is None:
+            return None
+        try:
+            predict.remember(prediction, self.options, record, self.device)
+        except StorageError as error:
+            self.notes.add(f"this run is missing from the history: {error}")
+        return predict.as_json(prediction)
+
+    def blame(self, prepared: Prepared) -> str:
+        """Which cause took more than predicted when memory ran out, in words."""
+        from twinlora.plan import predict
+
+        prediction = self._predict(prepared)
+        if prediction is None:
+            return "what it should have taken is not predicted"
+        trained = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
+        return predict.blame(prediction, weights=prepared.weight_bytes, trained=trained, device=self.device)

@@ -1,0 +1,90 @@
+"""What is said about a choice names its reason, in two sentences, and the other ways to it."""
+
+import pytest
+
+from tests.plan.rows import GIB, ways
+from twinlora.config import PlanOptions
+from twinlora.plan.advise import changes, choose, rows_for
+from twinlora.plan.claims import checked
+from twinlora.plan.rows import RESERVE
+from twinlora.plan.words import change_lines, command, duration, memory_note, runner_up, sentences
+
+
+def told(memory, goal="balanced", parameters=8e9, **more):
+    rows = rows_for(ways(parameters, **more), int(memory * GIB), goal, RESERVE)
+    choice = choose(rows, goal)
+    return choice, rows, " ".join(sentences(choice, rows, goal))
+
+
+# memory, goal, parameters -> what must be named
+NAMED = {
+    "ample memory": (80, "balanced", 8e9, "its base is not rounded"),
+    "accuracy": (40, "accuracy", 8e9, "its base is not rounded"),
+    "many tasks": (80, "many-tasks", 8e9, "switching between tasks swaps"),
+    "65B on 48 GiB": (48, "balanced", 65e9, "LoRA in 16 bit needs 124.2 GiB and does not fit into 48.0 GiB"),
+    "its quality": (48, "balanced", 65e9, "MMLU 53.1 against 53.0"),
+    "a phone": (24, "edge", 1.2e9, "edge device runs a base of about 4 bits"),
+    "between the two": (11, "balanced", 8e9, "between QLoRA's and LoRA's"),
+    "the fastest": (80, "speed", 8e9, "the fastest that fits"),
+    "the least": (80, "memory", 8e9, "needs the least memory"),
+    "one way": (30, "balanced", 65e9, "the only way that fits into 30.0 GiB"),
+    "nothing": (2, "balanced", 8e9, "Nothing fits into 2.0 GiB"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_reason_is_named(name):
+    memory, goal, parameters, expected = NAMED[name]
+    choice, rows, text = told(memory, goal, parameters)
+    assert expected in text
+    first, second = sentences(choice, rows, goal)
+    assert first.endswith(".")
+    assert second.endswith(".")
+
+
+def test_times_are_told_only_where_rates_are_known():
+    assert "tokens/s in 17 min" in told(80)[2]
+    assert "tokens/s" not in told(80, seconds=None)[2]
+
+
+def test_what_would_change_it():
+    made = ways(65e9)
+    lines = change_lines(changes(made, 48 * GIB, "balanced", RESERVE), 48 * GIB)
+    assert lines[0].startswith("with ")
+    assert "GiB more: hybrid at " in lines[0]
+    assert any(line.startswith("with --goal accuracy") and "hybrid" in line for line in lines)
+    assert runner_up(told(80)[0]).startswith("QLoRA: peak ")
+    assert runner_up(told(30, parameters=65e9)[0]) is None
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(45, "45 s"), (119, "119 s"), (125, "2 min"), (7300, "2 h 1 min"), (200000, "2 d 7 h")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "given, noted", [("24GB", True), ("24g", True), ("24GiB", False), ("24000MB", False), (None, False)]
+)
+def test_gb_where_gib_may_be_meant(given, noted):
+    assert (memory_note(given, 24 * 10**9) is not None) == noted
+
+
+def test_the_command_of_a_mix_gives_its_bits():
+    choice, _, _ = told(11)
+    options = PlanOptions(model="x", rank=8, target=["q_proj", "v_proj"], data=["a b.jsonl"])
+    line = command(choice.row, options, "org/model")
+    assert f"--method hybrid --bits {choice.row.bits:.2f}" in line
+    assert "--rank 8" in line
+    assert "--target q_proj v_proj" in line
+    assert "'a b.jsonl'" in line
+
+
+def test_claims_are_checked_against_the_rows():
+    rows = {row.method: row for row in told(80)[1]}
+    share, saved = checked(rows, model="m", rank=16)
+    assert "0.50 %" in share
+    assert "74.2 % less" in saved
+    assert len(checked(rows, model="gpt3-175b", rank=16)) == 3

@@ -1,0 +1,108 @@
+"""A prediction beside every run, and runs that the planner sets up."""
+
+import json
+
+import pytest
+
+from tests.train.test_loop import options
+from twinlora import machine
+from twinlora.errors import ConfigError, OutOfMemory
+from twinlora.plan import predict, score
+from twinlora.train import rehearsal
+from twinlora.train.loop import train
+
+
+@pytest.fixture
+def history(tmp_path, monkeypatch):
+    monkeypatch.setenv("TWINLORA_HISTORY", str(tmp_path / "history.jsonl"))
+    return tmp_path / "history.jsonl"
+
+
+def document(path):
+    return json.loads((path / "run.json").read_text())
+
+
+def test_a_run_has_its_prediction_beside_it_and_joins_the_history(tiny, data_file, tmp_path, history):
+    record = train(options(tiny, data_file, tmp_path / "r", method="qlora")).record
+    found = document(tmp_path / "r")["result"]["predicted"]
+    assert found == record["predicted"]
+    assert sum(found["by_cause"].values()) == found["peak_bytes"]
+    assert found["by_cause"]["quantisation constants"] > 0
+    assert 0.5 < record["step_peak_rss_bytes"] / found["peak_bytes"] < 2
+    (run,) = score.read(print)
+    assert (run.method, run.measured_peak_bytes) == ("qlora", record["step_peak_rss_bytes"])
+    assert run.measured_step_seconds == pytest.approx(record["seconds"] / record["steps"])
+
+
+def test_no_prediction_is_made_where_none_is_kept(tiny, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "predict", pytest.fail)
+    assert train(options(tiny, data_file, tmp_path / "r")).record["predicted"] is None
+
+
+def test_a_prediction_that_fails_fails_no_run(tiny, data_file, tmp_path, history, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("cannot be simulated\nat all")
+
+    monkeypatch.setattr(predict, "predict", broken)
+    assert train(options(tiny, data_file, tmp_path / "r")).record["predicted"] is None
+    assert "no prediction beside this run: ValueError: cannot be simulated" in document(tmp_path / "r")["notes"]
+    assert not history.exists()
+
+
+def test_a_history_that_cannot_be_written_fails_no_run(tiny, data_file, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TWINLORA_HISTORY", str(tmp_path / "file" / "history.jsonl"))
+    assert train(options(tiny, data_file, tmp_path / "r")).record["predicted"]
+    assert any("missing from the history" in note for note in document(tmp_path / "r")["notes"])
+
+
+def test_the_planner_sets_a_run_up_and_a_resumed_one_stays(tiny, data_file, tmp_path, monkeypatch):
+    given = {"method": None, "plan": "auto", "goal": "memory", "max_steps": 2}
+    first = train(options(tiny, data_file, tmp_path / "r", **given)).record
+    assert first["method"] in ("lora", "qlora")
+    assert any(note.startswith("plan: Choose") for note in document(tmp_path / "r")["notes"])
+    monkeypatch.setattr("twinlora.plan.auto.planned_options", pytest.fail)
+    again = train(options(tiny, data_file, tmp_path / "r", resume=True, **given)).record
+    assert again["method"] == first["method"]
+
+
+def test_what_is_given_stays_as_it_is(tiny, data_file, tmp_path):
+    given = {"method": "qlora", "plan": "auto", "gradient_checkpointing": True, "max_steps": 1}
+    train(options(tiny, data_file, tmp_path / "r", **given))
+    chosen = document(tmp_path / "r")["options"]
+    assert (chosen["method"], chosen["gradient_checkpointing"]) == ("qlora", True)
+
+
+def test_what_fits_nowhere_is_said_before_a_weight_is_loaded(tiny, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "available_bytes", lambda: 10**6)
+    with pytest.raises(ConfigError, match=r"Nothing fits into 0\.0 GiB"):
+        train(options(tiny, data_file, tmp_path / "r", method=None, plan="auto"))
+
+
+def test_a_method_is_asked_for(tiny, data_file, tmp_path):
+    with pytest.raises(ValueError, match="choose lora, qlora or full, or plan auto"):
+        options(tiny, data_file, tmp_path / "r", method=None)
+
+
+def test_running_out_of_memory_names_the_cause(tiny, data_file, tmp_path, history, monkeypatch):
+    def exhausted(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(rehearsal, "loss_sum", exhausted)
+    with pytest.raises(OutOfMemory, match=r"predicted peak [\d.]+ GiB[\s\S]*activations took more than that"):
+        train(options(tiny, data_file, tmp_path / "r"))
+
+
+@pytest.mark.parametrize(
+    "weights, trained, free, said",
+    [(2000, 10, 10**9, "the weights take"), (1000, 1000, 10**9, "what trains takes"),
+     (1000, 10, 10, "belongs to others"), (1000, 10, 10**9, "activations took more")],
+)  # fmt: skip
+def test_the_cause_is_what_exceeds_its_prediction(weights, trained, free, said, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(machine, "available_bytes", lambda: free)
+    causes = {"weights": 900, "quantisation constants": 100, "adapter": 40, "gradients": 40, "optimiser": 80}
+    causes |= {"activations": 500, "loss head": 100, "workspace": 0, "runtime": 300}
+    prediction = predict.Prediction(sum(causes.values()), causes, None, None)
+    assert said in predict.blame(prediction, weights=weights, trained=trained, device=torch.device("cpu"))
