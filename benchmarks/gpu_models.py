@@ -25,9 +25,9 @@ from twinlora.data.template import Example
 from twinlora.model import attention, forward, swap
 from twinlora.model.blocks import Attention, RMSNorm, SwiGLU
 from twinlora.model.linear import DenseLinear, QuantLinear, is_linear
+from twinlora.model.recompute import recompute_activations
 from twinlora.numerics.nf4 import NF4Format
 from twinlora.numerics.ops import NF4Tensor
-from twinlora.train.memory import recompute_activations
 from twinlora.train.optim import MasterAdamW
 from twinlora.train.step import train_step
 

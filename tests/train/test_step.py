@@ -12,10 +12,10 @@ from tests.conftest import chat, tiny_config, write_jsonl
 from tests.train.test_loop import options
 from twinlora import machine
 from twinlora.errors import ConfigError
+from twinlora.model.recompute import recompute_activations
 from twinlora.reporter import Reporter
 from twinlora.train.inputs import read_inputs
 from twinlora.train.loop import train
-from twinlora.train.memory import recompute_activations
 from twinlora.train.notes import Notes
 from twinlora.train.prepare import prepare
 

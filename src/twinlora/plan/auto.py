@@ -13,7 +13,7 @@ from twinlora.train.notes import Notes
 
 __all__ = ["CHOSEN", "planned_options"]
 
-CHOSEN = ("method", "bits", "micro_batch_tokens", "gradient_checkpointing")  # what the planner decides
+CHOSEN = ("method", "bits", "micro_batch_tokens")  # what the planner decides; checkpoints say what is recomputed
 
 
 def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> TrainOptions:
@@ -25,7 +25,9 @@ def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> Trai
         inputs.examples, asked, options.epochs, options.max_steps, options.seed, from_data=True,
         packed=options.packing == "auto",
     )  # fmt: skip
-    found = plan(asked, notes.reporter, workload, only=options.method, checkpointing=options.gradient_checkpointing)
+    found = plan(
+        asked, notes.reporter, workload, only=options.method, checkpointing=options.gradient_checkpointing == "on"
+    )
     first, second = found.sentences
     if found.choice.method is None:
         raise ConfigError(f"plan auto: {first} {second}")
@@ -34,7 +36,7 @@ def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> Trai
     update: dict[str, Any] = {
         "method": found.choice.method,
         "micro_batch_tokens": setting.micro_batch_tokens,
-        "gradient_checkpointing": setting.checkpointing,
+        "gradient_checkpointing": "on" if setting.checkpointing else options.gradient_checkpointing,
     }
     if found.choice.method in ("hybrid", "int8"):
         update |= {"method": "hybrid", "bits": found.choice.row.bits}

@@ -24,6 +24,7 @@ from twinlora.errors import ModelError
 from twinlora.model import attention, forward, swap
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import quantizable
+from twinlora.model.recompute import recompute_activations
 from twinlora.numerics.nf4 import NF4Format
 
 __all__ = ["FAMILIES", "Proof", "build", "prove", "require_family", "signatures", "with_layers"]
@@ -166,7 +167,7 @@ def build(
             setattr(model.get_submodule(parent), child, QuantLinear.from_dense(module, module.weight, fmt, name))
     _train(model, lora)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model, True)
     if fused:
         swap.replace_blocks(model, admit=lambda stock, number, _: proof.admitted.get((type(stock), number), False))
     return model, parameters

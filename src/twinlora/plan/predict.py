@@ -60,7 +60,7 @@ def predict(
     micro = workload.largest(limit)
     target: TargetName = "cuda" if device.type == "cuda" else "cpu"
     cell = cell_for(
-        micro, options, method=str(options.method), checkpointing=options.gradient_checkpointing, dtype=dtype,
+        micro, options, method=str(options.method), checkpointing=options.gradient_checkpointing == "on", dtype=dtype,
         target=target, packed=packed, block_size=options.block_size, double_quant=options.double_quant,
         fused=options.fused,
     )  # fmt: skip
@@ -85,7 +85,7 @@ def remember(prediction: Prediction, options: TrainOptions, record: Mapping[str,
         hardware=calibrate.hardware(device),
         model=options.model,
         method=str(options.method),
-        checkpointing=options.gradient_checkpointing,
+        checkpointing=options.gradient_checkpointing == "on",
         micro_batch_tokens=options.micro_batch_tokens,
         steps=record["steps"],
         predicted_peak_bytes=prediction.peak_bytes - (prediction.by_cause["runtime"] if device.type == "cuda" else 0),

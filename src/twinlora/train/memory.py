@@ -7,42 +7,24 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from twinlora import machine
 from twinlora.config import TrainOptions, parse_size
 from twinlora.data.template import Example
-from twinlora.errors import ModelError, OutOfMemory
+from twinlora.errors import OutOfMemory
 from twinlora.model.copies import copy_layers, drop_copies
+from twinlora.model.recompute import recompute_activations
 from twinlora.train.notes import Notes
 from twinlora.train.offload import HostActivations
 
-__all__ = ["Memory", "recompute_activations"]
+__all__ = ["Memory"]
 
 T = TypeVar("T")
 _MARGIN = 0.05  # of the device's memory that copies leave alone
-
-
-def recompute_activations(model: PreTrainedModel, enabled: bool) -> None:
-    """Let each decoder layer keep its input alone and run again in the backward pass. Raises ModelError.
-
-    What transformers' `activation_checkpointing_enable` (before 5.2x `gradient_checkpointing_enable`) sets on layers,
-    without its gradient of the embeddings, which the form of checkpointing without re-entry does not need.
-    """
-    if not model.supports_gradient_checkpointing:
-        raise ModelError(
-            f"gradient_checkpointing: {type(model).__name__} does not support it; use --gradient-checkpointing off"
-        )
-    again = partial(checkpoint, use_reentrant=False)
-    for module in model.modules():
-        if isinstance(getattr(module, "gradient_checkpointing", None), bool):
-            layer: Any = module
-            layer.gradient_checkpointing, layer._gradient_checkpointing_func = enabled, again
 
 
 def ran_out(error: BaseException) -> str | None:
