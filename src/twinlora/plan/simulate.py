@@ -1,7 +1,7 @@
 """The memory and the work of a training step, from a configuration alone: `simulate(config, cell)`.
 
-The trainer's own `train_step` runs on the real architecture, with our blocks, adapters and optimiser, over fake tensors.
-Causes come from where in the step a tensor is made, not from formulas.
+The trainer's own `train_step` runs on the real architecture, with our blocks, adapters and optimiser, over fake
+tensors. Causes come from where in the step a tensor is made, not from formulas.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class _Run:
 
 
 def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
-    """Simulate a step. Raises ModelError for a family that is not tested, AdapterError for targets that match nothing."""
+    """Simulate a step. Raises ModelError for a family that is not tested, AdapterError for a target that matches
+    nothing, ConfigError for a batch or a method that cannot be."""
     require_family(config)
     proof = prove(config, cell.dtype, cell.lora, fused=cell.fused)
     plan = fold(_layers(config, cell))
@@ -118,9 +119,7 @@ def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
     sizes = extrapolate(small.sizes, large.sizes, plan.times)
     work = extrapolate(small.work.calls_of, large.work.calls_of, plan.times)
     counts = Counts.sum([(work, 1)])
-    return Simulated(
-        sum(peak.values()), peak, counts, **sizes, kernel_bytes=outside, products=large.products
-    )
+    return Simulated(sum(peak.values()), peak, counts, **sizes, kernel_bytes=outside, products=large.products)
 
 
 def _layers(config: PretrainedConfig, cell: Cell) -> list[Any]:
@@ -199,5 +198,3 @@ def _batch(cell: Cell, *, packed: bool) -> Batch:
     count = min(cell.micro_batches, 2)
     micro = [make_micro_batch(rows, packed=packed, target=cell.target) for _ in range(count)]
     return Batch(micro, [], sum(part.trained_tokens for part in micro))
-
-
