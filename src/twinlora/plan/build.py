@@ -7,6 +7,7 @@ is found out on a small real instance of the same configuration, once.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -102,8 +103,6 @@ def prove(config: PretrainedConfig, dtype: torch.dtype, lora: LoraConfig | None,
 
 @lru_cache(maxsize=64)
 def _prove(kind: type[PretrainedConfig], text: str, dtype: torch.dtype, adapted: bool, fused: bool) -> Proof:
-    import json
-
     small = kind.from_dict(json.loads(text))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """The memory and the work of a training step, from a configuration alone: `simulate(config, cell)`.
 
-The trainer's own `train_step` runs on the real architecture, with our blocks, adapters and optimiser, over fake tensors.
-Causes come from where in the step a tensor is made, not from formulas.
+The trainer's own `train_step` runs on the real architecture, with our blocks, adapters and optimiser, over fake
+tensors. Causes come from where in the step a tensor is made, not from formulas.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class _Run:
 
 
 def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
-    """Simulate a step. Raises ModelError for a family that is not tested, AdapterError for targets that match nothing."""
+    """Simulate a step. Raises ModelError for a family that is not tested, AdapterError for a target that matches
+    nothing, ConfigError for a batch or a method that cannot be."""
     require_family(config)
     proof = prove(config, cell.dtype, cell.lora, fused=cell.fused)
     plan = fold(_layers(config, cell))

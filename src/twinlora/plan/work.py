@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class Counts:
 
 
 def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Iterable[Any]) -> Iterator[tuple[Kind, int]]:
-    """The calls that an operation counts as: none for views, one for each tensor of a list (`_foreach_…`, `_fused_…`)."""
+    """The calls that an operation counts as: none for views, one a tensor for lists (`_foreach_…`, `_fused_…`)."""
     name = func._schema.name.rpartition("::")[2]
     outputs = [t for t in made if isinstance(t, Tensor)]
     if func.is_view or name in (
@@ -90,7 +91,7 @@ def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Iterable[
     if name.startswith(("_foreach_", "_fused_")):
         yield from _of_lists(name, func, args, outputs)
         return
-    inputs = [t for t in _tensors(args) if not t.is_meta or t.numel()]
+    inputs = list(_tensors(args))
     first = outputs[0] if outputs else inputs[0] if inputs else None
     if first is None:
         return
@@ -135,7 +136,6 @@ def _name(name: str) -> str:
 
 
 def _flops(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> int:
-    packet = func._overloadpacket
     if name in ("nf4_linear", "nf4_linear_transposed"):
         rows = args[0].numel() // args[0].shape[-1]
         return 2 * rows * math.prod(args[5])
@@ -149,15 +149,19 @@ def _flops(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], 
         backward = name == "attention_backward"
         q, starts, window = args[1 if backward else 0], args[-3], args[-1]
         return (5 if backward else 2) * 2 * _pairs(starts, window) * q.shape[1] * q.shape[2]
-    if packet in flop_registry:
-        return int(flop_registry[packet](*args, **kwargs, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs)))
+    if func._overloadpacket in flop_registry:
+        return int(
+            flop_registry[func._overloadpacket](
+                *args, **kwargs, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs)
+            )
+        )
     return sum(t.numel() for t in outputs)
 
 
 def _pairs(starts: list[int], window: int) -> int:
     """Queries times the keys each sees, in causal sequences."""
     total = 0
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in itertools.pairwise(starts):
         length = stop - start
         seen = min(window or length, length)
         total += seen * (seen + 1) // 2 + (length - seen) * seen
