@@ -5,7 +5,7 @@ import torch
 
 from twinlora.numerics import ops, reference, triton
 from twinlora.numerics.nf4 import NF4Format
-from twinlora.numerics.workspace import workspace_bytes
+from twinlora.numerics.workspace import workspace
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,7 +97,7 @@ def test_nothing_but_the_output_and_the_workspace_is_allocated(rows):
     before = torch.cuda.memory_allocated()
     y = ops.linear(x, q)
     assert torch.cuda.max_memory_allocated() - before <= y.nbytes + 512
-    assert workspace_bytes("nf4_linear", x, *q.arguments, target="cuda") <= 100 << 20
+    assert workspace("nf4_linear", x, *q.arguments, target="cuda").total <= 100 << 20
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")

@@ -8,9 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from twinlora.numerics import cpu, elementwise, ops
+from twinlora.numerics import attention, cpu, ops
 from twinlora.numerics.nf4 import NF4Format
-from twinlora.numerics.workspace import reference_bytes, workspace_bytes
+from twinlora.numerics.workspace import reference_bytes, workspace
 
 
 def traced(op, arguments):
@@ -62,7 +62,7 @@ OPS = [(op, dtype) for op in cases(torch.float32) for dtype in (torch.float32, t
 @pytest.mark.parametrize("op,dtype", [(op, dtype) for op, dtype in OPS if dtype == torch.float32 or op not in PRODUCTS])
 def test_allocations_of_torch(op, dtype):
     arguments = cases(dtype)[op]
-    claimed = workspace_bytes(op, *arguments)
+    claimed = workspace(op, *arguments).total
     if cpu.paths() and cpu.takes(op, *arguments) and op.startswith("attention"):
         claimed = 0  # its buffers are the kernel's, see below
     traced(op, arguments)  # tables
@@ -72,10 +72,10 @@ def test_allocations_of_torch(op, dtype):
 
 @pytest.mark.parametrize("op", ["rms_norm", "attention", "nf4_linear_add_"])
 def test_fake_tensors_will_do(op):
-    real = workspace_bytes(op, *cases(torch.float32)[op])
+    real = workspace(op, *cases(torch.float32)[op]).total
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in cases_outside(op)]
-        assert workspace_bytes(op, *fake) == real > 0
+        assert workspace(op, *fake).total == real > 0
 
 
 def cases_outside(op):
@@ -98,7 +98,7 @@ def test_views_and_what_is_given_are_not_counted():
 KERNELS = """
 import ctypes, sys, torch
 from twinlora.numerics import cpu, ops
-from twinlora.numerics.workspace import workspace_bytes
+from twinlora.numerics.workspace import workspace
 
 class Info(ctypes.Structure):
     _fields_ = [(n, ctypes.c_size_t) for n in "arena ordblks smblks hblks held usm fsm used free keep".split()]
@@ -129,7 +129,7 @@ calls = {
 }
 op, tiny, large = calls[sys.argv[1]]()
 run = getattr(torch.ops.twinlora, op)
-claimed = workspace_bytes(op, *large) - workspace_bytes(op, *tiny)
+claimed = workspace(op, *large).total - workspace(op, *tiny).total
 run(*tiny), run(*tiny)
 before = in_use()
 run(*large)
@@ -157,5 +157,8 @@ def test_what_the_kernels_keep(case):
 
 def test_the_gpu_is_another_target():
     q, x = ops.quantize(torch.randn(128, 256)), torch.randn(100, 256).bfloat16()
-    assert workspace_bytes("nf4_linear", x, *q.arguments, target="cuda") == 128 * 256 * 2
-    assert workspace_bytes("swiglu", x, x, target="cuda") == reference_bytes(elementwise.swiglu, (x, x))
+    assert workspace("nf4_linear", x, *q.arguments, target="cuda").total == 128 * 256 * 2
+    assert workspace("swiglu", x, x, target="cuda").total == 0
+    heads = torch.randn(8, 2, 32)
+    wide = (heads, heads, heads, None, None, [0, 8], 0.1, 0)  # float32: the flash kernels do not take it
+    assert workspace("attention", *wide, target="cuda").total == reference_bytes(attention.attention, wide) > 0

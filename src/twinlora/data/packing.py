@@ -14,6 +14,7 @@ from torch import Tensor
 
 from twinlora.data.template import Example
 from twinlora.model.attention import Layout
+from twinlora.numerics.target import kind_of
 
 __all__ = [
     "Batch", "MicroBatch", "epoch_order", "epoch_size", "make_batch", "make_micro_batch", "split", "steps_per_epoch",
@@ -124,17 +125,9 @@ def split(examples: Sequence[Example], limit: int, *, packed: bool) -> Iterator[
 
 
 def make_micro_batch(
-    examples: Sequence[Example],
-    *,
-    packed: bool,
-    pad_id: int = 0,
-    device: torch.device | str = "cpu",
-    target: str | None = None,
+    examples: Sequence[Example], *, packed: bool, pad_id: int = 0, device: torch.device | str = "cpu"
 ) -> MicroBatch:
-    """Tensors of one pass over `examples`, concatenated or padded on the right.
-
-    `target`: the kind of device that they are shaped for, if it is not `device`'s.
-    """
+    """Tensors of one pass over `examples`, concatenated or padded on the right."""
     lengths = [len(example.ids) for example in examples]
     longest = max(lengths)
     starts = [sum(lengths[:i]) if packed else i * longest for i in range(len(examples))]
@@ -146,7 +139,7 @@ def make_micro_batch(
                 loss_rows.append(start + t - 1)
                 labels.append(example.ids[t])
     if packed:
-        fill = -sum(lengths) % _ROUND if (target or torch.device(device).type) == "cpu" else 0
+        fill = -sum(lengths) % _ROUND if kind_of(device) == "cpu" else 0
         layout = Layout([*lengths, fill] if fill else lengths, device)
         ids = torch.tensor([[token for example in examples for token in example.ids] + [pad_id] * fill])
         mask, positions = None, layout.positions()

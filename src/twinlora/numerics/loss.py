@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from twinlora.numerics import ops  # noqa: F401  (declares the ops)
+from twinlora.numerics.target import kind_of
 
 __all__ = ["chunk_rows", "linear_cross_entropy"]
 
@@ -33,7 +34,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        step = chunk_rows(weight.shape[0], hidden.device.type)
+        step = chunk_rows(weight.shape[0], kind_of(hidden.device))
         for start in range(0, hidden.shape[0], step):
             h, y = hidden[start : start + step], labels[start : start + step]
             logits = h @ weight.T

@@ -51,6 +51,7 @@ from twinlora.errors import ModelError
 from twinlora.numerics import attention as reference_attention
 from twinlora.numerics import cpu, cuda, elementwise, reference, triton
 from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.target import kind_of
 
 __all__ = [
     "NF4Tensor",
@@ -325,7 +326,7 @@ def linear_transposed_add_(dx: Tensor, dy: Tensor, weight: NF4Tensor) -> None:
 
 def adds_products(device: torch.device) -> bool:
     """Whether a product is added to what is there in its own pass, as a GPU's GEMM does; a CPU takes a second one."""
-    return device.type == "cuda"
+    return kind_of(device) == "cuda"
 
 
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor:

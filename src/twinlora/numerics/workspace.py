@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -20,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from twinlora.numerics import attention, cpu, cuda, elementwise, reference, triton
 
-__all__ = ["workspace_bytes"]
+__all__ = ["WEIGHT", "Workspace", "has_kernel", "workspace"]
+
+WEIGHT = "weight "  # buffers of decoded weights, one for each type, are torch's; the others are C++'s
 
 _BLOCK, _STEP_PAIRS, _STEP_DEPTH, _QUERIES = 32, 512, 32, 256  # csrc/tiles.hpp, csrc/attention.cpp
 _PANEL, _FROM_DECODED = 16, 17  # csrc/avx512.cpp
@@ -29,52 +32,76 @@ _GRAIN, _ELEMENT_GRAIN = 1 << 14, 1 << 13  # csrc/module.cpp
 _REFERENCE = vars(reference) | vars(attention) | vars(elementwise)
 
 
-def workspace_bytes(op: str, *args: Any, target: str = "cpu") -> int:
-    """Bytes that `op` takes at its peak beside its outputs, on `target` (`cpu` or `cuda`).
+@dataclass(frozen=True)
+class Workspace:
+    """Bytes beside an op's outputs: while it runs, and in buffers that it keeps for its next call, by their name."""
+
+    passing: int = 0
+    kept: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """At the op's peak."""
+        return self.passing + sum(self.kept.values())
+
+
+def has_kernel(op: str, *args: Any, target: str) -> bool:
+    """Whether a kernel of `target` computes `op` with these arguments, and not the reference."""
+    if target == "cuda":
+        return op in triton.OPS or (op in cuda.OPS and cuda.takes(op, *args))
+    return bool(cpu.paths()) and cpu.takes(op, *args)
+
+
+def workspace(op: str, *args: Any, target: str = "cpu") -> Workspace:
+    """What `op` takes beside its outputs on `target` (`cpu` or `cuda`).
 
     Arguments as for the op; fake tensors will do. For the CPU: on the threads that are in use here.
     """
-    if target == "cuda" and op in triton.OPS:
-        return triton.workspace_bytes(op, *args)
-    if target == "cuda" and op in cuda.OPS and cuda.takes(op, *args):
-        return cuda.workspace_bytes(op, *args)
-    kernel = target == "cpu" and bool(cpu.paths()) and cpu.takes(op, *args)
-    return _kernel_bytes(op, args, torch.get_num_threads()) if kernel else reference_bytes(_REFERENCE[op], args)
+    if not has_kernel(op, *args, target=target):
+        return Workspace(reference_bytes(_REFERENCE[op], args))
+    if target == "cpu":
+        return _of_cpu(op, args, torch.get_num_threads())
+    return Workspace(triton.workspace_bytes(op, *args) if op in triton.OPS else cuda.workspace_bytes(op, *args))
 
 
-def _kernel_bytes(op: str, args: tuple[Any, ...], threads: int) -> int:
+def _of_cpu(op: str, args: tuple[Any, ...], threads: int) -> Workspace:
     """Of an op that cpu.py hands to its kernel."""
     x: Tensor = args[0]
     if op == "nf4_linears":
         rows, k, block = args[2], x.shape[-1], args[3]
-        return _linear_bytes(x, sum(rows), max(rows), k, block, threads)
+        return _of_product(x, sum(rows), max(rows), k, block, threads)
     if op == "nf4_linear":
         (n, k), block = args[5], args[6]
-        return _linear_bytes(x, n, n, k, block, threads)
+        return _of_product(x, n, n, k, block, threads)
     if op == "nf4_linear_transposed":
         n, k = args[5]
-        return int(n * k) * x.dtype.itemsize
+        return Workspace(kept=_decoded(x, n * k))
     if op == "dense_linear":
         n, k = args[1].shape
-        return copy_bytes(x) + few_rows_bytes(x.numel() // k, n, k, 0, threads, cpu.path())
+        return Workspace(copy_bytes(x), {op: few_rows_bytes(x.numel() // k, n, k, 0, threads, cpu.path())})
     if op == "attention_step":
-        return attention_step_bytes(args[8], args[10], x.shape, args[1].shape[1], threads)
+        return Workspace(kept={op: attention_step_bytes(args[8], args[10], x.shape, args[1].shape[1], threads)})
     if op in ("attention", "attention_backward"):
         backward = op == "attention_backward"
-        heads, starts = args[1:4] if backward else args[:3], args[8 if backward else 5]
+        heads, tables, starts = (args[1:4], args[4:6], args[8]) if backward else (args[:3], args[3:5], args[5])
         longest = max(stop - start for start, stop in itertools.pairwise(starts))
         items = (len(starts) - 1) * heads[1].shape[1]
         copied: int = sum(t.nbytes for t in heads if t.stride(2) != 1 or t.stride(1) != t.shape[2])
-        copied += copy_bytes(x) if backward else 0
-        return copied + attention_bytes(longest, heads[0].shape[2], items, threads, backward=backward)
-    return copy_bytes(*(t for t in args if isinstance(t, Tensor)))  # what stands between the products, and codes
+        copied += copy_bytes(*tables, *((x,) if backward else ()))
+        return Workspace(copied, {op: attention_bytes(longest, heads[0].shape[2], items, threads, backward=backward)})
+    return Workspace(copy_bytes(*(t for t in args if isinstance(t, Tensor))))  # between the products, and codes
 
 
-def _linear_bytes(x: Tensor, n: int, largest: int, k: int, block: int, threads: int) -> int:
+def _of_product(x: Tensor, n: int, largest: int, k: int, block: int, threads: int) -> Workspace:
     """Of weights with n rows in all, or else of the buffer into which they are decoded one by one."""
-    if cpu.has_few_rows(x, k, block):
-        return copy_bytes(x) + few_rows_bytes(x.numel() // k, n, k, block, threads, cpu.path())
-    return largest * k * x.dtype.itemsize
+    if not cpu.has_few_rows(x, k, block):
+        return Workspace(kept=_decoded(x, largest * k))
+    return Workspace(copy_bytes(x), {"multiply_rows": few_rows_bytes(x.numel() // k, n, k, block, threads, cpu.path())})
+
+
+def _decoded(x: Tensor, count: int) -> dict[str, int]:
+    """The buffer of a weight of `count` values in x's type."""
+    return {f"{WEIGHT}{x.dtype}": count * x.dtype.itemsize}
 
 
 def _threads_used(threads: int, total: int, grain: int) -> int:

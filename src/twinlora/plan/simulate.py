@@ -25,13 +25,14 @@ from twinlora.errors import ConfigError
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import weight_bytes
 from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.target import simulating
+from twinlora.numerics.workspace import WEIGHT
 from twinlora.plan.build import Proof, build, prove, require_family, signatures, with_layers
 from twinlora.plan.fold import aligned, extrapolate, fold
 from twinlora.plan.ledger import Ledger, Peak, Segment
 from twinlora.plan.observe import Observed, observe
 from twinlora.plan.targets import Target, TargetName
 from twinlora.plan.work import Counts
-from twinlora.plan.workspace import WEIGHT
 from twinlora.train.step import train_step
 
 __all__ = ["Cell", "Counts", "Simulated", "simulate"]
@@ -135,7 +136,7 @@ def _layers(config: PretrainedConfig, cell: Cell) -> list[Any]:
 
 def _run(config: PretrainedConfig, cell: Cell, proof: Proof, layers: int, period: int) -> _Run:
     ledger = Ledger(Target(cell.target))
-    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+    with simulating(cell.target), FakeTensorMode(allow_non_fake_inputs=True), ledger:
         model, parameters = build(
             config,
             proof,
@@ -196,5 +197,5 @@ def _batch(cell: Cell, *, packed: bool) -> Batch:
     if left > 0:
         raise ConfigError(f"trained_tokens {cell.trained_tokens}: rows of {cell.lengths} tokens have fewer")
     count = min(cell.micro_batches, 2)
-    micro = [make_micro_batch(rows, packed=packed, target=cell.target) for _ in range(count)]
+    micro = [make_micro_batch(rows, packed=packed) for _ in range(count)]
     return Batch(micro, [], sum(part.trained_tokens for part in micro))

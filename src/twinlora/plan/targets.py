@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from twinlora.numerics import attention as reference_attention
-from twinlora.numerics import cpu, elementwise, reference
-from twinlora.plan.workspace import kept_bytes, reference_bytes, workspace_bytes
+from twinlora.numerics import elementwise, reference
+from twinlora.numerics.workspace import has_kernel, workspace
 
 __all__ = ["Target", "TargetName"]
 
@@ -26,11 +26,10 @@ _ROUNDING = {"cpu": 1, "cuda": 512}  # torch's CPU allocator takes what it is as
 
 
 class Target:
-    """A kind of device. On `cuda` every op that has no kernel there yet is its reference, as in training."""
+    """A kind of device."""
 
     def __init__(self, name: TargetName) -> None:
         self.name = name
-        self.compiled = name == "cpu" and bool(cpu.paths())
 
     def rounded(self, size: int) -> int:
         """Bytes that the allocator takes for `size`."""
@@ -42,26 +41,11 @@ class Target:
         if func.namespace != "twinlora":
             return None
         name = func._schema.name.rpartition("::")[2]
-        if name.startswith(("nf4_", "scales_")) or (self.compiled and self._has_kernel(name, args)):
+        if name.startswith(("nf4_", "scales_")) or has_kernel(name, *args, target=self.name):
             return None
         _warm(name, args)
         function: Callable[..., Any] = _REFERENCE[name]
         return function
-
-    def _has_kernel(self, name: str, args: Sequence[Any]) -> bool:
-        if name not in cpu.OPS:
-            return False
-        if name == "attention":
-            return cpu._attends(args[0], args[3])
-        if name == "attention_backward":
-            return cpu._attends(args[1], args[4])
-        if name in ("rms_norm", "swiglu"):
-            return cpu._fits(*args[:2])
-        if name in ("rms_norm_backward", "swiglu_backward"):
-            return cpu._fits(*args[:3])
-        if name == "cross_entropy_":
-            return cpu._fits(args[0]) and args[0].is_contiguous()
-        return True
 
     def compiles(self, func: Any, args: Sequence[Any]) -> Any:
         """What makes a product one that oneDNN compiles a kernel for and keeps it, or None if it does not."""
@@ -88,10 +72,8 @@ class Target:
         """What a kernel holds beside its results: bytes while it runs, and buffers that it keeps, by name."""
         if func.namespace != "twinlora":
             return (_promoted(args, made) if self.name == "cpu" and torch.Tag.pointwise in func.tags else 0), {}
-        name = func._schema.name.rpartition("::")[2]
-        if not self.compiled:
-            return reference_bytes(name, *args), {}
-        return workspace_bytes(name, *args), kept_bytes(name, *args)
+        found = workspace(func._schema.name.rpartition("::")[2], *args, target=self.name)
+        return found.passing, found.kept
 
 
 def _promoted(args: Sequence[Any], made: Sequence[Any]) -> int:
