@@ -1,5 +1,6 @@
 """What counts as memory, and when it stops to."""
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
