@@ -15,7 +15,7 @@ from twinlora.model.fingerprint import fingerprint
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import load_model, load_tokenizer, pick_device, precision_by_layer, resolve
 from twinlora.numerics import ops
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 
 
 def test_quantised_layers_are_those_of_the_dense_model(tiny):
@@ -174,7 +174,7 @@ sys.path.insert(0, "src")
 from pathlib import Path
 from twinlora import machine
 from twinlora.model.load import load_model, resolve
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 import threading, time, re
 
 def anonymous():

@@ -15,7 +15,7 @@ from twinlora.config import ModelOptions
 from twinlora.model import swap
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import load_model, load_tokenizer, pick_device, pick_dtype, precision_by_layer, resolve
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 from twinlora.reporter import Reporter
 
 __all__ = ["Opened", "open_model"]

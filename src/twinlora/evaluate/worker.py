@@ -31,7 +31,7 @@ from twinlora.model.load import (
     weight_bytes,
 )
 from twinlora.numerics import ops
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 from twinlora.reporter import ConsoleReporter
 from twinlora.train.loop import TrainResult, train
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from twinlora.numerics import ops
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import Format
 
 __all__ = ["DenseLinear", "FrozenLinear", "QuantLinear", "as_frozen", "is_linear", "multiply_each", "project"]
 
@@ -66,7 +66,7 @@ class FrozenLinear(nn.Module):
     @property
     @abstractmethod
     def precision(self) -> str:
-        """How W is stored, for passports and tables: `bfloat16`, `nf4-64-dq256`, …"""
+        """How W is stored, for passports and tables: `bfloat16`, `nf4-64-dq256`, `int8-64`, …"""
 
     @property
     @abstractmethod
@@ -86,9 +86,10 @@ class FrozenLinear(nn.Module):
 
 
 def multiply_each(x: Tensor, layers: Sequence[FrozenLinear]) -> tuple[Tensor, ...]:
-    """`multiply` of each layer with the same x, in one call where they are quantised alike."""
+    """`multiply` of each layer with the same x, in one call where all are in one NF4 format."""
     quantized = [layer.quantized for layer in layers if isinstance(layer, QuantLinear) and layer.bias is None]
-    if len(quantized) == len(layers) > 1 and len({weight.format for weight in quantized}) == 1:
+    formats = {weight.format for weight in quantized}
+    if len(quantized) == len(layers) > 1 and len(formats) == 1 and quantized[0].family == "nf4":
         return ops.linears(x, quantized)
     return tuple(layer.multiply(x) for layer in layers)
 
@@ -137,18 +138,19 @@ class DenseLinear(FrozenLinear):
 
 
 class QuantLinear(FrozenLinear):
-    """An NF4 weight. Its tensors are frozen Parameters, so that they move with the model; no cast ever touches them.
+    """A quantised weight. Its tensors are frozen Parameters, so that they move with the model; no cast touches them.
 
-    Where blocks do not straddle rows, codes are [N, K/2] and scales [N, K/block] (rows can be sharded), else flat.
+    Where blocks do not straddle rows, codes are [N, K · bits/8] and scales [N, K/block] (rows can be sharded), else
+    flat.
     """
 
     packed: nn.Parameter
     scales: nn.Parameter
 
-    def __init__(self, quantized: ops.NF4Tensor, bias: nn.Parameter | None) -> None:
+    def __init__(self, quantized: ops.QuantTensor, bias: nn.Parameter | None) -> None:
         rows, columns = quantized.shape
         super().__init__(columns, rows, bias)
-        self.format: NF4Format = quantized.format
+        self.format: Format = quantized.format
         by_row = columns % self.format.block_size == 0
         self.packed = _frozen(quantized.packed.view(rows, -1) if by_row else quantized.packed)
         self.scales = _frozen(quantized.scales.view(rows, -1) if by_row else quantized.scales)
@@ -157,7 +159,7 @@ class QuantLinear(FrozenLinear):
         self.nested_offset = None if nested_offset is None else _frozen(nested_offset)
 
     @classmethod
-    def from_dense(cls, linear: Any, weight: Tensor, fmt: NF4Format, name: str) -> QuantLinear:
+    def from_dense(cls, linear: Any, weight: Tensor, fmt: Format, name: str) -> QuantLinear:
         """In place of `linear`, `weight` (of its shape) quantised; `name` is what an error calls it."""
         transposed = isinstance(linear, Conv1D)
         layer = cls(ops.quantize(weight.T.contiguous() if transposed else weight, fmt, name=name), linear.bias)
@@ -165,13 +167,13 @@ class QuantLinear(FrozenLinear):
         return layer
 
     @property
-    def quantized(self) -> ops.NF4Tensor:
+    def quantized(self) -> ops.QuantTensor:
         """The weight as the ops take it (a view, nothing is copied)."""
-        kept: ops.NF4Tensor | None = self.__dict__.get("_quantized")
+        kept: ops.QuantTensor | None = self.__dict__.get("_quantized")
         packed = self.packed
         if kept is None or kept.packed is not packed:
             shape = (self.out_features, self.in_features)
-            kept = ops.NF4Tensor(packed, self.scales, self.nested_scales, self.nested_offset, shape, self.format)
+            kept = ops.QuantTensor(packed, self.scales, self.nested_scales, self.nested_offset, shape, self.format)
             self.__dict__["_quantized"] = kept
         return kept
 

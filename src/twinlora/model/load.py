@@ -33,7 +33,7 @@ from twinlora import machine
 from twinlora.errors import ModelError
 from twinlora.model import attention
 from twinlora.model.linear import FrozenLinear, QuantLinear, is_linear
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 
 __all__ = [
     "Source",

@@ -18,7 +18,7 @@ from twinlora.model import forward, swap
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import load_model, precision_by_layer, weight_bytes
 from twinlora.numerics import ops
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 from twinlora.train.inputs import Inputs
 from twinlora.train.notes import Notes
 
