@@ -11,7 +11,7 @@ ORDER = [
     {"adapters"},
     {"data"},
     {"train.step", "train.optim", "train.checkpoint", "train.rng", "train.run", "evaluate.metrics", "evaluate.stats"},
-    {"train"},
+    {"train", "plan"},
     {"evaluate"},
     {"api"},
     {"demo"},

@@ -3,6 +3,7 @@
 from twinlora.config.groups import (
     AdapterOptions,
     DataOptions,
+    HybridOptions,
     ModelOptions,
     OptimizerOptions,
     Options,
@@ -35,6 +36,7 @@ __all__ = [
     "DemoOptions",
     "DoctorOptions",
     "EvalOptions",
+    "HybridOptions",
     "LoadOptions",
     "ModelOptions",
     "OptimizerOptions",

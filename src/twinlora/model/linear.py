@@ -18,7 +18,17 @@ from transformers.pytorch_utils import Conv1D
 from twinlora.numerics import ops
 from twinlora.numerics.formats import Format
 
-__all__ = ["DenseLinear", "FrozenLinear", "QuantLinear", "as_frozen", "is_linear", "multiply_each", "project"]
+__all__ = [
+    "DenseLinear",
+    "FrozenLinear",
+    "QuantLinear",
+    "as_frozen",
+    "bits_per_weight",
+    "is_linear",
+    "layer_precision",
+    "multiply_each",
+    "project",
+]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -220,3 +230,33 @@ class QuantLinear(FrozenLinear):
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def layer_precision(model: nn.Module) -> dict[str, str]:
+    """How each linear layer is stored, by name: `nf4-64-dq256`, `int8-64`, `bfloat16`, …"""
+    stored: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLinear):
+            stored[name] = module.precision
+        elif is_linear(module):
+            stored[name] = str(module.weight.dtype).removeprefix("torch.")
+    return stored
+
+
+def bits_per_weight(model: Any) -> tuple[float, float]:
+    """Stored bits per weight, scales included: of the layers that may be quantised, and of the whole model.
+
+    The first counts every linear layer but the head, also those that are kept in 16 bit; embeddings, head, norms and
+    biases count in the second alone, tied ones once.
+    """
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if m is not head and (isinstance(m, QuantLinear) or is_linear(m))]
+    quantised = [m for m in linear if isinstance(m, QuantLinear)]
+    dense = [m.weight for m in linear if not isinstance(m, QuantLinear)]
+    size = sum(m.stored_bytes for m in quantised)
+    count = sum(m.in_features * m.out_features for m in quantised)
+    hidden = {id(p) for m in quantised for name, p in m.named_parameters() if name != "bias"}
+    rest = [p for p in model.parameters() if id(p) not in hidden]
+    whole = 8 * (size + sum(p.nbytes for p in rest)) / (count + sum(p.numel() for p in rest))
+    linears = 8 * (size + sum(w.nbytes for w in dense)) / (count + sum(w.numel() for w in dense))
+    return linears, whole
