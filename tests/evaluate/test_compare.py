@@ -80,7 +80,7 @@ def test_what_quantising_costs_is_measured_apart_from_forgetting(tiny, tmp_path)
     from twinlora.evaluate.opening import open_model
 
     chosen = options(tiny, tmp_path, dtype="float32")
-    found = worker.measure_nf4(chosen)
+    found = worker.measure_quantised(chosen, "qlora")
     means = {}
     for precision in ("16bit", "nf4"):
         opened = open_model(

@@ -16,7 +16,7 @@ def problem(seed: int, layers: int, largest: int):
     losses, sizes = {}, {}
     for i in range(layers):
         bytes_ = sorted(draw.sample(range(1, largest), 4))
-        values = sorted((draw.expovariate(1) for _ in range(3)), reverse=True) + [0.0]
+        values = [*sorted((draw.expovariate(1) for _ in range(3)), reverse=True), 0.0]
         if draw.random() < 0.3:
             draw.shuffle(values)
         sizes[f"l{i}"] = dict(zip("abcd", bytes_, strict=True))
@@ -62,7 +62,9 @@ def test_a_real_sized_problem_is_solved_within_a_hundredth():
     draw = random.Random(0)
     for i in range(224):
         count, weight = draw.choice([4096 * 4096, 4096 * 11008]), draw.lognormvariate(0, 1.5)
-        sizes[f"l{i}"] = {name: int(count * bits / 8) for name, bits in zip("abcd", (3.127, 4.127, 8.5, 16), strict=True)}
+        sizes[f"l{i}"] = {
+            name: int(count * bits / 8) for name, bits in zip("abcd", (3.127, 4.127, 8.5, 16), strict=True)
+        }
         losses[f"l{i}"] = {name: weight * x for name, x in zip("abcd", (0.04, 0.01, 4e-5, 0), strict=True)}
     total = sum(size["d"] for size in sizes.values())
     before = float("inf")

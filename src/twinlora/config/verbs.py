@@ -61,8 +61,8 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, HybridOptions, DataOpt
     """Fine-tune a model: `twinlora train`."""
 
     method: Method = Field(
-        description="lora: 16-bit base; qlora: NF4 base; hybrid: each layer of the base in 16 bit, int8, NF4 or NF3, as "
-        "a budget allows; full: all weights, float32 masters."
+        description="lora: 16-bit base; qlora: NF4 base; hybrid: each layer of the base in 16 bit, int8, NF4 or NF3, "
+        "as a budget allows; full: all weights, float32 masters."
     )
     output: Path = Field(description="The run's directory.")
     init_adapter: Path | None = Field(None, description="Start from this PEFT adapter instead of a fresh one.")

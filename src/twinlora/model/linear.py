@@ -25,7 +25,6 @@ __all__ = [
     "as_frozen",
     "bits_per_weight",
     "is_linear",
-    "layer_precision",
     "multiply_each",
     "project",
 ]
@@ -230,17 +229,6 @@ class QuantLinear(FrozenLinear):
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def layer_precision(model: nn.Module) -> dict[str, str]:
-    """How each linear layer is stored, by name: `nf4-64-dq256`, `int8-64`, `bfloat16`, …"""
-    stored: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, FrozenLinear):
-            stored[name] = module.precision
-        elif is_linear(module):
-            stored[name] = str(module.weight.dtype).removeprefix("torch.")
-    return stored
 
 
 def bits_per_weight(model: Any) -> tuple[float, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from twinlora import machine
 from twinlora.errors import ModelError
 from twinlora.model import attention
-from twinlora.model.linear import QuantLinear, is_linear, layer_precision
+from twinlora.model.linear import FrozenLinear, QuantLinear, is_linear
 from twinlora.numerics.formats import DENSE, Format, parse
 
 __all__ = [
@@ -365,7 +364,14 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
 
 def precision_by_layer(model: nn.Module) -> dict[str, int]:
     """How many linear layers are stored how: `{"nf4-64-dq256": 210, "bfloat16": 1}`."""
-    return dict(Counter(layer_precision(model).values()))
+    counts: dict[str, int] = {}
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            counts[module.precision] = counts.get(module.precision, 0) + 1
+        elif is_linear(module):
+            name = str(module.weight.dtype).removeprefix("torch.")
+            counts[name] = counts.get(name, 0) + 1
+    return counts
 
 
 def weight_bytes(model: nn.Module) -> int:

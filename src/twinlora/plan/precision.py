@@ -41,7 +41,7 @@ class Choice:
 
 
 def choose(losses: Table, sizes: Mapping[str, Mapping[str, int]], budget: int) -> Choice:
-    """The formats whose `losses` [layer][format] have the least sum while `sizes`, in bytes, sum up to `budget` at most.
+    """The formats whose `losses` [layer][format] have the least sum while `sizes`, in bytes, stay within `budget`.
 
     Raises ConfigError if even the smallest formats are larger.
     """
