@@ -95,7 +95,10 @@ def test_measured_once_for_a_base_its_rows_and_formats(rows, measure, monkeypatc
 
 
 def test_a_layer_that_no_row_reached_counts_as_the_mean():
-    fisher = {"seen": (torch.tensor([2.0, 4.0]), torch.tensor([3.0, 3.0, 0.0])), "not": (torch.zeros(4), torch.zeros(2))}
+    fisher = {
+        "seen": (torch.tensor([2.0, 4.0]), torch.tensor([3.0, 3.0, 0.0])),
+        "not": (torch.zeros(4), torch.zeros(2)),
+    }
     assert sensitivity._fill_unseen(fisher, {"seen": 6, "not": 8}) == 1
     by_row, by_column = fisher["not"]
     torch.testing.assert_close(torch.outer(by_row, by_column) / by_row.sum(), torch.ones(4, 2))  # 6 / 6 each

@@ -62,7 +62,7 @@ def _within_budget(options: TrainOptions, found: Sensitivity, dtype: torch.dtype
         budget, needed = int(options.bits / 8 * total), f"--bits {-(-8 * least * 1000 // total) / 1000:g}"
     else:
         budget = parse_size(options.memory or "0") - found.other_bytes
-        needed = f"--memory {-(-(least + found.other_bytes) // 10**6)}MB"
+        needed = f"--memory {-(-(least + found.other_bytes) // 1000)}KB"
     if budget < least:
         raise ConfigError(
             f"hybrid: {max(budget, 0):,} bytes for the linear layers, and the smallest formats take {least:,} "
