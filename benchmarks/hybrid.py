@@ -18,9 +18,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import harness  # puts src on the path
+
+if TYPE_CHECKING:
+    from twinlora.plan.precision import Choice
 
 BUDGETS = "3.25,3.5,4,4.5,5.5,8"
 UNIFORM = ("nf3-64-dq256", "nf4-64-dq256", "int8-64", "16bit")
@@ -31,14 +34,14 @@ def first_rows(path: Path, count: int) -> str:
     return "".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:count])
 
 
-def choices(args: argparse.Namespace) -> dict[str, tuple[dict[str, str], object]]:
-    """For each budget and each single format: the format of every layer, and the knapsack's own account of it."""
+def choices(args: argparse.Namespace) -> dict[str, dict]:
+    """For each budget and each single format: the format of every layer, and what is stored and expected of it."""
     import torch
 
     from twinlora.config import TrainOptions
     from twinlora.model.fingerprint import fingerprint
     from twinlora.plan import sensitivity
-    from twinlora.plan.precision import choose
+    from twinlora.plan.precision import Choice, choose
     from twinlora.reporter import ConsoleReporter
     from twinlora.train.hybrid import candidates
     from twinlora.train.inputs import read_inputs
@@ -54,15 +57,21 @@ def choices(args: argparse.Namespace) -> dict[str, tuple[dict[str, str], object]
         fingerprint=fingerprint(inputs.source), dtype=torch.bfloat16, device=torch.device("cpu"),
     )  # fmt: skip
     sizes, total = found.sizes(torch.bfloat16), sum(found.weights.values())
-    made = {}
-    for budget in args.budgets.split(","):
-        choice = choose(found.rises, sizes, int(float(budget) / 8 * total))
-        made[budget] = choice.formats, choice
+    made = {budget: choose(found.rises, sizes, int(float(budget) / 8 * total)) for budget in args.budgets.split(",")}
     for name in UNIFORM:
         loss = sum(rises[name] for rises in found.rises.values())
-        formats = dict.fromkeys(found.rises, name)
-        made[name] = formats, SimpleNamespace(loss=loss, bound=loss, counts={name: len(formats)})
-    return made
+        taken = sum(size[name] for size in sizes.values())
+        made[name] = Choice(dict.fromkeys(found.rises, name), taken, loss, loss)
+    return {name: account(choice, found.other_bytes, total) for name, choice in made.items()}
+
+
+def account(choice: Choice, other_bytes: int, linear_weights: int) -> dict:
+    whole = choice.stored_bytes + other_bytes
+    return {
+        "formats": choice.formats, "layers": choice.counts, "expected_kl": choice.loss, "bound": choice.bound,
+        "weight_bytes": whole, "bits_per_linear_weight": 8 * choice.stored_bytes / linear_weights,
+        "bits_per_weight": 8 * whole / (linear_weights + other_bytes // 2),
+    }  # fmt: skip
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict]:
@@ -72,8 +81,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     from twinlora.data.examples import encode_rows
     from twinlora.data.sources import read_rows
     from twinlora.evaluate.stats import ratio_interval
-    from twinlora.model.linear import bits_per_weight
-    from twinlora.model.load import load_model, load_tokenizer, resolve, weight_bytes
+    from twinlora.model.load import load_model, load_tokenizer, resolve
 
     source = resolve(args.model)
     examples = encode_rows(load_tokenizer(source), read_rows(args.data / "test.jsonl")[: args.kl_rows], 512)
@@ -85,20 +93,12 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
         return [model(input_ids=row, use_cache=False).logits[0].log_softmax(-1) for row in ids]
 
     base, out = log_probs(None), {}
-    for name, (layers, account) in choices(args).items():
-        stored = load_model(source, quantize=layers)
-        linear, whole = bits_per_weight(stored)
-        size = weight_bytes(stored)
-        rows = [
-            (wanted.exp() * (wanted - found)).sum().item()
-            for wanted, found in zip(base, log_probs(layers), strict=True)
-        ]
+    for name, chosen in choices(args).items():
+        pairs = zip(base, log_probs(chosen["formats"]), strict=True)
+        rows = [(wanted.exp() * (wanted - found)).sum().item() for wanted, found in pairs]
         mean, low, high = ratio_interval(rows, [row.shape[1] for row in ids])
-        out[name] = {
-            "bits_per_linear_weight": linear, "bits_per_weight": whole, "weight_bytes": size, "layers": account.counts,
-            "expected_kl": account.loss, "bound": account.bound, "kl": mean, "kl_interval": [low, high], "kl_rows": rows,
-        }  # fmt: skip
-        print(f"{name}: {linear:.3f} bits, {size / 1e6:.1f} MB, expected {account.loss:.4g}, KL {mean:.4g}", flush=True)
+        out[name] = chosen | {"kl": mean, "kl_interval": [low, high], "kl_rows": rows}
+        print(f"{name}: expected {chosen['expected_kl']:.4g}, measured {mean:.4g}", file=sys.stderr, flush=True)
     return out
 
 
@@ -114,7 +114,7 @@ def train_one(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         data, layers = Path(scratch, "train.jsonl"), Path(scratch, "layers.json")
         data.write_text(first_rows(args.data / "train.jsonl", args.rows), encoding="utf-8")
-        layers.write_text(json.dumps(choices(args)[args.one][0]), encoding="utf-8")
+        layers.write_text(json.dumps(choices(args)[args.one]["formats"]), encoding="utf-8")
         options = TrainOptions(
             model=args.model, data=data, method="hybrid", layer_precision=layers, output=Path(scratch, "run"), lr=LR,
             seed=int(args.seeds),
