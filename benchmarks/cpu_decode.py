@@ -45,7 +45,7 @@ def ours(model_dir: str, *, quantized: bool) -> Callable[[list[list[int]]], Any]
     from twinlora.model import swap
     from twinlora.model.generate import generate
     from twinlora.model.load import load_model, resolve
-    from twinlora.numerics.nf4 import NF4Format
+    from twinlora.numerics.formats import NF4Format
 
     model = load_model(resolve(model_dir), quantize=NF4Format() if quantized else None).eval()
     swap.replace_blocks(model)

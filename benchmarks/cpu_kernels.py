@@ -107,7 +107,7 @@ def main() -> None:
         args.output.write_text(json.dumps(document, indent=1))
 
 
-def into_buffer(weights: list[ops.NF4Tensor], rounds: int) -> float:
+def into_buffer(weights: list[ops.QuantTensor], rounds: int) -> float:
     """As the linear layers do it: no allocation, hence no page faults."""
     from twinlora.numerics import cpu
 

@@ -76,7 +76,7 @@ def our_step(args: argparse.Namespace, workload: str, method: str) -> Callable[[
     from twinlora.data.template import Example
     from twinlora.model import forward, swap
     from twinlora.model.load import load_model, load_tokenizer, resolve
-    from twinlora.numerics.nf4 import NF4Format
+    from twinlora.numerics.formats import NF4Format
     from twinlora.train.optim import MasterAdamW
     from twinlora.train.step import train_step
 

@@ -26,8 +26,8 @@ from twinlora.model import attention, forward, swap
 from twinlora.model.blocks import Attention, RMSNorm, SwiGLU
 from twinlora.model.linear import DenseLinear, QuantLinear, is_linear
 from twinlora.model.recompute import recompute_activations
-from twinlora.numerics.nf4 import NF4Format
-from twinlora.numerics.ops import NF4Tensor
+from twinlora.numerics.formats import NF4Format
+from twinlora.numerics.ops import QuantTensor
 from twinlora.train.optim import MasterAdamW
 from twinlora.train.step import train_step
 
@@ -87,12 +87,12 @@ def _random(like: Tensor, device: torch.device) -> Tensor:
     return torch.empty(like.shape, dtype=torch.bfloat16, device=device).normal_(std=0.02)
 
 
-def nf4(weight: Tensor) -> NF4Tensor:
+def nf4(weight: Tensor) -> QuantTensor:
     """Quantised like `ops.quantize`, without its look at the values, which fake tensors have not."""
     fmt = NF4Format()
     packed, scales = torch.ops.twinlora.nf4_quantize(weight, fmt.block_size)
     nested = torch.ops.twinlora.scales_quantize(scales, fmt.nested_block_size)
-    return NF4Tensor(packed, *nested, tuple(weight.shape), fmt)
+    return QuantTensor(packed, *nested, tuple(weight.shape), fmt)
 
 
 def with_weight(module: nn.Linear, weight: Tensor) -> nn.Module:

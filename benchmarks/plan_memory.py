@@ -107,7 +107,7 @@ def ready(source: Any, cell: Any) -> tuple[Any, bool, bool]:
     from twinlora.adapters.lora import attach
     from twinlora.model import forward, swap
     from twinlora.model.load import load_model
-    from twinlora.numerics.nf4 import NF4Format
+    from twinlora.numerics.formats import NF4Format
 
     model = load_model(source, quantize=NF4Format() if cell.method == "qlora" else None, dtype=cell.dtype)
     if cell.method == "full":

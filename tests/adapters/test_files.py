@@ -10,7 +10,7 @@ from twinlora.adapters.lora import attach, lora_layers, trainable_parameters
 from twinlora.adapters.targets import LoraConfig
 from twinlora.errors import AdapterError
 from twinlora.model.load import load_model, resolve
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 
 
 def model_with_adapter(tiny, config=None, seed=0, **arguments):

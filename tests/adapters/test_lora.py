@@ -8,7 +8,7 @@ from twinlora.adapters.lora import LoraLinear
 from twinlora.adapters.targets import LayerConfig
 from twinlora.model.linear import QuantLinear, as_frozen, project
 from twinlora.numerics import ops
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 
 K = 128
 

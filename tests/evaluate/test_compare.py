@@ -80,7 +80,7 @@ def test_what_quantising_costs_is_measured_apart_from_forgetting(tiny, tmp_path)
     from twinlora.evaluate.opening import open_model
 
     chosen = options(tiny, tmp_path, dtype="float32")
-    found = worker.measure_nf4(chosen)
+    found = worker.measure_quantised(chosen, "qlora")
     means = {}
     for precision in ("16bit", "nf4"):
         opened = open_model(
@@ -93,6 +93,23 @@ def test_what_quantising_costs_is_measured_apart_from_forgetting(tiny, tmp_path)
     assert abs(means["nf4"] - means["16bit"]) > 1e-2
     now = found.model_copy(update={"after": 9.0, "rows_after": [1.0]})
     assert module._since(found, now).before == found.after
+
+
+def test_hybrid_beside_lora_with_one_choice_of_precisions_for_all_its_runs(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "_in_process", lambda name, function, *arguments: function(*arguments))
+    chosen = options(tiny, tmp_path, methods=["lora", "hybrid"], bits=5, lr_grid=[1e-2], dtype="float32")
+    report = module.compare(chosen)
+    _, lora, hybrid = report.ways
+    assert hybrid.base_weight_bytes < lora.base_weight_bytes
+    assert len(hybrid.base_precision) > 2
+    assert hybrid.general.before != lora.general.before, "forgetting is counted from its own base"
+    layers = json.loads((tmp_path / "out" / "data" / "layer_precision.json").read_text())
+    for run in ("search/hybrid-lr0.01", "runs/hybrid"):
+        assert (
+            json.loads((tmp_path / "out" / run / "adapter" / "twinlora.json").read_text())["layer_precision"] == layers
+        )
+    assert any("--precision auto" in command for command in report.next_commands)
 
 
 def test_rows_on_which_the_methods_disagree_are_shown_first():

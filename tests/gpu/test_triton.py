@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from twinlora.numerics import ops, reference, triton
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 from twinlora.numerics.workspace import workspace
 
 pytestmark = [

@@ -4,7 +4,7 @@ import torch
 from twinlora.model import swap
 from twinlora.model.generate import _is_ragged, generate
 from twinlora.model.load import load_model, resolve
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 
 
 @pytest.fixture(params=["stock blocks", "our blocks"])

@@ -1,4 +1,5 @@
 import gc
+import itertools
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from twinlora.model.fingerprint import fingerprint
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import load_model, load_tokenizer, pick_device, precision_by_layer, resolve
 from twinlora.numerics import ops
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 
 
 def test_quantised_layers_are_those_of_the_dense_model(tiny):
@@ -174,7 +175,7 @@ sys.path.insert(0, "src")
 from pathlib import Path
 from twinlora import machine
 from twinlora.model.load import load_model, resolve
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 import threading, time, re
 
 def anonymous():
@@ -189,14 +190,15 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.002)
 thread = threading.Thread(target=watch); thread.start()
-model = load_model(source, quantize=NF4Format())
+model = load_model(source, quantize=json.loads(sys.argv[3]) or NF4Format())
 done = True; thread.join()
 print(json.dumps({"peak": peak - before, "final": sum(p.nbytes for p in model.parameters())}))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_streaming_keeps_the_peak_near_the_final_size(tmp_path, tiny):
+@pytest.mark.parametrize("formats", [[], ["nf3-64-dq256", "int8-64", "16bit"]], ids=["nf4", "by layer"])
+def test_streaming_keeps_the_peak_near_the_final_size(tmp_path, tiny, formats):
     """Anonymous memory stays below the final size plus three times the largest tensor (here a smaller checkpoint)."""
     config = tiny_config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, vocab_size=8000)
     with torch.device("meta"):
@@ -215,9 +217,10 @@ def test_streaming_keeps_the_peak_near_the_final_size(tmp_path, tiny):
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)
     largest = max(t.nbytes for t in tensors.values())
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path), str(tiny)], capture_output=True, text=True, check=True
-    )
+    layers = [name.removesuffix(".weight") for name in names if "_proj." in name]
+    quantize = json.dumps(dict(zip(layers, itertools.cycle(formats), strict=False)))
+    arguments = [sys.executable, "-c", MEASURE, str(tmp_path), str(tiny), quantize]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     measured = json.loads(done.stdout)
     assert measured["peak"] < measured["final"] + 3 * largest
 

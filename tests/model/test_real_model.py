@@ -8,7 +8,7 @@ from twinlora.model import swap
 from twinlora.model.generate import generate
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import load_model, load_tokenizer, resolve, weight_bytes
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 
 pytestmark = pytest.mark.model
 PROMPTS = ["The capital of France is", "Water boils at a temperature of", "Once upon a time there was a"]

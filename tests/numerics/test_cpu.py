@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from twinlora.numerics import cpu, ops, reference
-from twinlora.numerics.nf4 import BLOCK_SIZES, NF4Format
+from twinlora.numerics.formats import Int8Format, NF3Format, NF4Format
+from twinlora.numerics.nf4 import BLOCK_SIZES
 
 pytestmark = pytest.mark.skipif(not cpu.paths(), reason="twinlora was installed without a C++ compiler")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,6 +69,17 @@ def test_every_block_size_with_every_nested_one(path, block):
     for nested in (0, 32, 256):
         packed = ops.quantize(w, NF4Format(block, nested))
         assert torch.equal(packed.dequantize(), reference.nf4_dequantize(*packed.arguments, torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fmt", [NF3Format(), NF3Format(4096, 0), NF3Format(32), Int8Format(), Int8Format(32, 256)])
+def test_other_formats_have_the_bits_of_the_reference(path, threads, shape, fmt):
+    for dtype in TYPES:
+        quantized = ops.quantize(weight(shape, dtype), fmt)
+        for out in TYPES:
+            found, wanted = quantized.dequantize(out), reference.blockwise_dequantize(*quantized.arguments, out)
+            assert found.dtype == out
+            assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
 
 
 def test_not_finite_shows(path):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from twinlora.errors import ConfigError, ModelError
 from twinlora.numerics import nf4, ops
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 
 PUBLISHED = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

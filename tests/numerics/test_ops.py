@@ -3,8 +3,8 @@ import torch
 from torch.library import opcheck
 
 from twinlora.numerics import cpu, ops
+from twinlora.numerics.formats import Int8Format, NF3Format, NF4Format
 from twinlora.numerics.loss import linear_cross_entropy
-from twinlora.numerics.nf4 import NF4Format
 
 
 @pytest.mark.parametrize("shape", [(8, 64), (5, 33)])
@@ -33,6 +33,18 @@ def test_linear_and_its_gradient_are_those_of_the_dequantised_weight(dtype):
     y = torch.nn.functional.linear(x, weight)
     assert torch.equal(ops.linear(x, quantized), y)
     assert torch.equal(dx, torch.autograd.grad(y, x, dy)[0])
+
+
+@pytest.mark.parametrize("fmt", [Int8Format(32), NF3Format(32, 32)], ids=lambda fmt: fmt.name)
+def test_opcheck_of_the_other_formats(fmt):
+    weight = torch.randn(5, 33)
+    quantized = ops.quantize(weight, fmt)
+    library = torch.ops.twinlora
+    opcheck(library.blockwise_quantize.default, (weight, fmt.bits, 32))
+    opcheck(library.blockwise_dequantize.default, (*quantized.arguments, torch.bfloat16))
+    x = torch.randn(3, 33, requires_grad=True)
+    opcheck(library.blockwise_linear.default, (x, *quantized.arguments))
+    opcheck(library.blockwise_linear_transposed.default, (torch.randn(3, 5), *quantized.arguments))
 
 
 def test_backend_is_named():

@@ -14,7 +14,8 @@ import torch
 from torch.library import opcheck
 
 from twinlora.numerics import ops, reference, triton
-from twinlora.numerics.nf4 import BLOCK_SIZES, NF4Format, codebook, midpoints
+from twinlora.numerics.formats import NF4Format
+from twinlora.numerics.nf4 import BLOCK_SIZES, codebook, midpoints
 from twinlora.numerics.triton import shapes, workspace_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on 1 / 0 and what is beyond float16

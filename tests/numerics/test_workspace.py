@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from twinlora.numerics import attention, cpu, ops
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 from twinlora.numerics.workspace import reference_bytes, workspace
 
 

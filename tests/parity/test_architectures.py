@@ -22,7 +22,7 @@ from twinlora.model import swap
 from twinlora.model.forward import has_plain_head, packing_refusal
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import load_model, resolve
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 from twinlora.train.optim import MasterAdamW
 from twinlora.train.step import train_step
 

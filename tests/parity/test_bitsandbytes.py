@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from twinlora.numerics import nf4, ops
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -32,7 +32,7 @@ def test_codes_scales_and_dequantised_weights_are_equal(dtype, shape, block):
 def test_dequantising_its_double_quantised_state(dtype):
     weight = torch.randn(96, 320).to(dtype)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    read = ops.NF4Tensor(
+    read = ops.QuantTensor(
         packed.flatten(), state.absmax, state.state2.absmax, state.offset, (96, 320), NF4Format(64, 256)
     )
     assert torch.equal(read.dequantize(dtype), functional.dequantize_4bit(packed, state))

@@ -18,7 +18,7 @@ from twinlora.errors import AdapterError, ConfigError, ModelError
 from twinlora.model import forward, swap
 from twinlora.model.load import load_model, resolve
 from twinlora.numerics import cpu, ops
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 from twinlora.plan import build, simulate
 from twinlora.plan.fold import Fold
 from twinlora.plan.ledger import CAUSES

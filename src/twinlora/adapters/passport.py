@@ -6,6 +6,7 @@ Written as `twinlora.json` beside the PEFT files, which other tools ignore.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Passport(BaseModel):
     base_model: str
     base_fingerprint: str
     base_precision: dict[str, int]
+    layer_precision: dict[str, str] | None = None  # of each linear layer, where they differ by choice (method hybrid)
     tokenizer_sha256: str
     chat_template_sha256: str | None
     system: str | None = None
@@ -73,8 +75,18 @@ def read(directory: Path) -> Passport | None:
     return passport
 
 
-def check(directory: Path, *, fingerprint: str, base: str, precision: dict[str, int]) -> list[str]:
-    """Lines to print about loading the adapter onto this base. Raises AdapterError if it was trained on another one."""
+def check(
+    directory: Path,
+    *,
+    fingerprint: str,
+    base: str,
+    precision: dict[str, int],
+    layers: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Lines to print about loading the adapter onto this base; `layers` is its precision by layer if that was chosen.
+
+    Raises AdapterError if the adapter was trained on another base.
+    """
     passport = read(directory)
     if passport is None:
         return [f"adapter {directory}: no passport (not written by twinlora); its base model cannot be checked"]
@@ -87,7 +99,9 @@ def check(directory: Path, *, fingerprint: str, base: str, precision: dict[str, 
         )
     if passport.base_precision != precision:
         return [f"adapter {directory}: trained on {_named(passport.base_precision)}, running on {_named(precision)}"]
-    return []
+    ours, theirs = layers or {}, passport.layer_precision or {}
+    moved = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+    return [f"adapter {directory}: {len(moved)} layers have another precision than in training"] if moved else []
 
 
 def _named(precision: dict[str, Any]) -> str:

@@ -53,10 +53,10 @@ def _effect(adapter: AdapterFile, name: str) -> float:
 
     reporter = ConsoleReporter()
     origin = passport.read(adapter.directory)
-    quantised = origin is not None and any(key.startswith("nf4") for key in origin.base_precision)
-    opened = open_model(ModelOptions(model=name), {}, precision="nf4" if quantised else "16bit", reporter=reporter)
-    stored = precision_by_layer(opened.model)
-    for line in passport.check(adapter.directory, fingerprint=fingerprint(resolve(name)), base=name, precision=stored):
+    opened = open_model(ModelOptions(model=name), {}, precision="auto", reporter=reporter, origin=origin)
+    who = {"fingerprint": fingerprint(resolve(name)), "base": name}
+    layers = origin.layer_precision if origin is not None else None
+    for line in passport.check(adapter.directory, **who, precision=precision_by_layer(opened.model), layers=layers):
         reporter.note(line)
     return mean_kl(opened.model, opened.tokenizer, lambda: files.load_adapter(opened.model, adapter))
 

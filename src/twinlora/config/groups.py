@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import tyro
@@ -16,12 +18,14 @@ from twinlora.config.values import (
     Switch,
     parse_patterns,
     parse_ranges,
+    parse_size,
 )
 
 __all__ = [
     "AdapterOptions",
     "DataOptions",
     "ExtentOptions",
+    "HybridOptions",
     "MemoryOptions",
     "ModelOptions",
     "OptimizerOptions",
@@ -109,6 +113,39 @@ class AdapterOptions(BaseModel):
         if self.dora and self.dropout:
             raise ValueError("dora with dropout is not supported: leave one out")
         return self
+
+
+class HybridOptions(BaseModel):
+    """What the base of method hybrid may take: one of these."""
+
+    memory: str | None = Field(
+        None,
+        description="hybrid: bytes of all weights of the base, for example 6GiB; activations, adapter and optimiser "
+        "come on top.",
+    )
+    bits: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="hybrid: average bits per weight of the linear layers (the head excluded), scales included."
+    )
+    layer_precision: Path | None = Field(
+        None,
+        description="hybrid: the choice itself, a JSON file {layer: format} with formats such as nf3-64-dq256, "
+        "nf4-64-dq256, int8-64 and 16bit.",
+    )
+
+    @field_validator("memory")
+    @classmethod
+    def _size(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_size(text)
+        return text
+
+    def _budget_for(self, methods: Collection[str]) -> None:
+        """Raise ValueError unless exactly method hybrid has a budget, and one only."""
+        given = [name for name in HybridOptions.model_fields if getattr(self, name) is not None]
+        if "hybrid" in methods and len(given) != 1:
+            raise ValueError("method hybrid needs one of memory, bits and layer_precision, for example --bits 4.5")
+        if "hybrid" not in methods and given:
+            raise ValueError(f"{', '.join(given)}: only method hybrid has a budget")
 
 
 class SourceOptions(BaseModel):

@@ -27,7 +27,7 @@ __all__ = [
     "parse_size",
 ]
 
-Method = Literal["lora", "qlora", "full"]
+Method = Literal["lora", "qlora", "hybrid", "full"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 AnswerMetric = Literal["exact-match", "chrf", "rouge-l", "json-valid", "json-fields"]
 Goal = Literal["balanced", "accuracy", "speed", "memory", "edge", "many-tasks"]

@@ -12,6 +12,7 @@ from twinlora.config.groups import (
     AdapterOptions,
     DataOptions,
     ExtentOptions,
+    HybridOptions,
     MemoryOptions,
     ModelOptions,
     OptimizerOptions,
@@ -59,11 +60,13 @@ class AttachOptions(AdapterOptions):
         return self
 
 
-class TrainOptions(Options, ModelOptions, AdapterOptions, DataOptions, OptimizerOptions, MemoryOptions):
+class TrainOptions(Options, ModelOptions, AdapterOptions, HybridOptions, DataOptions, OptimizerOptions, MemoryOptions):
     """Fine-tune a model: `twinlora train`."""
 
     method: Method | None = Field(
-        None, description="lora: 16-bit base; qlora: NF4 base; full: all weights, float32 masters."
+        None,
+        description="lora: 16-bit base; qlora: NF4 base; hybrid: each layer of the base in 16 bit, int8, NF4 or NF3, "
+        "as a budget allows; full: all weights, float32 masters.",
     )
     plan: Literal["off", "auto"] = Field(
         "off",
@@ -96,8 +99,9 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, DataOptions, Optimizer
             raise ValueError("method is missing: choose lora, qlora or full, or plan auto")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: leave one out")
+        self._budget_for([self.method])
         if self.method == "full" and self.init_adapter:
-            raise ValueError("init_adapter has no use with method full: leave it out or choose lora or qlora")
+            raise ValueError("init_adapter has no use with method full: leave it out or choose lora, qlora or hybrid")
         if self.init == "loftq" and self.method != "qlora":
             raise ValueError("init loftq makes up for what quantising loses: it needs method qlora")
         if self.init != "default" and self.init_adapter:
@@ -126,7 +130,7 @@ class EvalOptions(Options, ModelOptions, SourceOptions):
     output: Path | None = Field(None, description="Write each row with its answer and its scores here, as JSONL.")
 
 
-class CompareOptions(Options, ModelOptions, AdapterOptions, DataOptions, OptimizerOptions):
+class CompareOptions(Options, ModelOptions, AdapterOptions, HybridOptions, DataOptions, OptimizerOptions):
     """Train by several methods, each in its own process, and say which to choose: `twinlora compare`."""
 
     eval: HeldOut = Field(min_length=1, description="Test rows. They are never used to choose anything.")
@@ -172,12 +176,19 @@ class CompareOptions(Options, ModelOptions, AdapterOptions, DataOptions, Optimiz
             raise ValueError("expected each one once, at least one")
         return names
 
+    @model_validator(mode="after")
+    def _budget(self) -> Self:
+        self._budget_for(self.methods)
+        return self
+
 
 class ChatOptions(Options, ModelOptions):
     """Talk to a model and switch adapters: `twinlora chat`."""
 
     adapter: list[str] = Field([], description="NAME=DIR, any number of them; the first is active.")
-    precision: Literal["16bit", "nf4"] = Field("16bit", description="Base precision.")
+    precision: Literal["16bit", "nf4", "auto"] = Field(
+        "16bit", description="Base precision; auto: as the first adapter's passport says."
+    )
     system: str | None = Field(None, description="System message; default: the adapter's own, from its passport.")
     temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0: greedy.")
     max_new_tokens: Positive = Field(256, description="Longest answer.")

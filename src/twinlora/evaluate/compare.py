@@ -65,7 +65,12 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
     base, predictions[BASE] = _in_process(BASE, worker.measure_base, options, splits.test)
     results.append(base.result)
     reporter.note(_in_short(base.result, options))
-    before = {"qlora": _in_process("NF4 base", worker.measure_nf4, options)} if "qlora" in options.methods else {}
+    if "hybrid" in options.methods:
+        _in_process("hybrid", worker.choose_layers, options, splits)
+    quantised = [method for method in options.methods if method in ("qlora", "hybrid")]
+    before: dict[str, General] = {
+        method: _in_process(f"{method} base", worker.measure_quantised, options, method) for method in quantised
+    }
     for method in options.methods:
         points = _in_process(f"{method} search", worker.search, options, method, splits.search, splits.validation)
         lr, at_edge = _best(points)
@@ -269,7 +274,7 @@ def _next_commands(options: CompareOptions, results: list[MethodResult]) -> list
         if way.method == "full":
             out.append(f"twinlora chat --model {options.output}/runs/full/model")
         else:
-            precision = " --precision nf4" if way.method == "qlora" else ""
+            precision = {"qlora": " --precision nf4", "hybrid": " --precision auto"}.get(way.method, "")
             adapter = f"{way.method}={options.output}/runs/{way.method}/adapter"
             out.append(f"twinlora chat --model {options.model}{precision} --adapter {adapter}")
     return out

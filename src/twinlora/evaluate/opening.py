@@ -15,7 +15,7 @@ from twinlora.config import ModelOptions
 from twinlora.model import swap
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import load_model, load_tokenizer, pick_device, pick_dtype, precision_by_layer, resolve
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import Format, NF4Format
 from twinlora.reporter import Reporter
 
 __all__ = ["Opened", "open_model"]
@@ -37,20 +37,18 @@ def open_model(
     *,
     precision: Literal["16bit", "nf4", "auto"],
     reporter: Reporter,
+    origin: passport.Passport | None = None,
 ) -> Opened:
     """Load the base and every adapter, check their passports, activate the first.
 
-    `precision` auto follows the first adapter's passport; NF4 is used if it was trained on NF4. Raises ModelError,
-    AdapterError.
+    `precision` auto follows `origin`, by default the first adapter's passport: each layer as in training if that was
+    chosen layer by layer, NF4 if it was trained on NF4. Raises ModelError, AdapterError.
     """
     machine.keep_freed_memory()
     source = resolve(options.model)
     read = {name: files.read_adapter(path) for name, path in adapters.items()}
     passports = {name: passport.read(adapter.directory) for name, adapter in read.items()}
-    if precision == "auto":
-        first = next(iter(passports.values()), None)
-        precision = "nf4" if first and any(key.startswith("nf4") for key in first.base_precision) else "16bit"
-    fmt = NF4Format(options.block_size, 256 if options.double_quant else 0) if precision == "nf4" else None
+    quantize = _quantize(options, precision, origin or next(iter(passports.values()), None))
     identity = fingerprint(source) if read else ""
     device = pick_device(options.device)
     dtype, reason = pick_dtype(options.dtype, device)
@@ -58,17 +56,31 @@ def open_model(
         reporter.note(reason)
     model = load_model(
         source,
-        quantize=fmt,
+        quantize=quantize,
         dtype=dtype,
         device=device,
         trust_remote_code=options.trust_remote_code,
     )
     stored = precision_by_layer(model)
+    layers = None if quantize is None or isinstance(quantize, Format) else quantize
     bank = AdapterBank(model)
     for name, adapter in read.items():
-        for line in passport.check(adapter.directory, fingerprint=identity, base=options.model, precision=stored):
+        who = {"fingerprint": identity, "base": options.model}
+        for line in passport.check(adapter.directory, **who, precision=stored, layers=layers):
             reporter.note(line)
         bank.add(name, adapter)
     swap.replace_blocks(model, reporter.note)
     bank.use(next(iter(read), None))
     return Opened(model, load_tokenizer(source, trust_remote_code=options.trust_remote_code), bank, passports)
+
+
+def _quantize(
+    options: ModelOptions, precision: Literal["16bit", "nf4", "auto"], origin: passport.Passport | None
+) -> Format | dict[str, str] | None:
+    """What `load_model` is told; `origin` is what auto follows."""
+    if precision == "auto" and origin is not None and origin.layer_precision is not None:
+        return origin.layer_precision
+    quantised = origin is not None and any(key.startswith("nf4") for key in origin.base_precision)
+    if precision == "nf4" or (precision == "auto" and quantised):
+        return NF4Format(options.block_size, 256 if options.double_quant else 0)
+    return None

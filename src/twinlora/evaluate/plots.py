@@ -23,7 +23,7 @@ __all__ = ["loss_curves", "paired_differences", "quality", "rate_search"]
 
 _WIDTH = 4.6  # inches; narrow, so that letters stay readable on a phone
 _TEXT, _GRID = "#010101", "#020202"
-_COLOURS = {BASE: "#030303", "lora": "#040404", "qlora": "#050505", "full": "#060606"}
+_COLOURS = {BASE: "#030303", "lora": "#040404", "qlora": "#050505", "full": "#060606", "hybrid": "#070707"}
 _VARIABLES = {_TEXT: "--text", _GRID: "--line"} | {colour: f"--{way}" for way, colour in _COLOURS.items()}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "twinlora", "font.size": 9.5, "font.family": "sans-serif",

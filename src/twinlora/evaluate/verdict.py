@@ -9,7 +9,13 @@ from twinlora.evaluate.scores import title_of
 
 __all__ = ["judge", "name_of", "peak_bytes"]
 
-_NAMES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning", BASE: "the untuned base"}
+_NAMES = {
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "hybrid": "hybrid precision",
+    "full": "full fine-tuning",
+    BASE: "the untuned base",
+}
 _MATTERS = 0.05  # a smaller relative difference in memory or speed decides nothing
 _FORGETS = 0.01  # nats a token, 1 % of perplexity: a smaller difference in forgetting is not worth a word
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twinlora import machine
-from twinlora.config import CompareOptions, TrainOptions
+from twinlora import atomic, machine
+from twinlora.config import CompareOptions, HybridOptions, TrainOptions
 from twinlora.data.examples import encode_rows
 from twinlora.data.packing import epoch_size, steps_per_epoch
 from twinlora.data.sources import read_rows
@@ -31,11 +31,22 @@ from twinlora.model.load import (
     weight_bytes,
 )
 from twinlora.numerics import ops
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import Format, NF4Format
 from twinlora.reporter import ConsoleReporter
+from twinlora.train.hybrid import choose_precision
+from twinlora.train.inputs import read_inputs
 from twinlora.train.loop import TrainResult, train
+from twinlora.train.notes import Notes
 
-__all__ = ["BaseMeasured", "Splits", "measure_base", "measure_nf4", "search", "train_and_measure"]
+__all__ = [
+    "BaseMeasured",
+    "Splits",
+    "choose_layers",
+    "measure_base",
+    "measure_quantised",
+    "search",
+    "train_and_measure",
+]
 
 _SHARED = set(TrainOptions.model_fields) & set(CompareOptions.model_fields) - {
     "data",
@@ -77,12 +88,29 @@ def measure_base(options: CompareOptions, test: Path) -> tuple[BaseMeasured, lis
     return BaseMeasured(result, parameters), predictions
 
 
-def measure_nf4(options: CompareOptions) -> General:
-    """General text on the NF4 base without an adapter: what quantising costs must not count as forgetting."""
+def _layers_file(options: CompareOptions) -> Path:
+    """Where the precision of each layer is kept, for all runs of method hybrid."""
+    return options.output / "data" / "layer_precision.json"
+
+
+def choose_layers(options: CompareOptions, splits: Splits) -> None:
+    """Choose the precision of each layer of method hybrid, once for all its runs."""
+    values = {name: getattr(options, name) for name in _SHARED} | {"method": "hybrid", "lr": options.lr_grid[0]}
+    train_options = TrainOptions(**values | {"data": splits.train, "output": options.output})
+    notes = Notes(ConsoleReporter("hybrid"))
+    inputs, device = read_inputs(train_options, notes), pick_device(options.device)
+    dtype, _ = pick_dtype(options.dtype, device)
+    atomic.write_json(_layers_file(options), choose_precision(train_options, inputs, dtype, device, notes))
+
+
+def measure_quantised(options: CompareOptions, method: str) -> General:
+    """General text on the base of `method` without an adapter: what quantising costs must not count as forgetting."""
+    if method == "hybrid":
+        return _general(options, _untrained(options, json.loads(_layers_file(options).read_text(encoding="utf-8"))))
     return _general(options, _untrained(options, NF4Format(options.block_size, 256 if options.double_quant else 0)))
 
 
-def _untrained(options: CompareOptions, quantize: NF4Format | None) -> TrainResult:
+def _untrained(options: CompareOptions, quantize: Format | dict[str, str] | None) -> TrainResult:
     """The base, ready to measure."""
     source, device = resolve(options.model), pick_device(options.device)
     dtype, _ = pick_dtype(options.dtype, device)
@@ -158,6 +186,8 @@ def _train_options(
     options: CompareOptions, method: str, lr: float, data: list[str], validation: Path, output: Path
 ) -> TrainOptions:
     values = {name: getattr(options, name) for name in _SHARED} | {"method": method, "lr": lr}
+    values |= dict.fromkeys(HybridOptions.model_fields)
+    values["layer_precision"] = _layers_file(options) if method == "hybrid" else None
     steps = options.epochs * steps_per_epoch(epoch_size([row.weight for row in read_rows(data)]), options.batch_size)
     warmup = min(options.warmup_steps, max(1, steps // _WARMUP_SHARE))
     return TrainOptions(**values | {"data": data, "eval": validation, "output": output, "warmup_steps": warmup})

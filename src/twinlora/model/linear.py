@@ -16,9 +16,18 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from twinlora.numerics import ops
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import Format
 
-__all__ = ["DenseLinear", "FrozenLinear", "QuantLinear", "as_frozen", "is_linear", "multiply_each", "project"]
+__all__ = [
+    "DenseLinear",
+    "FrozenLinear",
+    "QuantLinear",
+    "as_frozen",
+    "bits_per_weight",
+    "is_linear",
+    "multiply_each",
+    "project",
+]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -45,7 +54,6 @@ class FrozenLinear(nn.Module):
 
     bias: nn.Parameter | None
     fan_in_fan_out = False  # PEFT's name for a weight that is stored as [in, out]
-    takes_rows = False  # whether `multiply_with` is one product
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -59,6 +67,11 @@ class FrozenLinear(nn.Module):
     @abstractmethod
     def multiply_transposed(self, dy: Tensor) -> Tensor:
         """dy [..., out] @ W -> [..., in]."""
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether `multiply_with` is one product."""
+        return False
 
     @abstractmethod
     def multiply_add_(self, y: Tensor, x: Tensor) -> None:
@@ -79,7 +92,7 @@ class FrozenLinear(nn.Module):
     @property
     @abstractmethod
     def precision(self) -> str:
-        """How W is stored, for passports and tables: `bfloat16`, `nf4-64-dq256`, …"""
+        """How W is stored, for passports and tables: `bfloat16`, `nf4-64-dq256`, `int8-64`, …"""
 
     @property
     @abstractmethod
@@ -99,9 +112,10 @@ class FrozenLinear(nn.Module):
 
 
 def multiply_each(x: Tensor, layers: Sequence[FrozenLinear]) -> tuple[Tensor, ...]:
-    """`multiply` of each layer with the same x, in one call where they are quantised alike."""
+    """`multiply` of each layer with the same x, in one call where all are in one NF4 format."""
     quantized = [layer.quantized for layer in layers if isinstance(layer, QuantLinear) and layer.bias is None]
-    if len(quantized) == len(layers) > 1 and len({weight.format for weight in quantized}) == 1:
+    formats = {weight.format for weight in quantized}
+    if len(quantized) == len(layers) > 1 and len(formats) == 1 and quantized[0].family == "nf4":
         return ops.linears(x, quantized)
     return tuple(layer.multiply(x) for layer in layers)
 
@@ -160,19 +174,19 @@ class DenseLinear(FrozenLinear):
 
 
 class QuantLinear(FrozenLinear):
-    """An NF4 weight. Its tensors are frozen Parameters, so that they move with the model; no cast ever touches them.
+    """A quantised weight. Its tensors are frozen Parameters, so that they move with the model; no cast touches them.
 
-    Where blocks do not straddle rows, codes are [N, K/2] and scales [N, K/block] (rows can be sharded), else flat.
+    Where blocks do not straddle rows, codes are [N, K · bits/8] and scales [N, K/block] (rows can be sharded), else
+    flat.
     """
 
     packed: nn.Parameter
     scales: nn.Parameter
-    takes_rows = True
 
-    def __init__(self, quantized: ops.NF4Tensor, bias: nn.Parameter | None) -> None:
+    def __init__(self, quantized: ops.QuantTensor, bias: nn.Parameter | None) -> None:
         rows, columns = quantized.shape
         super().__init__(columns, rows, bias)
-        self.format: NF4Format = quantized.format
+        self.format: Format = quantized.format
         by_row = columns % self.format.block_size == 0
         self.packed = _frozen(quantized.packed.view(rows, -1) if by_row else quantized.packed)
         self.scales = _frozen(quantized.scales.view(rows, -1) if by_row else quantized.scales)
@@ -181,7 +195,7 @@ class QuantLinear(FrozenLinear):
         self.nested_offset = None if nested_offset is None else _frozen(nested_offset)
 
     @classmethod
-    def from_dense(cls, linear: Any, weight: Tensor, fmt: NF4Format, name: str) -> QuantLinear:
+    def from_dense(cls, linear: Any, weight: Tensor, fmt: Format, name: str) -> QuantLinear:
         """In place of `linear`, `weight` (of its shape) quantised; `name` is what an error calls it."""
         transposed = isinstance(linear, Conv1D)
         layer = cls(ops.quantize(weight.T.contiguous() if transposed else weight, fmt, name=name), linear.bias)
@@ -189,13 +203,18 @@ class QuantLinear(FrozenLinear):
         return layer
 
     @property
-    def quantized(self) -> ops.NF4Tensor:
+    def takes_rows(self) -> bool:
+        """See FrozenLinear: in NF4, whose ops have such products."""
+        return self.format.kind == "nf4"
+
+    @property
+    def quantized(self) -> ops.QuantTensor:
         """The weight as the ops take it (a view, nothing is copied)."""
-        kept: ops.NF4Tensor | None = self.__dict__.get("_quantized")
+        kept: ops.QuantTensor | None = self.__dict__.get("_quantized")
         packed = self.packed
         if kept is None or kept.packed is not packed:
             shape = (self.out_features, self.in_features)
-            kept = ops.NF4Tensor(packed, self.scales, self.nested_scales, self.nested_offset, shape, self.format)
+            kept = ops.QuantTensor(packed, self.scales, self.nested_scales, self.nested_offset, shape, self.format)
             self.__dict__["_quantized"] = kept
         return kept
 
@@ -215,16 +234,24 @@ class QuantLinear(FrozenLinear):
 
     def multiply_add_(self, y: Tensor, x: Tensor) -> None:
         """See FrozenLinear."""
-        ops.linear_add_(y, x, self.quantized)
+        if self.takes_rows:
+            ops.linear_add_(y, x, self.quantized)
+        else:
+            y.add_(ops.linear(x, self.quantized))
         if self.bias is not None:
             y.add_(self.bias)
 
     def multiply_transposed_add_(self, dx: Tensor, dy: Tensor) -> None:
         """See FrozenLinear."""
-        ops.linear_transposed_add_(dx, dy, self.quantized)
+        if self.takes_rows:
+            ops.linear_transposed_add_(dx, dy, self.quantized)
+        else:
+            dx.add_(ops.linear_transposed(dy, self.quantized))
 
     def multiply_with(self, x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
         """See FrozenLinear."""
+        if not self.takes_rows:
+            return super().multiply_with(x, extra)
         both = ops.linear_with(x, extra, self.quantized)
         y, h = both.split([self.out_features, extra.shape[0]], dim=-1)
         return y if self.bias is None else y.add_(self.bias), h
@@ -258,3 +285,22 @@ class QuantLinear(FrozenLinear):
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def bits_per_weight(model: Any) -> tuple[float, float]:
+    """Stored bits per weight, scales included: of the layers that may be quantised, and of the whole model.
+
+    The first counts every linear layer but the head, also those that are kept in 16 bit; embeddings, head, norms and
+    biases count in the second alone, tied ones once.
+    """
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if m is not head and (isinstance(m, QuantLinear) or is_linear(m))]
+    quantised = [m for m in linear if isinstance(m, QuantLinear)]
+    dense = [m.weight for m in linear if not isinstance(m, QuantLinear)]
+    size = sum(m.stored_bytes for m in quantised)
+    count = sum(m.in_features * m.out_features for m in quantised)
+    hidden = {id(p) for m in quantised for name, p in m.named_parameters() if name != "bias"}
+    rest = [p for p in model.parameters() if id(p) not in hidden]
+    whole = 8 * (size + sum(p.nbytes for p in rest)) / (count + sum(p.numel() for p in rest))
+    linears = 8 * (size + sum(w.nbytes for w in dense)) / (count + sum(w.numel() for w in dense))
+    return linears, whole

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from twinlora import machine
 from twinlora.errors import ModelError
 from twinlora.model import attention
 from twinlora.model.linear import FrozenLinear, QuantLinear, is_linear
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import DENSE, Format, parse
 
 __all__ = [
     "Source",
@@ -42,11 +42,12 @@ __all__ = [
     "pick_device",
     "pick_dtype",
     "precision_by_layer",
+    "quantizable",
     "resolve",
     "weight_bytes",
 ]
 
-_METHOD = "twinlora_nf4"
+_METHOD = "twinlora"
 _SMALL = 1 << 20  # bytes; a mapping each would be hundreds for the norms
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
@@ -148,16 +149,30 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str | None
 
 @register_quantization_config(_METHOD)
 class _Config(QuantizationConfigMixin):  # type: ignore[misc]
-    def __init__(self, fmt: NF4Format | None = None, on_quantized: Any = None, **_: Any) -> None:
+    def __init__(self, quantize: Format | Mapping[str, str] | None = None, on_quantized: Any = None, **_: Any) -> None:
         self.quant_method = _METHOD
-        self.fmt, self.on_quantized = fmt or NF4Format(), on_quantized
+        self.quantize, self.on_quantized = quantize, on_quantized
+        self.formats: dict[str, Format] = {}  # of the layers that are quantised
         self.problems: list[str] = []  # transformers keeps only a summary of what its loop raises
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Config:
         return self  # one list of problems, however often transformers copies the configuration
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": _METHOD, "format": self.fmt.name}
+        return {"quant_method": _METHOD, "formats": {name: fmt.name for name, fmt in self.formats.items()}}
+
+    def look_at(self, model: nn.Module) -> None:
+        """Find out which layers of `model` are quantised, and how. Raises ModelError if a map is not of its layers."""
+        names = quantizable(model)
+        if self.quantize is None or isinstance(self.quantize, Format):
+            self.formats = dict.fromkeys(names, self.quantize) if self.quantize else {}
+            return
+        wrong = [f"{name}: no such layer" for name in self.quantize if name not in names]
+        wrong += [f"{name}: has no precision" for name in names if name not in self.quantize]
+        if wrong:
+            shown = "\n  ".join(wrong[:20])
+            raise ModelError(f"precision by layer: {len(wrong)} name(s) do not fit this model\n  {shown}")
+        self.formats = {name: parse(kept) for name, kept in self.quantize.items() if kept != DENSE}
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]
@@ -184,10 +199,10 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
     """Tells transformers which tensors to hand over; leaves nothing behind on the loaded model."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        self._names = {f"{name}.weight" for name in quantizable(model)}
+        self.quantization_config.look_at(model)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        return param_name in self._names
+        return param_name.removesuffix(".weight") in self.quantization_config.formats
 
     def get_quantize_ops(self) -> _Quantize:
         return _Quantize(self.quantization_config)
@@ -205,7 +220,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def quantizable(model: nn.Module) -> list[str]:
-    """Names of the linear layers that NF4 is for: all but the output head."""
+    """Names of the linear layers that may be quantised: all but the output head."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     return [name for name, m in model.named_modules() if is_linear(m) and m is not head]
 
@@ -217,7 +232,7 @@ def _quantize_layer(model: nn.Module, name: str, weight: Tensor, config: _Config
         raise ModelError(
             f"{name}.weight: checkpoint has {tuple(weight.shape)}, the model expects {tuple(module.weight.shape)}"
         )
-    replacement = QuantLinear.from_dense(module, weight, config.fmt, f"{name}.weight")
+    replacement = QuantLinear.from_dense(module, weight, config.formats[name], f"{name}.weight")
     owner = model.get_submodule(parent)
     owns = [*owner.parameters(recurse=False), *owner.buffers(recurse=False)]
     # transformers must not initialise it anew, nor look for its weight in order to do so, as GPT-2's blocks do.
@@ -231,7 +246,7 @@ def _quantize_layer(model: nn.Module, name: str, weight: Tensor, config: _Config
 def load_model(
     source: Source,
     *,
-    quantize: NF4Format | None = None,
+    quantize: Format | Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
@@ -239,9 +254,10 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model of `source`, frozen, in eval mode, with our attention where the architecture takes it.
 
-    With `quantize`, linear layers become QuantLinear while the checkpoint streams by; embeddings, norms and head keep
-    `dtype`. A GGUF file is dequantised to `dtype` first. `on_quantized` sees each such layer's name, its weight before,
-    and what it became. Raises ModelError, with the tensors that are wrong.
+    With `quantize`, linear layers become QuantLinear while the checkpoint streams by, all in one format, or as a map
+    says that names each layer's format or "16bit"; embeddings, norms and head keep `dtype`. A GGUF file is dequantised
+    to `dtype` first. `on_quantized` sees each such layer's name, its weight before, and what it became. Raises
+    ModelError, with the tensors that are wrong.
     """
     attention.register()
     arguments: dict[str, Any] = source.load_arguments | {"dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -258,8 +274,9 @@ def load_model(
     except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model {source.given}: could not be loaded: {error}") from error
     _refuse_incomplete(source, info, config.problems)
-    if source.is_gguf and quantize is not None:
-        for name in quantizable(model):
+    if source.is_gguf:
+        config.look_at(model)
+        for name in config.formats:
             _quantize_layer(model, name, model.get_submodule(name).weight.detach(), config)
     attention.choose(model)
     model.name_or_path = model.config._name_or_path = source.given  # not the directory that a hub's copy lies in

@@ -29,7 +29,7 @@ __all__ = ["OPS", "path", "paths", "runtime", "use_path"]
 
 OPS = (
     "nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linears",
-    "nf4_linear_transposed", "dense_linear",
+    "nf4_linear_transposed", "blockwise_dequantize", "blockwise_linear", "blockwise_linear_transposed", "dense_linear",
     "attention", "attention_backward", "attention_step",
     "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "cross_entropy_",
 )  # fmt: skip
@@ -47,7 +47,7 @@ _FEW_ROWS = (
 def _library() -> Any:
     """The extension with its tables set, or None if the package was installed without it."""
     if _native is not None:
-        tables = (codebook(), midpoints(codebook()), dynamic_map(), midpoints(dynamic_map()))
+        tables = (codebook(), midpoints(codebook()), dynamic_map(), midpoints(dynamic_map()), codebook(3))
         _native.set_tables(*(table.tolist() for table in tables))
     return _native
 
@@ -113,13 +113,12 @@ def nf4_dequantize(
     return out
 
 
-def _decode(out: Tensor, packed: Tensor, scales: Tensor, *nested: Any) -> None:
+def _decode(
+    out: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, block: int, nested_block: int, bits: int = 4
+) -> None:
     """Write the weight into `out`, whose shape and type say how much and as what."""
-    nested_scales, nested_offset, block_size, nested_block_size = nested
-    _library().dequantize(
-        *_pointers(packed, scales, nested_scales, nested_offset, nested_block_size),
-        out.numel(), block_size, _TYPES[out.dtype], out.data_ptr(), _threads(),
-    )  # fmt: skip
+    where = _pointers(packed, scales, ns, no, nested_block)
+    _library().dequantize(*where, out.numel(), block, bits, _TYPES[out.dtype], out.data_ptr(), _threads())
 
 
 def _pointers(
@@ -195,6 +194,30 @@ def nf4_linear_transposed(
 ) -> Tensor:
     """See ops.py."""
     return dy @ _weight(shape, dy.dtype, packed, scales, ns, no, block, nested_block)
+
+
+def blockwise_dequantize(
+    packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], block: int, nested_block: int, bits: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """See ops.py."""
+    out = torch.empty(shape, dtype=dtype)
+    _decode(out, packed, scales, ns, no, block, nested_block, bits)
+    return out
+
+
+def blockwise_linear(
+    x: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], *layout: int
+) -> Tensor:
+    """See ops.py. Decoded whole into a kept buffer, for few rows too."""
+    return torch.nn.functional.linear(x, _weight(shape, x.dtype, packed, scales, ns, no, *layout))
+
+
+def blockwise_linear_transposed(
+    dy: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], *layout: int
+) -> Tensor:
+    """See ops.py."""
+    return dy @ _weight(shape, dy.dtype, packed, scales, ns, no, *layout)
 
 
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,77 +1,42 @@
-"""The NF4 format: its codebook and where it comes from, its blocks, and the double quantisation of their scales.
+"""Codebooks: NF4 and its 3-bit sibling, where their levels come from, and the dynamic map of the scales.
 
-NF4 (QLoRA, arXiv 2305.14314, section 3) stores a weight as the nearest of 16 levels times the absolute maximum of its
-block. Blocks run over the row-major flattened tensor, the last one may be short. Two codes share a byte, the first in
-the high nibble. With double quantisation the block scales lose their mean and are stored as 8-bit codes of a
-signed dynamic map, in blocks of their own: 4 + 8/64 + 32/(64·256) = 4.127 bits per weight.
-
-The bytes are those of bitsandbytes, so that its checkpoints can be read and written.
+A NormalFloat (QLoRA, arXiv 2305.14314, section 3) stores a weight as the nearest of its levels times the absolute
+maximum of the weight's block. The levels of NF4 are those of bitsandbytes, so that its checkpoints can be read and
+written; numerics/formats.py says how codes and scales are laid out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from twinlora.errors import ConfigError
-
-__all__ = ["BLOCK_SIZES", "NF4Format", "codebook", "dynamic_map", "midpoints"]
+__all__ = ["BLOCK_SIZES", "codebook", "dynamic_map", "midpoints"]
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-# Probability mass that the outermost level of NF4 leaves beyond itself (QLoRA, appendix E; the value of bitsandbytes).
-_OFFSET = 0.9677083
-
-
-@dataclass(frozen=True)
-class NF4Format:
-    """How a weight is stored: `block_size` weights share a scale, `nested_block_size` scales a scale of theirs.
-
-    `nested_block_size` 0 means that scales stay float32. Raises ConfigError for a size that is not allowed.
-    """
-
-    block_size: int = 64
-    nested_block_size: int = 256
-
-    def __post_init__(self) -> None:
-        if self.block_size not in BLOCK_SIZES:
-            raise ConfigError(f"NF4 block size {self.block_size}: expected one of {', '.join(map(str, BLOCK_SIZES))}")
-        if self.nested_block_size not in (0, *BLOCK_SIZES):
-            raise ConfigError(
-                f"NF4 nested block size {self.nested_block_size}: expected 0 (off) or one of {BLOCK_SIZES}"
-            )
-
-    @property
-    def name(self) -> str:
-        """Short name for tables and passports, for example `nf4-64-dq256`."""
-        return f"nf4-{self.block_size}" + (f"-dq{self.nested_block_size}" if self.nested_block_size else "")
-
-    def stored_bytes(self, count: int) -> int:
-        """Bytes that `count` weights take, scales included."""
-        blocks = -(-count // self.block_size)
-        if not self.nested_block_size:
-            return (count + 1) // 2 + 4 * blocks
-        return (count + 1) // 2 + blocks + 4 * -(-blocks // self.nested_block_size) + 4
+# Probability mass that is not beyond the outermost level: 1 - (1/2n + 1/2(n - 1)) / 2 of n levels (QLoRA, appendix E);
+# for NF4 the rounded value of bitsandbytes.
+_OFFSETS = {4: 0.9677083, 3: 1 - (1 / 16 + 1 / 14) / 2}
 
 
 @cache
-def codebook() -> Tensor:
-    """The 16 levels, float32, ascending: quantiles of the normal distribution scaled to [-1, 1], with an exact 0.
+def codebook(bits: int = 4) -> Tensor:
+    """The 2^bits levels, float32, ascending: quantiles of the normal distribution scaled to [-1, 1], with an exact 0.
 
-    Derivation (bitsandbytes `create_normal_map`): nine quantiles for the positive half and eight for the negative one,
-    evenly spaced in probability from `_OFFSET` to 1/2, whose last (the median, 0) is dropped from both; then 0 itself.
-    The probabilities are float32 and the inverse CDF float64: other mixtures miss published digits.
+    Derivation (bitsandbytes `create_normal_map`), for NF4: nine quantiles for the positive half and eight for the
+    negative one, evenly spaced in probability from the offset to 1/2, whose last (the median, 0) is dropped from both;
+    then 0 itself. The probabilities are float32 and the inverse CDF float64: other mixtures miss published digits.
     """
 
     def half(count: int) -> Tensor:
-        probabilities = torch.linspace(_OFFSET, 0.5, count, dtype=torch.float32)[:-1]
+        probabilities = torch.linspace(_OFFSETS[bits], 0.5, count, dtype=torch.float32)[:-1]
         quantiles: Tensor = torch.special.ndtri(probabilities.double())
         return quantiles.float()
 
-    levels = torch.cat([half(9), torch.zeros(1), -half(8)]).sort().values
+    count = 2 ** (bits - 1)
+    levels = torch.cat([half(count + 1), torch.zeros(1), -half(count)]).sort().values
     return levels / levels.max()
 
 

@@ -1,4 +1,4 @@
-"""Every op, declared once: schema, meaning, shapes (the fake) and gradient; `NF4Tensor`, what they work on.
+"""Every op, declared once: schema, meaning, shapes (the fake) and gradient; `QuantTensor`, what they work on.
 
 `torch.ops.twinlora.*` dispatches on the tensors' device: a backend registers itself for its device's key, and the
 reference serves every device without one. Shapes: `weight` [N, K] in general any shape of n elements.
@@ -13,6 +13,8 @@ reference serves every device without one. Shapes: `weight` [N, K] in general an
     nf4_linear_transposed(dy, packed, …)               -> dy [..., N] @ W  -> [..., K]
     nf4_linear_transposed_add_(dx, dy, packed, …)      -> dx [..., K] += dy @ W
     grouped_lora_(y, x, a, b, scales, starts)          -> y [R, N] += scale · x Aᵀ Bᵀ, an adapter for each group of rows
+    blockwise_quantize(weight, bits, block_size)       -> codes of int8 (bits 8) or NF3 (3), scales f32; see formats.py
+    blockwise_dequantize, blockwise_linear, blockwise_linear_transposed: as those of NF4, with `bits` after the rest
     dense_linear(x, weight)                            -> x [..., K] @ weight [N, K].T -> [..., N]; no gradient
     attention(q, k, v, cos, sin, starts, …)            -> out [T, H, D], lse f32 [T, H]; differentiable in q, k, v
     attention_backward(dout, q, …, out, lse, …)        -> dq, dk, dv
@@ -40,7 +42,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -50,11 +52,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from twinlora.errors import ModelError
 from twinlora.numerics import attention as reference_attention
 from twinlora.numerics import cpu, cuda, elementwise, reference, triton
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import Format, NF4Format
 from twinlora.numerics.target import kind_of
 
 __all__ = [
-    "NF4Tensor",
+    "QuantTensor",
     "adds_products",
     "attention",
     "attention_step",
@@ -86,6 +88,10 @@ _SCHEMAS = {
     "nf4_linear_transposed": f"(Tensor dy, {_QUANT}) -> Tensor",
     "nf4_linear_transposed_add_": f"(Tensor(a!) dx, Tensor dy, {_QUANT}) -> ()",
     "grouped_lora_": "(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, float[] scales, int[] starts) -> ()",
+    "blockwise_quantize": "(Tensor weight, int bits, int block_size) -> (Tensor, Tensor)",
+    "blockwise_dequantize": f"({_QUANT}, int bits, ScalarType dtype) -> Tensor",
+    "blockwise_linear": f"(Tensor x, {_QUANT}, int bits) -> Tensor",
+    "blockwise_linear_transposed": f"(Tensor dy, {_QUANT}, int bits) -> Tensor",
     "dense_linear": "(Tensor x, Tensor weight) -> Tensor",
     "attention": f"({_HEADS}, {_SEEN}) -> (Tensor, Tensor)",
     "attention_backward": f"(Tensor dout, {_HEADS}, Tensor out, Tensor lse, {_SEEN}) -> (Tensor, Tensor, Tensor)",
@@ -128,26 +134,31 @@ def _(scales: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scales.new_empty(-(-count // block_size)), scales.new_empty(())
 
 
-@torch.library.register_fake("twinlora::nf4_dequantize")
-def _(
-    packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], b: int, nb: int, dtype: torch.dtype
-) -> Tensor:
-    return packed.new_empty(shape, dtype=dtype)
+@torch.library.register_fake("twinlora::blockwise_quantize")
+def _(weight: Tensor, bits: int, block_size: int) -> tuple[Tensor, Tensor]:
+    count = weight.numel()
+    size, dtype = (count, torch.int8) if bits == 8 else (-(-count // 8) * 3, torch.uint8)
+    return weight.new_empty(size, dtype=dtype), weight.new_empty(-(-count // block_size), dtype=torch.float32)
 
 
-@torch.library.register_fake("twinlora::nf4_linear")
-def _(x: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], b: int, nb: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], shape[0])
+for _family in ("nf4", "blockwise"):
+
+    @torch.library.register_fake(f"twinlora::{_family}_dequantize")
+    def _(packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], *rest: Any) -> Tensor:
+        return packed.new_empty(shape, dtype=rest[-1])
+
+    @torch.library.register_fake(f"twinlora::{_family}_linear")
+    def _(x: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], *_: Any) -> Tensor:
+        return x.new_empty(*x.shape[:-1], shape[0])
+
+    @torch.library.register_fake(f"twinlora::{_family}_linear_transposed")
+    def _(dy: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], *_: Any) -> Tensor:
+        return dy.new_empty(*dy.shape[:-1], shape[1])
 
 
 @torch.library.register_fake("twinlora::nf4_linears")
 def _(x: Tensor, tensors: list[Tensor], rows: list[int], block: int, nested_block: int) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], n) for n in rows]
-
-
-@torch.library.register_fake("twinlora::nf4_linear_transposed")
-def _(dy: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], b: int, nb: int) -> Tensor:
-    return dy.new_empty(*dy.shape[:-1], shape[1])
 
 
 @torch.library.register_fake("twinlora::nf4_linear_with")
@@ -212,12 +223,19 @@ def _save_quant(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(packed, scales, nested_scales, nested_offset)
 
 
-def _input_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx = torch.ops.twinlora.nf4_linear_transposed(dy, *ctx.saved_tensors, *ctx.layout)
-    return dx, *(None,) * 7
+def _gradient_by(transposed: Any) -> Any:
+    """The input gradient of a product, which is the product with the transposed weight."""
+
+    def gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx = transposed(dy, *ctx.saved_tensors, *ctx.layout)
+        return dx, *(None,) * (len(ctx.saved_tensors) + len(ctx.layout))
+
+    return gradient
 
 
-torch.library.register_autograd("twinlora::nf4_linear", _input_gradient, setup_context=_save_quant)
+for _name in ("nf4_linear", "blockwise_linear"):
+    _backward = _gradient_by(getattr(torch.ops.twinlora, f"{_name}_transposed"))
+    torch.library.register_autograd(f"twinlora::{_name}", _backward, setup_context=_save_quant)
 
 
 def _save_heads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -237,21 +255,27 @@ torch.library.register_autograd("twinlora::attention", _heads_gradient, setup_co
 
 
 @dataclass(frozen=True)
-class NF4Tensor:
-    """A weight of `shape` in NF4: packed codes, block scales (float32, or uint8 codes with nested scale and offset)."""
+class QuantTensor:
+    """A weight of `shape` in `format`: codes, block scales (float32, or uint8 codes with nested scale and offset)."""
 
     packed: Tensor
     scales: Tensor
     nested_scales: Tensor | None
     nested_offset: Tensor | None
     shape: tuple[int, ...]
-    format: NF4Format = field(default_factory=NF4Format)
+    format: Format = field(default_factory=NF4Format)
 
     @cached_property
     def arguments(self) -> tuple[Any, ...]:
-        """The op arguments from `packed` to `nested_block_size`."""
+        """The op arguments from `packed` on."""
         tensors = (self.packed, self.scales, self.nested_scales, self.nested_offset)
-        return *tensors, list(self.shape), self.format.block_size, self.format.nested_block_size
+        sizes = (self.format.block_size, self.format.nested_block_size)
+        return *tensors, list(self.shape), *sizes, *(() if self.family == "nf4" else (self.format.bits,))
+
+    @property
+    def family(self) -> str:
+        """First word of the names of the ops that take it: NF4 has its own, with kernels for few rows."""
+        return "nf4" if self.format.kind == "nf4" else "blockwise"
 
     @cached_property
     def tensors(self) -> list[Tensor]:
@@ -266,16 +290,27 @@ class NF4Tensor:
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The weight [*shape] in `dtype`."""
-        out: Tensor = torch.ops.twinlora.nf4_dequantize(*self.arguments, dtype)
+        out: Tensor = _op(self.family, "dequantize")(*self.arguments, dtype)
         return out
 
 
-def quantize(weight: Tensor, fmt: NF4Format | None = None, *, name: str = "weight") -> NF4Tensor:
-    """Quantise `weight` (float32, bfloat16 or float16, any shape). Raises ModelError if a value is not finite."""
+@cache
+def _op(family: str, action: str) -> Any:
+    return getattr(torch.ops.twinlora, f"{family}_{action}")
+
+
+def quantize(weight: Tensor, fmt: Format | None = None, *, name: str = "weight") -> QuantTensor:
+    """Quantise `weight` (float32, bfloat16 or float16, any shape), by default to NF4.
+
+    Raises ModelError if a value is not finite.
+    """
     fmt = fmt or NF4Format()
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ModelError(f"{name}: cannot quantise {weight.dtype}; expected float32, bfloat16 or float16")
-    packed, scales = torch.ops.twinlora.nf4_quantize(weight, fmt.block_size)
+    if fmt.kind == "nf4":
+        packed, scales = torch.ops.twinlora.nf4_quantize(weight, fmt.block_size)
+    else:
+        packed, scales = torch.ops.twinlora.blockwise_quantize(weight, fmt.bits, fmt.block_size)
     # A NaN or Inf anywhere in a block shows in its maximum.
     if weight.device.type != "meta" and not isinstance(weight, FakeTensor) and not bool(torch.isfinite(scales).all()):
         bad = int((~torch.isfinite(weight)).sum())
@@ -283,43 +318,43 @@ def quantize(weight: Tensor, fmt: NF4Format | None = None, *, name: str = "weigh
             f"{name}: {bad} of {weight.numel()} values are NaN or Inf; the checkpoint is damaged, fetch it again"
         )
     if not fmt.nested_block_size:
-        return NF4Tensor(packed, scales, None, None, tuple(weight.shape), fmt)
+        return QuantTensor(packed, scales, None, None, tuple(weight.shape), fmt)
     codes, nested_scales, offset = torch.ops.twinlora.scales_quantize(scales, fmt.nested_block_size)
-    return NF4Tensor(packed, codes, nested_scales, offset, tuple(weight.shape), fmt)
+    return QuantTensor(packed, codes, nested_scales, offset, tuple(weight.shape), fmt)
 
 
-def linear(x: Tensor, weight: NF4Tensor) -> Tensor:
+def linear(x: Tensor, weight: QuantTensor) -> Tensor:
     """x [..., K] @ weight [N, K].T -> [..., N]; differentiable in x."""
-    out: Tensor = torch.ops.twinlora.nf4_linear(x, *weight.arguments)
+    out: Tensor = _op(weight.family, "linear")(x, *weight.arguments)
     return out
 
 
-def linears(x: Tensor, weights: Sequence[NF4Tensor]) -> tuple[Tensor, ...]:
-    """x [..., K] times each weight [N, K].T, all of one format, -> [..., N] of each; no gradient."""
+def linears(x: Tensor, weights: Sequence[QuantTensor]) -> tuple[Tensor, ...]:
+    """x [..., K] times each weight [N, K].T, all of one NF4 format, -> [..., N] of each; no gradient."""
     tensors = [tensor for weight in weights for tensor in weight.tensors]
     fmt = weights[0].format
     rows = [weight.shape[0] for weight in weights]
     return tuple(torch.ops.twinlora.nf4_linears(x, tensors, rows, fmt.block_size, fmt.nested_block_size))
 
 
-def linear_transposed(dy: Tensor, weight: NF4Tensor) -> Tensor:
+def linear_transposed(dy: Tensor, weight: QuantTensor) -> Tensor:
     """dy [..., N] @ weight [N, K] -> [..., K]."""
-    out: Tensor = torch.ops.twinlora.nf4_linear_transposed(dy, *weight.arguments)
+    out: Tensor = _op(weight.family, "linear_transposed")(dy, *weight.arguments)
     return out
 
 
-def linear_with(x: Tensor, extra: Tensor, weight: NF4Tensor) -> Tensor:
+def linear_with(x: Tensor, extra: Tensor, weight: QuantTensor) -> Tensor:
     """x [..., K] times the rows of the weight [N, K] and then of extra [R, K] -> [..., N + R]; no gradient."""
     out: Tensor = torch.ops.twinlora.nf4_linear_with(x, extra, *weight.arguments)
     return out
 
 
-def linear_add_(y: Tensor, x: Tensor, weight: NF4Tensor) -> None:
+def linear_add_(y: Tensor, x: Tensor, weight: QuantTensor) -> None:
     """y [..., N] += x [..., K] @ weight [N, K].T; no gradient."""
     torch.ops.twinlora.nf4_linear_add_(y, x, *weight.arguments)
 
 
-def linear_transposed_add_(dx: Tensor, dy: Tensor, weight: NF4Tensor) -> None:
+def linear_transposed_add_(dx: Tensor, dy: Tensor, weight: QuantTensor) -> None:
     """dx [..., K] += dy [..., N] @ weight [N, K]; no gradient."""
     torch.ops.twinlora.nf4_linear_transposed_add_(dx, dy, *weight.arguments)
 

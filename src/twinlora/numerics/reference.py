@@ -16,6 +16,10 @@ from torch import Tensor
 from twinlora.numerics.nf4 import codebook, dynamic_map, midpoints
 
 __all__ = [
+    "blockwise_dequantize",
+    "blockwise_linear",
+    "blockwise_linear_transposed",
+    "blockwise_quantize",
     "dense_linear",
     "grouped_lora_",
     "nf4_dequantize",
@@ -169,6 +173,86 @@ def grouped_lora_(
     for i, (start, stop) in enumerate(itertools.pairwise(starts)):
         h = x[start:stop] @ a[i].to(x.dtype).T
         y[start:stop].addmm_(h, b[i].to(x.dtype).T, alpha=scales[i])
+
+
+@cache
+def _nf3_constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """On `device`: the four levels of every 12 bits [4096, 4], NF3 borders [7]."""
+    levels, words = codebook(3), torch.arange(4096)
+    table = torch.stack([levels[(words >> 3 * i) & 7] for i in range(4)], dim=1)
+    return table.to(device), midpoints(levels).to(device)
+
+
+def blockwise_quantize(weight: Tensor, bits: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """Any float tensor -> codes (`bits` 8: int8 [n]; 3: uint8 [3 · ceil(n / 8)]) and block maxima float32."""
+    flat = weight.reshape(-1)
+    packed, scales = [], []
+    for panel in flat.split(max(_PANEL, block_size)):
+        blocks = _pad(panel.float(), block_size).view(-1, block_size)
+        absmax = blocks.abs().amax(dim=1)
+        inverse = absmax.reciprocal().clamp_(max=torch.finfo(torch.float32).max)
+        normal = (blocks * inverse[:, None]).view(-1)[: panel.numel()]
+        if bits == 8:
+            packed.append((normal * 127).round_().to(torch.int8))
+        else:
+            packed.append(_pack_nf3(torch.bucketize(normal, _nf3_constants(weight.device)[1], out_int32=True)))
+        scales.append(absmax)
+    return torch.cat(packed), torch.cat(scales)
+
+
+def _pack_nf3(codes: Tensor) -> Tensor:
+    """int32 codes [n] -> uint8 [3 · ceil(n / 8)]: code i of eight lies in bits 3i to 3i + 2, least byte first."""
+    missing = -codes.numel() % 8
+    codes = torch.nn.functional.pad(codes, (0, missing), value=3)  # level 0
+    shifts = torch.arange(0, 24, 3, dtype=torch.int32, device=codes.device)
+    words = (codes.view(-1, 8) << shifts).sum(dim=1, dtype=torch.int32)
+    return torch.stack([words & 255, (words >> 8) & 255, words >> 16], dim=1).to(torch.uint8).view(-1)
+
+
+def _unpack_nf3(packed: Tensor) -> Tensor:
+    """uint8 [3 m] -> levels float32 [8 m]."""
+    low, middle, high = packed.view(-1, 3).int().unbind(1)
+    halves = torch.stack([low | (middle & 15) << 8, middle >> 4 | high << 4], dim=1)
+    return torch.nn.functional.embedding(halves, _nf3_constants(packed.device)[0]).view(-1)
+
+
+def blockwise_dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    nested_scales: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: list[int],
+    block_size: int,
+    nested_block_size: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """int8: code · (scale / 127); NF3: level[code] · scale; in float32, rounded once to `dtype` -> [*shape]."""
+    steps = scales_dequantize(scales.reshape(-1), nested_scales, nested_offset, nested_block_size)
+    if bits == 8:
+        steps = steps / 127
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    flat, codes = out.view(-1), packed.reshape(-1)
+    step = max(_PANEL, block_size)  # a multiple of the block and of 8
+    for start in range(0, flat.numel(), step):
+        stop = min(start + step, flat.numel())
+        values = codes[start:stop].float() if bits == 8 else _unpack_nf3(codes[start // 8 * 3 : -(-stop // 8) * 3])
+        blocks = _pad(values[: stop - start], block_size).view(-1, block_size)
+        blocks = blocks * steps[start // block_size : -(-stop // block_size), None]
+        flat[start:stop] = blocks.view(-1)[: stop - start]
+    return out
+
+
+def blockwise_linear(x: Tensor, packed: Tensor, *quant: Any) -> Tensor:
+    """x [..., K] times the transposed weight [N, K] -> [..., N], in x's type. `quant` as in `blockwise_dequantize`."""
+    quant += (x.dtype,)
+    return torch.nn.functional.linear(x, blockwise_dequantize(packed, *quant))
+
+
+def blockwise_linear_transposed(dy: Tensor, packed: Tensor, *quant: Any) -> Tensor:
+    """dy [..., N] times the weight [N, K] -> [..., K], in dy's type: the input gradient of `blockwise_linear`."""
+    quant += (dy.dtype,)
+    return dy @ blockwise_dequantize(packed, *quant)
 
 
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor:

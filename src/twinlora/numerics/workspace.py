@@ -73,7 +73,7 @@ def _of_cpu(op: str, args: tuple[Any, ...], threads: int) -> Workspace:
     if op == "nf4_linear":
         (n, k), block = args[5], args[6]
         return _of_product(x, n, n, k, block, threads)
-    if op == "nf4_linear_transposed":
+    if op in ("nf4_linear_transposed", "blockwise_linear", "blockwise_linear_transposed"):
         n, k = args[5]
         return Workspace(kept=_decoded(x, n * k))
     if op == "dense_linear":

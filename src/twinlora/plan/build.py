@@ -26,7 +26,7 @@ from twinlora.model import attention, forward, swap
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import quantizable
 from twinlora.model.recompute import recompute_activations
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 
 __all__ = ["FAMILIES", "Proof", "build", "prove", "require_family", "signatures", "with_layers"]
 

@@ -24,7 +24,7 @@ from twinlora.data.template import Example
 from twinlora.errors import ConfigError
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import weight_bytes
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 from twinlora.numerics.target import simulating
 from twinlora.numerics.workspace import WEIGHT
 from twinlora.plan.build import Proof, build, prove, require_family, signatures, with_layers

@@ -41,7 +41,7 @@ class Target:
         if func.namespace != "twinlora":
             return None
         name = func._schema.name.rpartition("::")[2]
-        if name.startswith(("nf4_", "scales_")) or has_kernel(name, *args, target=self.name):
+        if name.startswith(("nf4_", "blockwise_", "scales_")) or has_kernel(name, *args, target=self.name):
             return None
         _warm(name, args)
         function: Callable[..., Any] = _REFERENCE[name]

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from twinlora.adapters.targets import LoraConfig
 from twinlora.config import AdapterOptions, Method, PlanOptions
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 from twinlora.plan.overhead import Overhead
 from twinlora.plan.quality import FORMATS, expected
 from twinlora.plan.rows import Candidate, Row, Way

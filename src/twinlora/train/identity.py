@@ -22,16 +22,23 @@ _FREE = {
     "output", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "json_output", "report_to", "device",
     "gradient_checkpointing", "on_oom", "offload", "dense_copies", "plan", "goal",
 }  # fmt: skip
-_FILES = {"model", "data", "eval", "init_adapter"}
+_FILES = {"model", "data", "eval", "init_adapter", "layer_precision"}
 
 
-def identity(options: TrainOptions, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def identity(
+    options: TrainOptions,
+    inputs: Inputs,
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: dict[str, str] | None = None,
+) -> dict[str, Any]:
     """As JSON. The schedule stretches over all steps, so that max_steps is part of it."""
     kept = options.model_dump(mode="json", exclude=_FREE | _FILES)
     return {
         "format": _FORMAT,
         "options": kept | {"dtype": str(dtype).removeprefix("torch.")},
         "base": inputs.fingerprint,
+        "precision": precision,
         "data": inputs.data.identity,
         "eval": inputs.held_out.identity,
         "backend": ops.backend(device),
@@ -66,10 +73,19 @@ def _differences(saved: dict[str, Any], now: dict[str, Any], options: TrainOptio
     }
     out = []
     for key in sorted(set(saved) | set(now) - {"options"}):
-        if key != "options" and saved.get(key) != now.get(key):
+        if key == "precision" and saved.get(key) != now.get(key):
+            out.append(_moved(saved.get(key) or {}, now.get(key) or {}))
+        elif key != "options" and saved.get(key) != now.get(key):
             out.append(f"{names.get(key, key)}: was {saved.get(key)}, now {now.get(key)}")
     was, given = saved["options"], now["options"]
     for key in sorted(set(was) | set(given)):
         if was.get(key) != given.get(key):
             out.append(f"options.{key}: was {was.get(key)}, now {given.get(key)}")
     return out
+
+
+def _moved(was: dict[str, str], now: dict[str, str]) -> str:
+    """One line about the layers whose precision changed."""
+    layers = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
+    first = layers[0]
+    return f"precision of {len(layers)} layer(s), such as {first}: was {was.get(first)}, now {now.get(first)}"

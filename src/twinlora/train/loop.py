@@ -29,6 +29,7 @@ from twinlora.numerics import ops
 from twinlora.reporter import Reporter
 from twinlora.train import checkpoint, rehearsal
 from twinlora.train.forecast import Forecast
+from twinlora.train.hybrid import choose_precision
 from twinlora.train.identity import as_before, identity, require_same
 from twinlora.train.inputs import Inputs, read_inputs
 from twinlora.train.memory import Memory
@@ -114,10 +115,16 @@ def _train(options: TrainOptions, inputs: Inputs, run: RunDirectory, notes: Note
         dtype, reason = getattr(torch, found.state["identity"]["options"]["dtype"]), "dtype as before"
     if reason:
         notes.add(reason)
+    precision = None
+    if options.method == "hybrid":  # chosen once: what is measured need not come out the same twice
+        kept = found is not None and options.layer_precision is None
+        precision = found.state["identity"]["precision"] if found and kept else None
+        precision = precision or choose_precision(options, inputs, dtype, device, notes)
+    who = identity(options, inputs, dtype, device, precision)
     if found is not None:
-        require_same(found, identity(options, inputs, dtype, device), options)
+        require_same(found, who, options)
     with Trackers(options.report_to, run.path, options.model_dump(mode="json"), notes.add) as trackers:
-        trainer = _Trainer(options, inputs, run, notes, trackers, dtype, device)
+        trainer = _Trainer(options, inputs, run, notes, trackers, dtype, device, who)
         trainer.restore(found)
         trackers.start(trainer.at.step)
         try:
@@ -157,15 +164,16 @@ class _Trainer:
         trackers: Trackers,
         dtype: torch.dtype,
         device: torch.device,
+        who: dict[str, Any],
     ) -> None:
         self.options, self.inputs, self.run, self.notes = options, inputs, run, notes
         self.trackers, self.device, self.dtype = trackers, device, dtype
-        self.identity = identity(options, inputs, dtype, device)
+        self.identity = who
         machine.reset_peaks(device)
         machine.keep_freed_memory()
         self.forecast = Forecast(options, inputs, dtype, device, notes)
         torch.manual_seed(options.seed)  # dropout draws from the global generators
-        self.prepared = prepare(options, inputs, dtype, device, notes)
+        self.prepared = prepare(options, inputs, dtype, device, notes, who["precision"])
         self.model = self.prepared.model
         self.loading_peak = machine.peak_rss_bytes()
         machine.reset_peaks(device)  # what a step takes is predicted; loading may take more
@@ -368,7 +376,7 @@ class _Trainer:
                 self.inputs.tokenizer.save_pretrained(temporary)
         else:
             kind, where = "adapter", self.run.adapter
-            passport = passport_of(options, self.inputs, prepared.precision, self._saved_step)
+            passport = passport_of(options, self.inputs, prepared, self._saved_step)
             files.save_adapter(self.model, where, options.model, passport)
             hf.follow_peft(self.model, passport)
         record = self._record() | {kind: str(where)}
@@ -407,5 +415,7 @@ class _Trainer:
             "trainable_parameters": sum(p.numel() for p in self.parameters.values()),
             "base_weight_bytes": self.prepared.weight_bytes,
             "base_precision": self.prepared.precision,
+            "bits_per_linear_weight": self.prepared.bits[0],
+            "bits_per_weight": self.prepared.bits[1],
             "backend": ops.backend(self.device),
         }

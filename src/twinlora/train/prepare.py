@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,10 @@ from twinlora.adapters.lora import attach
 from twinlora.adapters.targets import LoraConfig
 from twinlora.config import TrainOptions
 from twinlora.model import forward, swap
-from twinlora.model.linear import QuantLinear
+from twinlora.model.linear import QuantLinear, bits_per_weight
 from twinlora.model.load import load_model, precision_by_layer, weight_bytes
 from twinlora.numerics import ops
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import Format, NF4Format
 from twinlora.train.inputs import Inputs
 from twinlora.train.notes import Notes
 
@@ -31,6 +32,8 @@ class Prepared:
 
     model: PreTrainedModel
     precision: dict[str, int]
+    layers: dict[str, str] | None  # the precision of each, where they differ by choice
+    bits: tuple[float, float]  # see `bits_per_weight`
     weight_bytes: int
     replaced: dict[str, int]
     plain_head: bool
@@ -41,8 +44,18 @@ class Prepared:
         return {name: p for name, p in self.model.named_parameters() if ".start_" in name}
 
 
-def prepare(options: TrainOptions, inputs: Inputs, dtype: torch.dtype, device: torch.device, notes: Notes) -> Prepared:
-    """Load and change the model as `options` say. Raises ModelError or AdapterError."""
+def prepare(
+    options: TrainOptions,
+    inputs: Inputs,
+    dtype: torch.dtype,
+    device: torch.device,
+    notes: Notes,
+    precision: Mapping[str, str] | None = None,
+) -> Prepared:
+    """Load and change the model as `options` say, for method hybrid each layer in its `precision`.
+
+    Raises ModelError or AdapterError.
+    """
     lora = LoraConfig.from_options(options)
     initial: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -51,26 +64,32 @@ def prepare(options: TrainOptions, inputs: Inputs, dtype: torch.dtype, device: t
 
     model = load_model(
         inputs.source,
-        quantize=NF4Format(options.block_size, 256 if options.double_quant else 0)
-        if options.method == "qlora"
-        else None,
+        quantize=_quantize(options, precision),
         dtype=dtype,
         device=device,
         trust_remote_code=options.trust_remote_code,
         on_quantized=make_up if options.init == "loftq" else None,
     )
-    size, precision = weight_bytes(model), precision_by_layer(model)
+    size, bits = weight_bytes(model), bits_per_weight(model)
     notes.show(
-        f"base {options.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M stored elements, "
-        f"{size / 1e6:.0f} MB, backend {ops.backend(device)}"
+        f"base {options.model}: {size / 1e6:.0f} MB, {bits[0]:.3f} bits per weight of the linear layers, {bits[1]:.3f} "
+        f"of the whole model, backend {ops.backend(device)}"
     )
+    stored, layers = precision_by_layer(model), dict(precision) if precision is not None else None
     _make_trainable(model, options, lora, initial)
     replaced = swap.replace_blocks(model, notes.add) if options.fused else {}
     packed = options.packing == "auto"
     refusal = forward.packing_refusal(model, len(inputs.tokenizer)) if packed else None
     if refusal:
         notes.add(f"padded batches: packing was refused for this model, because {refusal}")
-    return Prepared(model, precision, size, replaced, forward.has_plain_head(model), packed and refusal is None)
+    plain_head = forward.has_plain_head(model)
+    return Prepared(model, stored, layers, bits, size, replaced, plain_head, packed and refusal is None)
+
+
+def _quantize(options: TrainOptions, precision: Mapping[str, str] | None) -> Format | Mapping[str, str] | None:
+    if options.method == "qlora":
+        return NF4Format(options.block_size, 256 if options.double_quant else 0)
+    return precision
 
 
 def _make_trainable(model: Any, options: TrainOptions, lora: LoraConfig, initial: dict[str, Any]) -> None:

@@ -6,16 +6,18 @@ from twinlora.adapters import passport
 from twinlora.config import TrainOptions
 from twinlora.data.formats import Row
 from twinlora.train.inputs import Inputs
+from twinlora.train.prepare import Prepared
 
 __all__ = ["passport_of"]
 
 
-def passport_of(options: TrainOptions, inputs: Inputs, precision: dict[str, int], steps: int) -> passport.Passport:
-    """The passport of an adapter after `steps` steps over a base of `precision`."""
+def passport_of(options: TrainOptions, inputs: Inputs, prepared: Prepared, steps: int) -> passport.Passport:
+    """The passport of an adapter after `steps` steps over the base of `prepared`."""
     return passport.Passport(
         base_model=options.model,
         base_fingerprint=inputs.fingerprint,
-        base_precision=precision,
+        base_precision=prepared.precision,
+        layer_precision=prepared.layers,
         **passport.tokenizer_digests(inputs.tokenizer),
         system=_common_system(inputs.rows),
         data_sha256=inputs.digests,

@@ -64,14 +64,14 @@ void multiply_rows(const std::uint16_t* x, const std::uint8_t* packed, const Sca
 
 }  // namespace
 
-const Path avx2{"avx2", supported, dequantize, quantize, multiply_rows, nullptr};
+const Path avx2{"avx2", supported, dequantize, nf3_blocks, int8_blocks, quantize, multiply_rows, nullptr};
 
 }  // namespace twinlora
 
 #else
 
 namespace twinlora {
-const Path avx2{"avx2", [] { return false; }, nullptr, nullptr, nullptr, nullptr};
+const Path avx2{"avx2", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
 }
 
 #endif

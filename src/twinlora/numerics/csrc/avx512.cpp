@@ -81,6 +81,31 @@ void dequantize(const std::uint8_t* packed, const Scales& scales, std::int64_t f
     }
 }
 
+// 32 codes in 12 bytes: every 16-bit lane gets the two bytes that its code lies in, and is shifted to it. The table of
+// eight values repeats, so that the bits above the code do not matter.
+void dequantize_nf3(const std::uint8_t* packed, const Scales& scales, std::int64_t first, std::int64_t last, int block,
+                    Type type, void* out) {
+    if (type == Type::float32) return nf3_blocks(packed, scales, first, last, block, type, out);
+    alignas(64) u8 bytes[64];
+    alignas(64) u16 shifts[32];
+    for (int i = 0; i < 32; ++i) {
+        const int bit = 3 * i;
+        bytes[2 * i] = static_cast<u8>(bit / 8), bytes[2 * i + 1] = static_cast<u8>(bit / 8 + 1);
+        shifts[i] = static_cast<u16>(bit % 8);
+    }
+    const __m512i spread = _mm512_load_si512(bytes), shift = _mm512_load_si512(shifts);
+    const __m512 levels = _mm512_broadcast_f32x8(_mm256_loadu_ps(tables.nf3_levels));
+    for (std::int64_t b = first; b < last; ++b) {
+        const __m512i table = table16(scale_of(scales, b), type, levels);
+        for (std::int64_t i = b * block; i < (b + 1) * block; i += 32) {
+            const __m128i codes = _mm_maskz_loadu_epi8(0xfff, packed + i / 8 * 3);
+            const __m512i pairs = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(codes), spread);
+            const __m512i values = _mm512_permutexvar_epi16(_mm512_srlv_epi16(pairs, shift), table);
+            _mm512_storeu_si512(static_cast<u16*>(out) + i, values);
+        }
+    }
+}
+
 inline __m512 load16(const void* x, Type type, std::int64_t i) {
     if (type == Type::float32) return _mm512_loadu_ps(static_cast<const float*>(x) + i);
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const std::uint16_t*>(x) + i));
@@ -334,14 +359,15 @@ void multiply_dense(const u16* x, const u16* w, u16* y, i64 M, i64 N, i64 K, i64
 
 }  // namespace
 
-const Path avx512{"avx512-bf16", supported, dequantize, quantize, multiply_rows, multiply_dense};
+const Path avx512{"avx512-bf16", supported, dequantize, dequantize_nf3, int8_blocks, quantize, multiply_rows,
+                  multiply_dense};
 
 }  // namespace twinlora
 
 #else
 
 namespace twinlora {
-const Path avx512{"avx512-bf16", [] { return false; }, nullptr, nullptr, nullptr, nullptr};
+const Path avx512{"avx512-bf16", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
 }
 
 #endif

@@ -2,6 +2,7 @@
 //
 // A block of NF4 weights shares one scale, so it has 16 values at most: every path computes those 16 products in
 // float32, rounds each once to the output type, and then only looks codes up. That is why all paths agree bit for bit.
+// NF3 is alike, with 8 values; an int8 weight is its code times the block's step, one product in float32.
 #pragma once
 
 #include <cstddef>
@@ -17,6 +18,7 @@ struct Tables {
     float borders[16];        // 15 decision borders, padded with +inf
     float dynamic_map[256];   // signed 8-bit dynamic map, ascending
     float dynamic_borders[256];  // 255 borders, padded with +inf
+    float nf3_levels[8];         // NF3 codebook, ascending
 };
 extern Tables tables;
 
@@ -35,6 +37,11 @@ struct Path {
     // Whole blocks [first, last) of `block` weights; `packed` and `out` point at the tensor's start.
     void (*dequantize)(const std::uint8_t* packed, const Scales&, std::int64_t first, std::int64_t last, int block, Type,
                        void* out);
+    // The same for NF3 (eight codes in three bytes) and for int8.
+    void (*dequantize_nf3)(const std::uint8_t* packed, const Scales&, std::int64_t first, std::int64_t last, int block,
+                           Type, void* out);
+    void (*dequantize_int8)(const std::uint8_t* codes, const Scales&, std::int64_t first, std::int64_t last, int block,
+                            Type, void* out);
     // Whole blocks [first, last) of x; writes codes and block maxima. NaN and Inf show in the maximum.
     void (*quantize)(const void* x, Type, std::int64_t first, std::int64_t last, int block, std::uint8_t* packed,
                      float* scales);

@@ -52,16 +52,18 @@ void use_path(const std::string& name) {
 }
 
 void set_tables(const std::vector<float>& levels, const std::vector<float>& borders, const std::vector<float>& map,
-                const std::vector<float>& map_borders) {
+                const std::vector<float>& map_borders, const std::vector<float>& nf3_levels) {
     const float infinity = std::numeric_limits<float>::infinity();
     std::fill(std::begin(tables.borders), std::end(tables.borders), infinity);
     std::fill(std::begin(tables.dynamic_borders), std::end(tables.dynamic_borders), infinity);
-    if (levels.size() != 16 || borders.size() != 15 || map.size() != 256 || map_borders.size() != 255)
-        throw std::invalid_argument("tables of other sizes than 16, 15, 256 and 255");
+    if (levels.size() != 16 || borders.size() != 15 || map.size() != 256 || map_borders.size() != 255 ||
+        nf3_levels.size() != 8)
+        throw std::invalid_argument("tables of other sizes than 16, 15, 256, 255 and 8");
     std::copy(levels.begin(), levels.end(), tables.levels);
     std::copy(borders.begin(), borders.end(), tables.borders);
     std::copy(map.begin(), map.end(), tables.dynamic_map);
     std::copy(map_borders.begin(), map_borders.end(), tables.dynamic_borders);
+    std::copy(nf3_levels.begin(), nf3_levels.end(), tables.nf3_levels);
 }
 
 Scales scales_of(Address scales, Address nested, float offset, std::int64_t nested_block) {
@@ -71,16 +73,18 @@ Scales scales_of(Address scales, Address nested, float offset, std::int64_t nest
 }
 
 void dequantize(Address packed, Address scales, Address nested, float offset, std::int64_t nested_block,
-                std::int64_t count, int block, int type, Address out, int threads) {
+                std::int64_t count, int block, int bits, int type, Address out, int threads) {
     const Scales by_block = scales_of(scales, nested, offset, nested_block);
     const auto* codes = pointer<const std::uint8_t>(packed);
     void* target = pointer<void>(out);
     const std::int64_t whole = count / block, rest = count % block;
+    const auto blocks = bits == 4 ? path->dequantize : bits == 3 ? path->dequantize_nf3 : path->dequantize_int8;
+    const auto part = bits == 4 ? dequantize_part : bits == 3 ? nf3_part : int8_part;
     parallel_for(threads, whole, grain / block, [&](std::int64_t first, std::int64_t last) {
-        path->dequantize(codes, by_block, first, last, block, Type(type), target);
+        blocks(codes, by_block, first, last, block, Type(type), target);
     });
     if (rest)
-        dequantize_part(codes + whole * block / 2, scale_of(by_block, whole), rest, Type(type), at(target, Type(type), whole * block));
+        part(codes + whole * block * bits / 8, scale_of(by_block, whole), rest, Type(type), at(target, Type(type), whole * block));
 }
 
 void quantize(Address x, int type, std::int64_t count, int block, Address packed, Address scales, int threads) {

@@ -37,6 +37,6 @@ void multiply_rows(const std::uint16_t* x, const std::uint8_t* packed, const Sca
 
 }  // namespace
 
-const Path portable{"portable", always, dequantize, quantize, multiply_rows, nullptr};
+const Path portable{"portable", always, dequantize, nf3_blocks, int8_blocks, quantize, multiply_rows, nullptr};
 
 }  // namespace twinlora

@@ -95,6 +95,50 @@ namespace {
     for (std::int64_t i = 0; i < count; ++i) static_cast<std::uint16_t*>(out)[i] = values[code(i)];
 }
 
+// The same of NF3: code i of eight lies in bits 3i to 3i + 2 of three bytes, least byte first.
+[[maybe_unused]] inline void nf3_part(const std::uint8_t* packed, float scale, std::int64_t count, Type type, void* out) {
+    float products[8];
+    std::uint16_t values[8];
+    for (int i = 0; i < 8; ++i) {
+        products[i] = tables.nf3_levels[i] * scale;
+        values[i] = type == Type::float16 ? to_float16(products[i]) : to_bfloat16(products[i]);
+    }
+    for (std::int64_t i = 0; i < count; i += 8, packed += 3) {
+        std::uint32_t word = packed[0] | packed[1] << 8 | packed[2] << 16;
+        for (std::int64_t j = i; j < i + 8 && j < count; ++j, word >>= 3) {
+            if (type == Type::float32)
+                static_cast<float*>(out)[j] = products[word & 7];
+            else
+                static_cast<std::uint16_t*>(out)[j] = values[word & 7];
+        }
+    }
+}
+
+// The same of int8. Compiled in every path, with that path's instructions.
+[[maybe_unused]] inline void int8_part(const std::uint8_t* packed, float scale, std::int64_t count, Type type, void* out) {
+    const float step = scale / 127.0f;
+    const auto* codes = reinterpret_cast<const std::int8_t*>(packed);
+    auto* halves = static_cast<std::uint16_t*>(out);
+    if (type == Type::float32)
+        for (std::int64_t i = 0; i < count; ++i) static_cast<float*>(out)[i] = static_cast<float>(codes[i]) * step;
+    else if (type == Type::bfloat16)
+        for (std::int64_t i = 0; i < count; ++i) halves[i] = to_bfloat16(static_cast<float>(codes[i]) * step);
+    else
+        for (std::int64_t i = 0; i < count; ++i) halves[i] = to_float16(static_cast<float>(codes[i]) * step);
+}
+
+[[maybe_unused]] inline void nf3_blocks(const std::uint8_t* packed, const Scales& scales, std::int64_t first,
+                                        std::int64_t last, int block, Type type, void* out) {
+    for (std::int64_t b = first; b < last; ++b)
+        nf3_part(packed + b * block / 8 * 3, scale_of(scales, b), block, type, at(out, type, b * block));
+}
+
+[[maybe_unused]] inline void int8_blocks(const std::uint8_t* codes, const Scales& scales, std::int64_t first,
+                                         std::int64_t last, int block, Type type, void* out) {
+    for (std::int64_t b = first; b < last; ++b)
+        int8_part(codes + b * block, scale_of(scales, b), block, type, at(out, type, b * block));
+}
+
 // Quantises `count` values as one block and returns its maximum. The missing half of a last byte holds level 0.
 [[maybe_unused]] inline float quantize_part(const void* x, Type type, std::int64_t count, std::uint8_t* packed) {
     std::uint32_t largest = 0;  // of the bits without sign: NaN and Inf are above every number
