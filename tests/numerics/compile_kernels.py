@@ -1,4 +1,5 @@
-"""Compile every kernel for a GPU that need not be there: `python compile_kernels.py 90` prints what came out as JSON.
+"""Compile every kernel for a GPU that need not be there: `python compile_kernels.py 90` prints what came out as JSON
+(with 0, the kernels' names alone).
 
 The shapes are those of a 4096 × 4096 weight in bfloat16, block 64, double quantisation.
 """
@@ -92,4 +93,5 @@ def compile_for(name: str, capability: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: compile_for(name, int(sys.argv[1])) for name in KERNELS}))
+    capability = int(sys.argv[1])
+    print(json.dumps({name: capability and compile_for(name, capability) for name in KERNELS}))

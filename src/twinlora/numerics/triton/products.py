@@ -15,7 +15,7 @@ from torch import Tensor
 from twinlora.numerics.reference import by_weight
 from twinlora.numerics.triton import kernels
 from twinlora.numerics.triton.codes import Weight, decode, on, tables, weight_of
-from twinlora.numerics.triton.shapes import has_few_rows, panel, row_parts, transposed_panel
+from twinlora.numerics.triton.shapes import ROWS_TILE, has_few_rows, panel, row_parts, transposed_panel
 
 __all__ = [
     "nf4_linear",
@@ -55,12 +55,8 @@ def _linear(x: Tensor, weight: Weight) -> Tensor:
 
 def nf4_linears(x: Tensor, tensors: list[Tensor], rows: list[int], block: int, nested_block: int) -> list[Tensor]:
     """See ops.py."""
-    shapes = ([n, x.shape[-1]] for n in rows)
-    weights = by_weight(tensors, len(rows))
-    return [
-        _linear(x, weight_of(*tensors, shape, block, nested_block))
-        for tensors, shape in zip(weights, shapes, strict=True)
-    ]
+    weights = zip(by_weight(tensors, len(rows)), rows, strict=True)
+    return [_linear(x, weight_of(*stored, [n, x.shape[-1]], block, nested_block)) for stored, n in weights]
 
 
 def nf4_linear_with(x: Tensor, extra: Tensor, *quant: Any) -> Tensor:
@@ -141,11 +137,11 @@ def _multiply_few(y: Tensor, x: Tensor, weight: Weight, *, add: bool) -> None:
     target = y if parts == 1 else workspace(x.device, parts * rows * n, torch.float32).view(parts, rows, n)
     levels, _, dynamic, _ = tables(x.device)
     with on(x):
-        kernels.multiply_rows[(-(-n // 64), parts)](
+        kernels.multiply_rows[(-(-n // ROWS_TILE), parts)](
             x.contiguous(), weight.packed, weight.scales, weight.nested_scales, weight.nested_offset, levels, dynamic,
             target, rows, n, k, span, target.stride(-2), rows * n,
             block_shift=weight.block.bit_length() - 1, nested_shift=weight.nested_shift, NESTED=weight.nested,
-            ADD=add and parts == 1, WIDE=not x.is_cuda, BM=max(16, 1 << (rows - 1).bit_length()), BN=64, BK=step,
+            ADD=add and parts == 1, WIDE=not x.is_cuda, BM=max(16, 1 << (rows - 1).bit_length()), BN=ROWS_TILE, BK=step,
             enable_fp_fusion=False,
         )  # fmt: skip
         if parts > 1:

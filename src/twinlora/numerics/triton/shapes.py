@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "FEW_ROWS",
+    "ROWS_TILE",
     "grouped_cut",
     "grouped_step",
     "grouped_tile_rows",
@@ -31,7 +32,7 @@ FEW_ROWS = 64  # up to here a product is bound by reading codes, and decoding in
 _PANEL_BYTES = 24 << 20  # half of L2: a panel is read by the product while it is still there
 _LARGEST_PANEL_BYTES = 96 << 20
 _TILE = (128, 256)  # rows and columns of a cuBLAS tile; fewer tiles than multiprocessors leave some idle
-_ROWS_TILE = 64  # rows of the weight of a program of `multiply_rows`
+ROWS_TILE = 64  # rows of the weight of a program of `multiply_rows`
 
 
 @cache
@@ -49,7 +50,7 @@ def has_few_rows(x: Tensor, k: int, block: int) -> bool:
 
 def row_parts(n: int, k: int, step: int, device: torch.device) -> tuple[int, int]:
     """In how many parts `multiply_rows` cuts k, and how long one is: enough programs for two a multiprocessor."""
-    wanted = -(-2 * multiprocessors(device) // -(-n // _ROWS_TILE))
+    wanted = -(-2 * multiprocessors(device) // -(-n // ROWS_TILE))
     steps = k // step
     each = -(-steps // min(wanted, steps, 16))
     return -(-steps // each), each * step
