@@ -4,6 +4,10 @@ The interpreter cuts bfloat16 off where the device rounds, so that a result may 
 """
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -240,3 +244,21 @@ def test_training_and_decoding_on_these_kernels(flash, monkeypatch, method):
             assert mode.names == set(cuda.OPS)
     assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 0.01
     assert answers[0] == answers[1]
+
+
+def test_the_kernels_compile_for_hopper():
+    """To machine code, by Triton's own compiler, which needs no device: 16-byte loads, no spills, room on any device."""
+    script = Path(__file__).with_name("ptx.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": os.pathsep.join(sys.path)
+    }
+    done = subprocess.run([sys.executable, script, "90"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 7
+    for name, result in found.items():
+        assert result["cubin"] > 0, name
+        assert result["spills"] == 0, name
+        assert result["wide"] >= 2, name
+        assert result["shared"] <= 99 << 10, name  # bytes, the least of all devices from Ampere on
+    assert found["_decode_kernel"]["tensor_cores"] > 0

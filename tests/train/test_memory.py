@@ -156,6 +156,7 @@ def test_offloading_changes_no_bit(tiny, rows, tmp_path, monkeypatch, method):
     there = train(options(tiny, rows, tmp_path / "b", offload=["optimizer", "activations"], **arguments))
     assert same(dict(plain.model.named_parameters()), dict(there.model.named_parameters()))
     assert record(tmp_path / "b")["memory"]["offloaded_bytes"] > 10_000
+    assert any("frees nothing, since this run is on the CPU" in line for line in record(tmp_path / "b")["notes"])
     norms = [[line["grad_norm"] for line in metrics(tmp_path / name)] for name in "ab"]
     assert norms[0] == norms[1]
 

@@ -54,6 +54,8 @@ class Memory:
         self._host = HostActivations(model) if "activations" in options.offload else None
         if self.checkpointing:
             recompute_activations(model, True)
+        if options.offload and device.type == "cpu":
+            notes.add(f"offload {', '.join(options.offload)}: frees nothing, since this run is on the CPU itself")
 
     def saving(self) -> contextlib.AbstractContextManager[Any]:
         """What a forward pass that will be differentiated runs under."""
