@@ -25,6 +25,7 @@ from twinlora.errors import ConfigError
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import weight_bytes
 from twinlora.numerics.nf4 import NF4Format
+from twinlora.plan import work
 from twinlora.plan.build import Proof, build, prove, require_family, signatures, with_layers
 from twinlora.plan.fold import aligned, extrapolate, fold
 from twinlora.plan.ledger import Ledger, Peak, Segment
@@ -117,8 +118,7 @@ def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
     peak["workspace"] += sum(large.kept.values())
     outside = sum(size for name, size in large.kept.items() if not name.startswith(WEIGHT))
     sizes = extrapolate(small.sizes, large.sizes, plan.times)
-    work = extrapolate(small.work.calls_of, large.work.calls_of, plan.times)
-    counts = Counts.sum([(work, 1)])
+    counts = Counts(work.extrapolate(small.work.calls_of, large.work.calls_of, plan.times))
     return Simulated(sum(peak.values()), peak, counts, **sizes, kernel_bytes=outside, products=large.products)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["Counts", "Kind", "of"]
+__all__ = ["Counts", "Kind", "extrapolate", "of"]
 
 _NF4_LINEARS = {"nf4_linear", "nf4_linear_transposed"}
 _NORMS = {"rms_norm", "rms_norm_backward", "native_layer_norm", "native_layer_norm_backward"}
@@ -72,6 +72,22 @@ class Counts:
             for kind, calls in part.items():
                 total[kind] = total.get(kind, 0) + times * calls
         return Counts({kind: calls for kind, calls in total.items() if calls})
+
+
+def extrapolate(small: Mapping[Kind, int], large: Mapping[Kind, int], times: int) -> dict[Kind, int]:
+    """The work of small + times · (large - small): calls of the same kind grow in number, or else in size."""
+    found = {kind: small[kind] + times * (large[kind] - small[kind]) for kind in small.keys() & large.keys()}
+    sums: dict[tuple[str, str, str], list[list[int]]] = {}
+    for number, side in enumerate((small, large)):
+        for kind, calls in side.items():
+            if kind not in found:
+                both = sums.setdefault((kind.name, kind.op, kind.dtype), [[0] * 4, [0] * 4])
+                for i, each in enumerate((1, kind.flops, kind.read, kind.written)):
+                    both[number][i] += calls * each
+    for key, both in sums.items():
+        calls, *sizes = (a + times * (b - a) for a, b in zip(*both, strict=True))
+        found[Kind(*key, *(size // max(calls, 1) for size in sizes))] = calls
+    return found
 
 
 def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Iterable[Any]) -> Iterator[tuple[Kind, int]]:
