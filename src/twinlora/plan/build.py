@@ -97,7 +97,8 @@ class Proof:
 def prove(config: PretrainedConfig, dtype: torch.dtype, lora: LoraConfig | None, *, fused: bool) -> Proof:
     """Build a small instance for real and look. Call it outside of fake tensors; a result is kept."""
     small = _small(config)
-    return _prove(type(config), small.to_json_string(use_diff=False), dtype, lora is not None, fused)
+    kind: Any = type(config)
+    return _prove(kind, small.to_json_string(use_diff=False), dtype, lora is not None, fused)
 
 
 @lru_cache(maxsize=64)
