@@ -147,13 +147,13 @@ def build(
     *,
     dtype: torch.dtype,
     lora: LoraConfig | None,
-    formats: Mapping[str, NF4Format],
+    formats: Mapping[str, NF4Format | None],
     checkpointing: bool,
     fused: bool,
 ) -> tuple[PreTrainedModel, int]:
     """The model that training would have, and the base's parameters; call it under fake tensors.
 
-    `formats` names the linear layers that are quantised ("" stands for all that can be); `lora` None trains everything.
+    `formats` says how linear layers are stored ("" stands for those not named, None for 16 bit); `lora` None trains all.
     """
     with no_init_weights():
         model = _stock(config, dtype)
