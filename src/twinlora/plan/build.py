@@ -153,7 +153,7 @@ def build(
 ) -> tuple[PreTrainedModel, int]:
     """The model that training would have, and the base's parameters; call it under fake tensors.
 
-    `formats` says how linear layers are stored ("" stands for those not named, None for 16 bit); `lora` None trains all.
+    `formats` says how linear layers are stored ("": those not named; None: 16 bit); `lora` None trains everything.
     """
     with no_init_weights():
         model = _stock(config, dtype)
