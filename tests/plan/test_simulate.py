@@ -217,3 +217,23 @@ def test_rank_and_patterns_of_the_adapter_count():
         llama(6), dataclasses.replace(Cell(), rank=8, adapter=LoraConfig(rank_pattern={"q_proj": 16}))
     )
     assert wide.trainable_parameters == plain.trainable_parameters + 6 * 8 * (64 + 64)
+
+
+def test_a_mix_of_precisions_lies_between(monkeypatch):
+    config, kinds = llama(10), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    place = {kind: "self_attn" if len(kind) == 6 else "mlp" for kind in kinds}
+    names = {kind: [f"model.layers.{i}.{place[kind]}.{kind}" for i in range(10)] for kind in kinds}
+    quantised = {name: "nf4-64-dq256" for kind in kinds for name in names[kind]}
+    mixed = quantised | dict.fromkeys(names["down_proj"], "16bit")
+
+    def of(method, precision=None):
+        return simulate.simulate(config, Cell(method=method, precision=precision or {}))
+
+    assert of("hybrid", quantised) == of("qlora")
+    found = of("hybrid", mixed)
+    assert found.weight_bytes - of("qlora").weight_bytes == 10 * (128 * 64 * 2 - NF4Format().stored_bytes(128 * 64))
+    assert of("qlora").peak_bytes < found.peak_bytes < of("lora").peak_bytes
+    whole(monkeypatch)
+    assert of("hybrid", mixed) == found
+    with pytest.raises(ConfigError, match="format 'int9-64': cannot be simulated"):
+        of("hybrid", {"": "int9-64"})

@@ -26,7 +26,7 @@ from twinlora.model import attention, forward, swap
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import quantizable
 from twinlora.model.recompute import recompute_activations
-from twinlora.numerics.formats import NF4Format
+from twinlora.numerics.formats import Format
 
 __all__ = ["FAMILIES", "Proof", "build", "prove", "require_family", "signatures", "with_layers"]
 
@@ -98,7 +98,8 @@ class Proof:
 def prove(config: PretrainedConfig, dtype: torch.dtype, lora: LoraConfig | None, *, fused: bool) -> Proof:
     """Build a small instance for real and look. Call it outside of fake tensors; a result is kept."""
     small = _small(config)
-    return _prove(type(config), small.to_json_string(use_diff=False), dtype, lora is not None, fused)
+    kind: Any = type(config)
+    return _prove(kind, small.to_json_string(use_diff=False), dtype, lora is not None, fused)
 
 
 @lru_cache(maxsize=64)
@@ -147,13 +148,13 @@ def build(
     *,
     dtype: torch.dtype,
     lora: LoraConfig | None,
-    formats: Mapping[str, NF4Format],
+    formats: Mapping[str, Format | None],
     checkpointing: bool,
     fused: bool,
 ) -> tuple[PreTrainedModel, int]:
     """The model that training would have, and the base's parameters; call it under fake tensors.
 
-    `formats` names the linear layers that are quantised ("" stands for all that can be); `lora` None trains everything.
+    `formats` says how linear layers are stored ("": those not named; None: 16 bit); `lora` None trains everything.
     """
     with no_init_weights():
         model = _stock(config, dtype)

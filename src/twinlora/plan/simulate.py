@@ -24,9 +24,10 @@ from twinlora.data.template import Example
 from twinlora.errors import ConfigError
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import weight_bytes
-from twinlora.numerics.formats import NF4Format
+from twinlora.numerics.formats import DENSE, Format, parse
 from twinlora.numerics.target import simulating
 from twinlora.numerics.workspace import WEIGHT
+from twinlora.plan import work
 from twinlora.plan.build import Proof, build, prove, require_family, signatures, with_layers
 from twinlora.plan.fold import aligned, extrapolate, fold
 from twinlora.plan.ledger import Ledger, Peak, Segment
@@ -52,7 +53,7 @@ class Cell:
     rank: int = 16
     targets: tuple[str, ...] = ("all-linear",)
     adapter: LoraConfig = field(default_factory=LoraConfig)  # all of it but rank and targets
-    precision: Mapping[str, str] = field(default_factory=dict)  # hybrid: linear layer -> name of its format
+    precision: Mapping[str, str] = field(default_factory=dict)  # hybrid: linear layer -> its format, or 16bit
     block_size: int = 64
     double_quant: bool = True
     checkpointing: bool = False
@@ -68,13 +69,20 @@ class Cell:
             return None
         return dataclasses.replace(self.adapter, rank=self.rank, target=self.targets)
 
-    def formats(self) -> dict[str, NF4Format]:
-        """How linear layers are stored, by name; "" stands for all that are not named. Raises ConfigError."""
+    def formats(self) -> dict[str, Format | None]:
+        """How linear layers are stored, by name (None: in 16 bit); "" stands for all that are not named. Raises
+        ConfigError."""
         if self.method in ("full", "lora"):
             return {}
-        if self.method == "qlora":
-            return {"": NF4Format(self.block_size, 256 if self.double_quant else 0)}
-        raise ConfigError(f"method {self.method}: cannot be simulated yet; expected full, lora or qlora")
+        if self.method == "hybrid":
+            return {layer: _format(name) for layer, name in self.precision.items()}
+        nested = "-dq256" if self.double_quant and self.method == "qlora" else ""
+        return {"": _format(f"{'nf4' if self.method == 'qlora' else self.method}-{self.block_size}{nested}")}
+
+
+def _format(name: str) -> Format | None:
+    """The format of that name, None for 16 bit. Raises ConfigError."""
+    return None if name == DENSE else parse(name)
 
 
 @dataclass(frozen=True)
@@ -118,8 +126,7 @@ def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
     peak["workspace"] += sum(large.kept.values())
     outside = sum(size for name, size in large.kept.items() if not name.startswith(WEIGHT))
     sizes = extrapolate(small.sizes, large.sizes, plan.times)
-    work = extrapolate(small.work.calls_of, large.work.calls_of, plan.times)
-    counts = Counts.sum([(work, 1)])
+    counts = Counts(work.extrapolate(small.work.calls_of, large.work.calls_of, plan.times))
     return Simulated(sum(peak.values()), peak, counts, **sizes, kernel_bytes=outside, products=large.products)
 
 
@@ -127,11 +134,15 @@ def _layers(config: PretrainedConfig, cell: Cell) -> list[Any]:
     """What each layer is: equal ones are simulated once."""
     kinds = signatures(config, max(cell.lengths))
     chosen, lora = cell.adapter.layers, cell.lora
-    named = [*cell.precision, *(lora.target if lora else ()), *cell.adapter.exclude]
+    named = [*(lora.target if lora else ()), *cell.adapter.exclude]
     named += [*cell.adapter.rank_pattern, *cell.adapter.modules_to_save]
     if any(character.isdigit() for name in named for character in name):
         return [(i, kind) for i, kind in enumerate(kinds)]  # layers are told apart by their number
-    return [(kind, chosen is None or i in chosen) for i, kind in enumerate(kinds)]
+    stored: list[list[tuple[str, str]]] = [[] for _ in kinds]
+    for name, precision in cell.precision.items():
+        if found := re.match(r"(?:[^.\d]+\.)*(\d+)\.(.+)", name):
+            stored[int(found[1])].append((found[2], precision))
+    return [(kind, chosen is None or i in chosen, sorted(stored[i])) for i, kind in enumerate(kinds)]
 
 
 def _run(config: PretrainedConfig, cell: Cell, proof: Proof, layers: int, period: int) -> _Run:

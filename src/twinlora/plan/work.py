@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["Counts", "Kind", "of"]
+__all__ = ["Counts", "Kind", "extrapolate", "of"]
 
 _NF4_LINEARS = {"nf4_linear", "nf4_linear_transposed"}
 _NORMS = {"rms_norm", "rms_norm_backward", "native_layer_norm", "native_layer_norm_backward"}
@@ -72,6 +72,22 @@ class Counts:
             for kind, calls in part.items():
                 total[kind] = total.get(kind, 0) + times * calls
         return Counts({kind: calls for kind, calls in total.items() if calls})
+
+
+def extrapolate(small: Mapping[Kind, int], large: Mapping[Kind, int], times: int) -> dict[Kind, int]:
+    """The work of small + times · (large - small): calls of the same kind grow in number, or else in size."""
+    found = {kind: small[kind] + times * (large[kind] - small[kind]) for kind in small.keys() & large.keys()}
+    sums: dict[tuple[str, str, str], list[list[int]]] = {}
+    for number, side in enumerate((small, large)):
+        for kind, calls in side.items():
+            if kind not in found:
+                both = sums.setdefault((kind.name, kind.op, kind.dtype), [[0] * 4, [0] * 4])
+                for i, each in enumerate((1, kind.flops, kind.read, kind.written)):
+                    both[number][i] += calls * each
+    for key, both in sums.items():
+        calls, *sizes = (a + times * (b - a) for a, b in zip(*both, strict=True))
+        found[Kind(*key, *(size // max(calls, 1) for size in sizes))] = calls
+    return found
 
 
 def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Iterable[Any]) -> Iterator[tuple[Kind, int]]:
@@ -137,24 +153,23 @@ def _name(name: str) -> str:
 
 def _flops(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> int:
     if name in ("nf4_linear", "nf4_linear_transposed"):
-        rows = args[0].numel() // args[0].shape[-1]
-        return 2 * rows * math.prod(args[5])
-    if name == "nf4_linears":
-        return sum(2 * y.numel() * args[0].shape[-1] for y in outputs)
-    if name == "dense_linear":
-        return 2 * outputs[0].numel() * args[0].shape[-1]
+        rows: int = args[0].numel() // args[0].shape[-1]
+        weights: int = math.prod(args[5])
+        return 2 * rows * weights
+    if name in ("nf4_linears", "dense_linear"):
+        width: int = args[0].shape[-1]
+        return sum(2 * y.numel() * width for y in outputs)
     if name == "addmm_":
-        return 2 * args[0].numel() * args[1].shape[1]
+        depth: int = args[1].shape[1]
+        return 2 * outputs[0].numel() * depth
     if name in ("attention", "attention_backward"):
-        backward = name == "attention_backward"
-        q, starts, window = args[1 if backward else 0], args[-3], args[-1]
-        return (5 if backward else 2) * 2 * _pairs(starts, window) * q.shape[1] * q.shape[2]
+        products = 5 if name == "attention_backward" else 2
+        q: Tensor = args[1 if name == "attention_backward" else 0]
+        pairs: int = _pairs(args[-3], args[-1])
+        return products * 2 * pairs * q.shape[1] * q.shape[2]
     if func._overloadpacket in flop_registry:
-        return int(
-            flop_registry[func._overloadpacket](
-                *args, **kwargs, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs)
-            )
-        )
+        out = outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out))
     return sum(t.numel() for t in outputs)
 
 
