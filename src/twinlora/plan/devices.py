@@ -104,4 +104,5 @@ def this_machine(device: torch.device) -> Device:
         return Device(name, "cuda", free, "free memory, from the driver", "now", bfloat16=bfloat16)
     facts = machine.describe()
     name = f"{facts['cpu']}, {facts['threads']} threads"
-    return Device(name, "cpu", machine.available_bytes(), "free memory, from the system", "now")
+    free = machine.available_bytes() + machine.rss_bytes()  # what this process holds is counted as a run's own
+    return Device(name, "cpu", free, "free memory, from the system", "now")

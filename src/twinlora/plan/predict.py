@@ -15,9 +15,8 @@ from twinlora import machine
 from twinlora.config import TrainOptions
 from twinlora.plan import calibrate, score
 from twinlora.plan.overhead import overhead
-from twinlora.plan.simulate import simulate
 from twinlora.plan.targets import TargetName
-from twinlora.plan.ways import cell_for, step_times
+from twinlora.plan.ways import cell_for, simulated, step_times
 from twinlora.plan.workload import Workload
 from twinlora.train.inputs import Inputs
 
@@ -64,7 +63,7 @@ def predict(
         target=target, packed=packed, block_size=options.block_size, double_quant=options.double_quant,
         fused=options.fused,
     )  # fmt: skip
-    found = simulate(config, cell)
+    found = simulated(config, cell)
     compiled = overhead().product * found.products if device.type == "cpu" else 0
     by_cause = found.by_cause | {"runtime": runtime + compiled}
     rates = calibrate.load(calibrate.hardware(device))

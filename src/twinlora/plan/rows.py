@@ -18,7 +18,9 @@ __all__ = ["RESERVE", "TITLES", "Candidate", "Fit", "Row", "Way", "solve"]
 RESERVE = 0.02  # of the predicted peak: what the prediction may be off by
 TITLES = {"full": "full", "lora": "LoRA", "int8": "LoRA over int8", "qlora": "QLoRA", "hybrid": "hybrid"}
 Fit = Literal["fits", "tight", "does not fit"]
-_NF4_BITS, _LEAST_BITS, _MOST_BITS = FORMATS[1].bits, FORMATS[0].bits, FORMATS[-1].bits
+_FEW_TOKENS = 128  # about as many are multiplied in the time that reading the weights takes
+_SAME_TIME = 0.02  # settings that differ by less are equally fast
+_LEAST_BITS, _MOST_BITS = FORMATS[0].bits, FORMATS[-1].bits
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Candidate:
 
     @property
     def cost(self) -> float:
-        """What compares times: seconds, or operations where no rate is known."""
-        return self.work if self.seconds is None else self.seconds
+        """What compares times: seconds, or without rates operations and the weights that are read for few tokens."""
+        return self.work * (1 + _FEW_TOKENS / self.micro_batch_tokens) if self.seconds is None else self.seconds
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def solve(way: Way, memory: int, reserve: float = RESERVE, aversion: float = 0.2
 
     def merit(row: Row) -> tuple[float, float]:
         # Of equally fast settings the one that needs less: larger micro-batches may gain nothing.
-        return (row.weighed(aversion), row.peak) if row.fit == "fits" else (row.peak, 0)
+        time = round(math.log(row.weighed(aversion)) / _SAME_TIME)
+        return (time, row.peak) if row.fit == "fits" else (row.peak, 0)
 
     return min(rows, key=lambda row: (order[row.fit], merit(row)))
 

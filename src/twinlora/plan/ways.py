@@ -27,7 +27,7 @@ from twinlora.plan.speed import Rates
 from twinlora.plan.targets import TargetName
 from twinlora.plan.workload import Micro, Workload
 
-__all__ = ["METHODS", "Setting", "Ways", "cell_for", "step_times"]
+__all__ = ["METHODS", "Setting", "Ways", "cell_for", "simulated", "step_times"]
 
 METHODS = ("full", "lora", "int8", "qlora", "hybrid")
 _GROWING = ("activations", "loss head", "workspace")  # with the tokens of a micro-batch
@@ -146,7 +146,7 @@ class Ways:
             dtype=setting.dtype, target=setting.target, packed=packed, block_size=setting.options.block_size,
             double_quant=setting.options.double_quant,
         )  # fmt: skip
-        found = _simulated(self.config, cell)
+        found = simulated(self.config, cell)
         self._cells.add(repr(cell))
         total = max(len(self._cells), 4 + 2 * (len(self.limits) > 1))
         self._tell(len(self._cells), total)
@@ -268,7 +268,7 @@ def _kept(text: str, cell: str) -> list[Simulated]:
     return []
 
 
-def _simulated(config: PretrainedConfig, cell: Cell) -> Simulated:
+def simulated(config: PretrainedConfig, cell: Cell) -> Simulated:
     """`simulate`, once in a process for equal questions."""
     kept = _kept(config.to_json_string(), repr(cell))
     if not kept:
