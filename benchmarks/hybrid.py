@@ -1,13 +1,13 @@
 """Hybrid precision on banking77: what each budget costs before training, and after it.
 
     python benchmarks/hybrid.py --data DIR --model DIR --output benchmarks/results/hybrid.json
-    python benchmarks/hybrid.py … --train --seeds 0,1,2
+    python benchmarks/hybrid.py … --train 4,4.5,nf4-64-dq256,16bit --seeds 0,1,2
 
 The first writes, for every budget in bits per weight of the linear layers and for the bases in one format, the
 Kullback-Leibler divergence of the next-token distributions from the 16-bit base, in nats a token, over all tokens of
 held-out rows. Products are float32, so that differences come from the stored weights alone. Layers are chosen from
-training rows, as `twinlora train --method hybrid` does. `--train` adds runs of one epoch, a process each, and each held-out
-row's loss; runs that the output already has are kept. DIR holds train.jsonl and test.jsonl in the `messages` form.
+training rows, as `twinlora train --method hybrid` does. `--train` adds runs of one epoch over those bases, a process
+each, and each held-out row's loss; runs that the output already has are kept. DIR holds train.jsonl and test.jsonl in the `messages` form.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
         pairs = zip(base, log_probs(chosen["formats"]), strict=True)
         rows = [(wanted.exp() * (wanted - found)).sum().item() for wanted, found in pairs]
         mean, low, high = ratio_interval(rows, [row.shape[1] for row in ids])
-        out[name] = chosen | {"kl": mean, "kl_interval": [low, high], "kl_rows": rows}
+        kept = {key: value for key, value in chosen.items() if key != "formats"}
+        out[name] = kept | {"kl": mean, "kl_interval": [low, high], "kl_rows": rows}
         print(f"{name}: expected {chosen['expected_kl']:.4g}, measured {mean:.4g}", file=sys.stderr, flush=True)
     return out
 
@@ -131,7 +132,7 @@ def train_one(args: argparse.Namespace) -> dict:
 
 
 def train_all(args: argparse.Namespace, results: dict) -> None:
-    for name in [*args.budgets.split(","), *UNIFORM]:
+    for name in args.train.split(","):
         for seed in args.seeds.split(","):
             runs = results["ways"][name].setdefault("runs", {})
             if seed in runs:
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000, help="training rows")
     parser.add_argument("--kl-rows", type=int, default=48, help="held-out rows for the divergence")
     parser.add_argument("--test-rows", type=int, default=1500, help="held-out rows for the trained loss")
-    parser.add_argument("--train", action="store_true", help="add the runs; needs the divergences in the output")
+    parser.add_argument("--train", help="add runs over these bases, whose divergences the output has: 4,nf4-64-dq256,…")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()

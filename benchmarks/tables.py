@@ -235,7 +235,7 @@ def hybrid() -> str:
     """What each budget costs before training, and after it where runs are there."""
     result = load("hybrid")
     ways = sorted(result["ways"].items(), key=lambda item: item[1]["bits_per_linear_weight"])
-    trained = all("runs" in way for _, way in ways)
+    trained = [name for name, way in ways if "runs" in way]
     header = (
         "| base | bits per weight: linear layers | whole model | size | divergence before training (95 % interval) |"
     )
@@ -247,12 +247,16 @@ def hybrid() -> str:
         cells += [f"{way['bits_per_linear_weight']:.2f}", f"{way['bits_per_weight']:.2f}"]
         cells += [f"{way['weight_bytes'] / 1e6:.0f} MB", f"{way['kl']:.4f} ({low:.4f} to {high:.4f})"]
         if trained:
-            cells.append("–" if name == "16bit" else _trained_difference(way, result["ways"]["16bit"]))
+            compared = name in trained and name != "16bit"
+            cells.append(_trained_difference(way, result["ways"]["16bit"]) if compared else "–")
         lines.append("| " + " | ".join(cells) + " |")
-    tokens = len(ways[0][1]["kl_rows"])
+    rows = len(ways[0][1]["kl_rows"])
+    four, dense = result["ways"]["4"], result["ways"]["16bit"]
+    saved = [100 * (1 - four[key] / dense[key]) for key in ("bits_per_linear_weight", "weight_bytes")]
     setting = (
         "SmolLM2-135M-Instruct on banking77: Kullback-Leibler divergence of the next-token distributions from the 16-bit "
-        f"base, nats a token, over all tokens of {tokens} held-out rows. Embeddings, a fifth of this model, stay in 16 bit. "
+        f"base, nats a token, over all tokens of {rows} held-out rows. Embeddings, a fifth of this model, stay in 16 bit: at "
+        f"4 bits the linear layers take {saved[0]:.0f} % less than in 16 bit, the whole model {saved[1]:.0f} % less. "
         "Its weights were rounded to 4 bits once before they were published here, so differences are understated. "
     )
     return setting + machine_line(result) + "\n\n" + "\n".join(lines)

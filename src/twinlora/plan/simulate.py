@@ -7,6 +7,7 @@ tensors. Causes come from where in the step a tensor is made, not from formulas.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

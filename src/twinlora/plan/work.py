@@ -90,19 +90,15 @@ def extrapolate(small: Mapping[Kind, int], large: Mapping[Kind, int], times: int
     return found
 
 
+# Neither work nor a view by its schema.
+_NOTHING = {"device", "detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
+
+
 def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Iterable[Any]) -> Iterator[tuple[Kind, int]]:
     """The calls that an operation counts as: none for views, one a tensor for lists (`_foreach_…`, `_fused_…`)."""
     name = func._schema.name.rpartition("::")[2]
     outputs = [t for t in made if isinstance(t, Tensor)]
-    if func.is_view or name in (
-        "device",
-        "detach",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "new_empty",
-        "_unsafe_view",
-    ):
+    if func.is_view or name in _NOTHING:
         return
     if name.startswith(("_foreach_", "_fused_")):
         yield from _of_lists(name, func, args, outputs)
