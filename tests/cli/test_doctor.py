@@ -77,6 +77,16 @@ def test_missing_backend_disk_and_gpu_come_with_what_mends_them(capsys, monkeypa
     assert "none (torch is a CPU build; an NVIDIA driver is here)" in shown
 
 
+@pytest.mark.parametrize("version", [None, "3.6.0"])
+def test_a_gpu_wants_triton(version, capsys, monkeypatch):
+    device = {"name": "H100", "capability": "9.0", "memory_bytes": 80 * 2**30, "free_bytes": 70 * 2**30}
+    monkeypatch.setattr(doctor, "_gpu", lambda: {"devices": [device], "torch_cuda": "13.0", "driver": True})
+    monkeypatch.setattr(doctor, "_version", lambda package: version)
+    assert main(["doctor", "--json"]) == 0
+    missing = [line["mend"] for line in json.loads(capsys.readouterr().out)["missing"]]
+    assert ("pip install triton" in missing) == (version is None)
+
+
 def test_a_gpu_is_described():
     device = {"name": "H100", "capability": "9.0", "memory_bytes": 80 * 2**30, "free_bytes": 70 * 2**30}
     line = doctor._gpu_line({"devices": [device], "torch_cuda": "13.0", "driver": True})

@@ -21,6 +21,12 @@ def quantized(shape, fmt=None, dtype=torch.bfloat16):
     return ops.quantize((torch.randn(shape, device=DEVICE) * 0.02).to(dtype), fmt or NF4Format())
 
 
+def no_worse(found, naive, truth):
+    """In 16 bit what is rounded decides; in float32 the order of the sum, in which another one may have luck."""
+    factor = 3 if found.dtype == torch.float32 else 1.1
+    return (found.double() - truth).norm() <= factor * (naive.double() - truth).norm() + 1e-6 * truth.norm()
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("block", [32, 64, 4096])
 @pytest.mark.parametrize("dtype", TYPES)
@@ -50,13 +56,13 @@ def test_products_are_as_exact_as_the_naive_ones(rows, shape, dtype):
         ("nf4_linear", x, x.double() @ w.T),
         ("nf4_linear_transposed", dy, dy.double() @ w),
     ):
-        naive = (getattr(reference, name)(given, *q.arguments).double() - truth).norm()
+        naive = getattr(reference, name)(given, *q.arguments)
         found = getattr(torch.ops.twinlora, name)(given, *q.arguments)
-        assert (found.double() - truth).norm() <= 1.1 * naive + 1e-6 * truth.norm()
+        assert no_worse(found, naive, truth)
         onto = torch.randn_like(found)
-        expected = onto.double() + truth
+        naive, truth = onto + naive, onto.double() + truth
         getattr(torch.ops.twinlora, name + "_add_")(onto, given, *q.arguments)
-        assert (onto.double() - expected).norm() <= 1.3 * naive + 1e-6 * truth.norm()
+        assert no_worse(onto, naive, truth)
     extra = torch.randn(16, shape[1], device=DEVICE).to(dtype)
     both = torch.ops.twinlora.nf4_linear_with(x, extra, *q.arguments)
     torch.testing.assert_close(
@@ -80,7 +86,7 @@ def test_grouped_lora(case, transposed, dtype):
     reference.grouped_lora_(truth, x.double(), a, b, *arguments)
     reference.grouped_lora_(naive, x, a, b, *arguments)
     torch.ops.twinlora.grouped_lora_(y, x, a, b, *arguments)
-    assert (y.double() - truth).norm() <= 1.1 * (naive.double() - truth).norm() + 1e-6 * truth.norm()
+    assert no_worse(y, naive, truth)
 
 
 def test_results_repeat():

@@ -152,7 +152,7 @@ def test_what_the_kernels_keep(case):
     claimed, found = map(int, done.stdout.split())
     assert claimed > 40_000
     onednn = 0.3 * claimed if case == "nf4_linear buffer" else 0  # what it keeps of its own
-    assert 0.98 * claimed - 8_000 <= found <= 1.02 * claimed + 8_000 + onednn
+    assert claimed - 2_000 <= found <= claimed + 2_000 + onednn
 
 
 def test_the_gpu_is_another_target():

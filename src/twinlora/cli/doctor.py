@@ -129,6 +129,8 @@ def _missing(facts: dict[str, Any]) -> list[dict[str, str]]:
         )
     elif facts["gpu"]["torch_cuda"] and facts["gpu"]["driver"] and not facts["gpu"]["devices"]:
         found.append(("a GPU that torch can use, though a driver is here", "nvidia-smi; then CUDA_VISIBLE_DEVICES"))
+    if facts["gpu"]["devices"] and not facts["optional"]["triton"]["version"]:
+        found.append(("Triton: NF4 on the GPU is computed in plain PyTorch", "pip install triton"))
     if facts["threads"] < facts["cores"] and "OMP_NUM_THREADS" in os.environ:
         found.append((f"{facts['cores'] - facts['threads']} of {facts['cores']} cores", "unset OMP_NUM_THREADS"))
     for name, place in facts["disk"].items():
