@@ -43,6 +43,17 @@ KERNELS = {
 }  # fmt: skip
 
 
+def variants():
+    """Name, kernel, types, constants; decoding also with the largest heads and in float32, which take the most room."""
+    for kernel, (types, constants) in KERNELS.items():
+        yield kernel.__name__, kernel, types, constants
+    types, constants = KERNELS[blocks._decode_kernel]
+    for size, kind, itemsize in ((256, HALF, 2), (128, FULL, 4), (256, FULL, 4)):
+        changed = constants | {"size": size, "SIZE": size, "KEYS": blocks.keys_at_once(size, itemsize)}
+        given = {name: kind if was == HALF else was for name, was in types.items()}
+        yield f"_decode_kernel {size} {kind}", blocks._decode_kernel, given, changed
+
+
 def compiled(kernel, types, constants, capability):
     """All that is neither typed nor constant is an integer that 16 divides, as strides and widths are."""
     kinds = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
@@ -60,5 +71,5 @@ def compiled(kernel, types, constants, capability):
 
 
 if __name__ == "__main__":
-    out = {kernel.__name__: compiled(kernel, *how, int(sys.argv[1])) for kernel, how in KERNELS.items()}
+    out = {name: compiled(kernel, types, constants, int(sys.argv[1])) for name, kernel, types, constants in variants()}
     print(json.dumps(out))

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from tests.conftest import chat, write_jsonl
 from tests.train.test_loop import metrics, options, same, weights
-from twinlora.errors import Interrupted, OutOfMemory
+from twinlora.errors import Interrupted, ModelError, OutOfMemory
 from twinlora.model import forward
 from twinlora.model.copies import CopiedLinear, copy_layers, drop_copies
 from twinlora.model.linear import QuantLinear
@@ -131,6 +132,16 @@ def test_an_evaluation_goes_on_with_less(tiny, rows, tmp_path, monkeypatch):
     used = record(tmp_path / "b")["memory"]
     assert used["micro_batch_tokens"] <= 200 < 2048
     assert (used["checkpointing"], used["retries"] > 0) == (False, True)
+
+
+def test_a_model_that_cannot_recompute_gets_smaller_micro_batches(tiny, rows, tmp_path, monkeypatch):
+    Allocator(monkeypatch, 100)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    train(options(tiny, rows, tmp_path / "r"))
+    found = record(tmp_path / "r")["memory"]
+    assert (found["checkpointing"], found["micro_batch_tokens"] <= 100) == (False, True)
+    with pytest.raises(ModelError, match="LlamaForCausalLM does not support it; use --gradient-checkpointing off"):
+        train(options(tiny, rows, tmp_path / "s", gradient_checkpointing="on"))
 
 
 def test_one_row_that_does_not_fit_is_the_end(tiny, rows, tmp_path, monkeypatch):

@@ -43,8 +43,13 @@ def test_it_is_the_longest_of_all_steps(tiny, data_file, tmp_path, packed):
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")],
-    ids=lambda error: type(error).__name__,
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    ],
+    ids=lambda error: f"{type(error).__name__} {error}"[:40],
 )
 def test_running_out_of_memory_says_what_to_lower(tiny, data_file, tmp_path, monkeypatch, error):
     def exhausted(*_, **__):

@@ -25,11 +25,14 @@ __all__ = ["Memory"]
 
 T = TypeVar("T")
 _MARGIN = 0.05  # of the device's memory that copies leave alone
+# A lack of memory for which torch has no class: on the CPU, in cuBLAS, in the driver (pinned memory, too).
+_MESSAGES = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
 
 def ran_out(error: BaseException) -> str | None:
-    """The first line of `error` if it is a lack of memory. On the CPU torch has no class for it."""
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+    """The first line of `error` if it is a lack of memory."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if not known and not any(message in str(error) for message in _MESSAGES):
         return None
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
@@ -115,7 +118,7 @@ class Memory:
             self.copies = None
             drop_copies(self.model)
             self.notes.add(what + "the 16-bit copies of weights are given up")
-        elif self.options.gradient_checkpointing == "auto" and not self.checkpointing and differentiated:
+        elif differentiated and self._may_recompute:
             self._recompute(what + "activations are recomputed from now on")
         elif len(part) > 1:
             self.micro_batch_tokens = max(1, min(self.micro_batch_tokens, size) // 2)
@@ -124,6 +127,11 @@ class Memory:
             )
         else:
             raise OutOfMemory(self._explain(part, reason))
+
+    @property
+    def _may_recompute(self) -> bool:
+        auto = self.options.gradient_checkpointing == "auto"
+        return auto and not self.checkpointing and bool(self.model.supports_gradient_checkpointing)
 
     def _recompute(self, note: str) -> None:
         self.checkpointing = True

@@ -20,7 +20,7 @@ __all__ = [
 
 _TILE = 4096  # elements that a program holds at once: 32 a thread with four warps
 _SPLIT = 512  # keys that one program of `decode` walks
-_KEYS = 64  # keys in hand at once
+_KEYS_BYTES = 1 << 14  # of keys in hand at once: with what is fetched ahead, 72 KiB of shared memory
 
 
 @triton.jit
@@ -261,6 +261,11 @@ def _decode_kernel(
     tl.store(totals + place, total, mask=member < group)
 
 
+def keys_at_once(size: int, itemsize: int) -> int:
+    """Keys that a program of `decode` has in hand, for a padded head size and bytes of an element; at least 16."""
+    return max(16, min(64, _KEYS_BYTES // (size * itemsize)))
+
+
 def decode(
     q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor, longest: int, scale: float, window: int
 ) -> Tensor:
@@ -269,6 +274,7 @@ def decode(
     A sequence's keys are split among programs; what each found is put together here.
     """
     n, count, size = q.shape
+    padded = max(16, triton.next_power_of_2(size))
     heads, capacity = keys.shape[1], keys.shape[2]
     group, splits = count // heads, triton.cdiv(longest, _SPLIT)
     sums = torch.empty(n, heads, splits, group, size, dtype=torch.float32, device=q.device)
@@ -277,7 +283,7 @@ def decode(
         q, keys, values, rows, lengths, sums, tops, totals, scale, window or 1 << 30, heads, capacity,
         q.stride(0), splits,
         group=group, size=size, GROUP=max(16, triton.next_power_of_2(group)),
-        SIZE=max(16, triton.next_power_of_2(size)), KEYS=_KEYS, SPLIT=_SPLIT,
+        SIZE=padded, KEYS=keys_at_once(padded, q.element_size()), SPLIT=_SPLIT,
         EXACT=not q.is_cuda,  # Triton's interpreter has no 16-bit products
     )  # fmt: skip
     weight = torch.exp(tops - tops.amax(dim=2, keepdim=True))
