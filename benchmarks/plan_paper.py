@@ -31,12 +31,22 @@ def qlora() -> list[dict[str, Any]]:
     rows = []
     for name, (hidden, forward, layers, heads, paper) in LLAMA.items():
         config = LlamaConfig(
-            hidden_size=hidden, intermediate_size=forward, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=32000
+            hidden_size=hidden,
+            intermediate_size=forward,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            vocab_size=32000,
         )
         for rank in (16, 64):
             cell = Cell(method="qlora", rank=rank, lengths=(512,), checkpointing=True, target="cuda")
             found = simulate(config, cell)
-            row = {"model": name, "rank": rank, "paper_gb": paper, "peak_bytes": found.peak_bytes, "by_cause": found.by_cause}
+            row = {
+                "model": name,
+                "rank": rank,
+                "paper_gb": paper,
+                "peak_bytes": found.peak_bytes,
+                "by_cause": found.by_cause,
+            }
             rows.append(row | {"trainable_parameters": found.trainable_parameters})
             causes = ", ".join(f"{cause} {size / 1e9:.2f}" for cause, size in found.by_cause.items() if size > 5e6)
             print(f"{name:>4} r={rank:<3} paper {paper:5.1f} GB, ours {found.peak_bytes / 1e9:6.2f} GB "

@@ -7,6 +7,7 @@ is found out on a small real instance of the same configuration, once.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,7 +78,7 @@ def _small(config: PretrainedConfig) -> PretrainedConfig:
     changes = {"num_attention_heads": heads, "hidden_size": heads * size, "intermediate_size": 128, "n_inner": None}
     changes |= {"num_key_value_heads": min(2, shared), "vocab_size": 256, "moe_intermediate_size": 64}
     changes |= {"shared_expert_intermediate_size": 64, "num_experts_per_tok": 2, "pad_token_id": None}
-    changes |= {key: 4 for key in _EXPERTS} | {"bos_token_id": 1, "eos_token_id": 2}
+    changes |= dict.fromkeys(_EXPERTS, 4) | {"bos_token_id": 1, "eos_token_id": 2}
     for key, value in changes.items():
         if getattr(small, key, None) is not None:
             setattr(small, key, value)
@@ -96,13 +97,12 @@ class Proof:
 def prove(config: PretrainedConfig, dtype: torch.dtype, lora: LoraConfig | None, *, fused: bool) -> Proof:
     """Build a small instance for real and look. Call it outside of fake tensors; a result is kept."""
     small = _small(config)
-    return _prove(type(config), small.to_json_string(use_diff=False), dtype, lora is not None, fused)
+    kind: Any = type(config)
+    return _prove(kind, small.to_json_string(use_diff=False), dtype, lora is not None, fused)
 
 
 @lru_cache(maxsize=64)
 def _prove(kind: type[PretrainedConfig], text: str, dtype: torch.dtype, adapted: bool, fused: bool) -> Proof:
-    import json
-
     small = kind.from_dict(json.loads(text))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -147,13 +147,13 @@ def build(
     *,
     dtype: torch.dtype,
     lora: LoraConfig | None,
-    formats: Mapping[str, NF4Format],
+    formats: Mapping[str, NF4Format | None],
     checkpointing: bool,
     fused: bool,
 ) -> tuple[PreTrainedModel, int]:
     """The model that training would have, and the base's parameters; call it under fake tensors.
 
-    `formats` names the linear layers that are quantised ("" stands for all that can be); `lora` None trains everything.
+    `formats` says how linear layers are stored ("": those not named; None: 16 bit); `lora` None trains everything.
     """
     with no_init_weights():
         model = _stock(config, dtype)

@@ -1,9 +1,9 @@
 """Repeated layers are simulated a few times only; the rest follows, since memory is affine in their number.
 
 A step is cut into segments (phase, layer). Seen from its end of the model, what a segment holds grows by the same bytes
-with every further layer, by the same causes; between two layers of the middle it changes by the same bytes again. So the
-largest moment of the whole lies in the first two or the last two repetitions, whose peaks are extrapolated one by one.
-tests/plan/test_fold.py compares with models simulated whole.
+with every further layer, by the same causes; from one layer of the middle to the next it changes by the same bytes
+again. So the largest moment of the whole lies in the first two or the last two repetitions, whose peaks are
+extrapolated one by one. tests/plan/test_simulate.py compares with models simulated whole.
 """
 
 from __future__ import annotations

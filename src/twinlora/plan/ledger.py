@@ -38,7 +38,7 @@ class Peak:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts while it is entered. `segment` and `cause` say what new storages are for; whoever runs the step sets them."""
+    """Counts while it is entered. `segment` and `cause` say what new storages are for; who runs the step sets them."""
 
     def __init__(self, target: Target) -> None:
         super().__init__()

@@ -50,7 +50,8 @@ class _Heap(ctypes.Structure):
 
 
 def overhead() -> Overhead:
-    """Of this machine's CPU; measured on first use, which takes as long as a start of `twinlora`. Raises BackendError."""
+    """Of this machine's CPU; measured on first use, which takes as long as `twinlora` takes to start. Raises
+    BackendError."""
     versions = machine.describe()
     key = " ".join(str(versions[name]) for name in ("cpu", "python", "torch", "transformers", "twinlora"))
     file = cache_directory() / "overhead.json"

@@ -1,12 +1,13 @@
 """The memory and the work of a training step, from a configuration alone: `simulate(config, cell)`.
 
-The trainer's own `train_step` runs on the real architecture, with our blocks, adapters and optimiser, over fake tensors.
-Causes come from where in the step a tensor is made, not from formulas.
+The trainer's own `train_step` runs on the real architecture, with our blocks, adapters and optimiser, over fake
+tensors. Causes come from where in the step a tensor is made, not from formulas.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from twinlora.errors import ConfigError
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import weight_bytes
 from twinlora.numerics.nf4 import NF4Format
+from twinlora.plan import work
 from twinlora.plan.build import Proof, build, prove, require_family, signatures, with_layers
 from twinlora.plan.fold import aligned, extrapolate, fold
 from twinlora.plan.ledger import Ledger, Peak, Segment
@@ -51,7 +53,7 @@ class Cell:
     rank: int = 16
     targets: tuple[str, ...] = ("all-linear",)
     adapter: LoraConfig = field(default_factory=LoraConfig)  # all of it but rank and targets
-    precision: Mapping[str, str] = field(default_factory=dict)  # hybrid: linear layer -> name of its format
+    precision: Mapping[str, str] = field(default_factory=dict)  # hybrid: linear layer -> its format, or 16bit
     block_size: int = 64
     double_quant: bool = True
     checkpointing: bool = False
@@ -67,13 +69,23 @@ class Cell:
             return None
         return dataclasses.replace(self.adapter, rank=self.rank, target=self.targets)
 
-    def formats(self) -> dict[str, NF4Format]:
-        """How linear layers are stored, by name; "" stands for all that are not named. Raises ConfigError."""
+    def formats(self) -> dict[str, NF4Format | None]:
+        """How linear layers are stored, by name (None: in 16 bit); "" stands for all that are not named. Raises
+        ConfigError."""
         if self.method in ("full", "lora"):
             return {}
-        if self.method == "qlora":
-            return {"": NF4Format(self.block_size, 256 if self.double_quant else 0)}
-        raise ConfigError(f"method {self.method}: cannot be simulated yet; expected full, lora or qlora")
+        if self.method == "hybrid":
+            return {layer: _format(name) for layer, name in self.precision.items()}
+        nested = "-dq256" if self.double_quant and self.method == "qlora" else ""
+        return {"": _format(f"{'nf4' if self.method == 'qlora' else self.method}-{self.block_size}{nested}")}
+
+
+def _format(name: str) -> NF4Format | None:
+    """The format of that name, None for 16 bit. Raises ConfigError."""
+    found = re.fullmatch(r"nf4-(\d+)(?:-dq(\d+))?", name)
+    if found is None and name != "16bit":
+        raise ConfigError(f"format {name!r}: cannot be simulated; expected 16bit, or NF4 such as nf4-64-dq256")
+    return found and NF4Format(int(found[1]), int(found[2] or 0))
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,8 @@ class _Run:
 
 
 def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
-    """Simulate a step. Raises ModelError for a family that is not tested, AdapterError for targets that match nothing."""
+    """Simulate a step. Raises ModelError for a family that is not tested, AdapterError for a target that matches
+    nothing, ConfigError for a batch or a method that cannot be."""
     require_family(config)
     proof = prove(config, cell.dtype, cell.lora, fused=cell.fused)
     plan = fold(_layers(config, cell))
@@ -116,22 +129,23 @@ def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
     peak["workspace"] += sum(large.kept.values())
     outside = sum(size for name, size in large.kept.items() if not name.startswith(WEIGHT))
     sizes = extrapolate(small.sizes, large.sizes, plan.times)
-    work = extrapolate(small.work.calls_of, large.work.calls_of, plan.times)
-    counts = Counts.sum([(work, 1)])
-    return Simulated(
-        sum(peak.values()), peak, counts, **sizes, kernel_bytes=outside, products=large.products
-    )
+    counts = Counts(work.extrapolate(small.work.calls_of, large.work.calls_of, plan.times))
+    return Simulated(sum(peak.values()), peak, counts, **sizes, kernel_bytes=outside, products=large.products)
 
 
 def _layers(config: PretrainedConfig, cell: Cell) -> list[Any]:
     """What each layer is: equal ones are simulated once."""
     kinds = signatures(config, max(cell.lengths))
     chosen, lora = cell.adapter.layers, cell.lora
-    named = [*cell.precision, *(lora.target if lora else ()), *cell.adapter.exclude]
+    named = [*(lora.target if lora else ()), *cell.adapter.exclude]
     named += [*cell.adapter.rank_pattern, *cell.adapter.modules_to_save]
     if any(character.isdigit() for name in named for character in name):
         return [(i, kind) for i, kind in enumerate(kinds)]  # layers are told apart by their number
-    return [(kind, chosen is None or i in chosen) for i, kind in enumerate(kinds)]
+    stored: list[list[tuple[str, str]]] = [[] for _ in kinds]
+    for name, precision in cell.precision.items():
+        if found := re.match(r"(?:[^.\d]+\.)*(\d+)\.(.+)", name):
+            stored[int(found[1])].append((found[2], precision))
+    return [(kind, chosen is None or i in chosen, sorted(stored[i])) for i, kind in enumerate(kinds)]
 
 
 def _run(config: PretrainedConfig, cell: Cell, proof: Proof, layers: int, period: int) -> _Run:
@@ -199,5 +213,3 @@ def _batch(cell: Cell, *, packed: bool) -> Batch:
     count = min(cell.micro_batches, 2)
     micro = [make_micro_batch(rows, packed=packed, target=cell.target) for _ in range(count)]
     return Batch(micro, [], sum(part.trained_tokens for part in micro))
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["Counts", "Kind", "of"]
+__all__ = ["Counts", "Kind", "extrapolate", "of"]
 
 _NF4_LINEARS = {"nf4_linear", "nf4_linear_transposed"}
 _NORMS = {"rms_norm", "rms_norm_backward", "native_layer_norm", "native_layer_norm_backward"}
@@ -73,16 +74,40 @@ class Counts:
         return Counts({kind: calls for kind, calls in total.items() if calls})
 
 
+def extrapolate(small: Mapping[Kind, int], large: Mapping[Kind, int], times: int) -> dict[Kind, int]:
+    """The work of small + times · (large - small): calls of the same kind grow in number, or else in size."""
+    found = {kind: small[kind] + times * (large[kind] - small[kind]) for kind in small.keys() & large.keys()}
+    sums: dict[tuple[str, str, str], list[list[int]]] = {}
+    for number, side in enumerate((small, large)):
+        for kind, calls in side.items():
+            if kind not in found:
+                both = sums.setdefault((kind.name, kind.op, kind.dtype), [[0] * 4, [0] * 4])
+                for i, each in enumerate((1, kind.flops, kind.read, kind.written)):
+                    both[number][i] += calls * each
+    for key, both in sums.items():
+        calls, *sizes = (a + times * (b - a) for a, b in zip(*both, strict=True))
+        found[Kind(*key, *(size // max(calls, 1) for size in sizes))] = calls
+    return found
+
+
 def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Iterable[Any]) -> Iterator[tuple[Kind, int]]:
-    """The calls that an operation counts as: none for views, one for each tensor of a list (`_foreach_…`, `_fused_…`)."""
+    """The calls that an operation counts as: none for views, one a tensor for lists (`_foreach_…`, `_fused_…`)."""
     name = func._schema.name.rpartition("::")[2]
     outputs = [t for t in made if isinstance(t, Tensor)]
-    if func.is_view or name in ("device", "detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"):
+    if func.is_view or name in (
+        "device",
+        "detach",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "_unsafe_view",
+    ):
         return
     if name.startswith(("_foreach_", "_fused_")):
         yield from _of_lists(name, func, args, outputs)
         return
-    inputs = [t for t in _tensors(args) if not t.is_meta or t.numel()]
+    inputs = list(_tensors(args))
     first = outputs[0] if outputs else inputs[0] if inputs else None
     if first is None:
         return
@@ -127,29 +152,31 @@ def _name(name: str) -> str:
 
 
 def _flops(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> int:
-    packet = func._overloadpacket
     if name in ("nf4_linear", "nf4_linear_transposed"):
-        rows = args[0].numel() // args[0].shape[-1]
-        return 2 * rows * math.prod(args[5])
-    if name == "nf4_linears":
-        return sum(2 * y.numel() * args[0].shape[-1] for y in outputs)
-    if name == "dense_linear":
-        return 2 * outputs[0].numel() * args[0].shape[-1]
+        rows: int = args[0].numel() // args[0].shape[-1]
+        weights: int = math.prod(args[5])
+        return 2 * rows * weights
+    if name in ("nf4_linears", "dense_linear"):
+        width: int = args[0].shape[-1]
+        return sum(2 * y.numel() * width for y in outputs)
     if name == "addmm_":
-        return 2 * args[0].numel() * args[1].shape[1]
+        depth: int = args[1].shape[1]
+        return 2 * outputs[0].numel() * depth
     if name in ("attention", "attention_backward"):
-        backward = name == "attention_backward"
-        q, starts, window = args[1 if backward else 0], args[-3], args[-1]
-        return (5 if backward else 2) * 2 * _pairs(starts, window) * q.shape[1] * q.shape[2]
-    if packet in flop_registry:
-        return int(flop_registry[packet](*args, **kwargs, out_val=outputs[0] if len(outputs) == 1 else tuple(outputs)))
+        products = 5 if name == "attention_backward" else 2
+        q: Tensor = args[1 if name == "attention_backward" else 0]
+        pairs: int = _pairs(args[-3], args[-1])
+        return products * 2 * pairs * q.shape[1] * q.shape[2]
+    if func._overloadpacket in flop_registry:
+        out = outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out))
     return sum(t.numel() for t in outputs)
 
 
 def _pairs(starts: list[int], window: int) -> int:
     """Queries times the keys each sees, in causal sequences."""
     total = 0
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in itertools.pairwise(starts):
         length = stop - start
         seen = min(window or length, length)
         total += seen * (seen + 1) // 2 + (length - seen) * seen

@@ -27,8 +27,8 @@ def workspace_bytes(op: str, *args: Any) -> int:
     if op in ("attention", "attention_backward"):
         back = op == "attention_backward"
         q, k, v, cos, sin = args[1:6] if back else args[:5]
-        copies = [x for x in (q, k, v) if x.stride(2) != 1 or x.stride(1) != x.shape[2]]
-        return sum(x.nbytes for x in copies) + _copied(cos, sin, *(args[:1] if back else ()))
+        heads: list[Tensor] = [x for x in (q, k, v) if x.stride(2) != 1 or x.stride(1) != x.shape[2]]
+        return sum(x.nbytes for x in heads) + _copied(cos, sin, *(args[:1] if back else ()))
     if op in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward"):
         return _copied(*args)
     if op == "cross_entropy_":
@@ -40,7 +40,9 @@ def workspace_bytes(op: str, *args: Any) -> int:
 
 def reference_bytes(op: str, *args: Any) -> int:
     """What the reference of an NF4 product makes and frees: the weight in x's type, its scales, and one panel."""
-    x = args[0]
+    x: Tensor = args[0]
+    count: int
+    block: int
     if op in ("nf4_linear", "nf4_linear_transposed"):
         count, block = args[5][0] * args[5][1], args[6]
     elif op == "nf4_linears":
