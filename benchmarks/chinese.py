@@ -55,9 +55,8 @@ WORDS = [
     (r"(MB \| [\d.]+) \(([\d.]+) to ([\d.]+)\)", r"\1（\2 至 \3）"),
     (r", (\d+) threads?, (\d+) GiB; ([^\n]*)\.$", r"，\1 线程，\2 GiB；\3。"),
     (r"What the planner chooses for rows of 512 tokens, 16 a step, rank 16, and the peak of a step\. With one row a step "
-     r"65B in QLoRA fits from ([\d.]+) GiB on \(peak ([\d.]+) GB and the reserve\)\. (\d+) plans took (\d+) s\.",
-     r"每行 512 个 token、每步 16 行、秩 16 时计划的选择，以及一步的峰值。每步一行时，65B 用 QLoRA 从 \1 GiB 起装得下（峰值 \2 GB 加余量）。"
-     r"\3 份计划共用 \4 秒。"),
+     r"65B in QLoRA fits from ([\d.]+) GiB on \(peak ([\d.]+) GB and the reserve\)\.",
+     r"每行 512 个 token、每步 16 行、秩 16 时计划的选择，以及一步的峰值。每步一行时，65B 用 QLoRA 从 \1 GiB 起装得下（峰值 \2 GB 加余量）。"),
     (r"\| model \|", "| 模型 |"),
     (r"nothing fits", "都装不下"),
     (r"\| method \| with \|", "| 方法 | 工具 |"),

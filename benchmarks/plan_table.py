@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--models", default=",".join(MODELS))
     args = parser.parse_args()
-    start, pairs = time.perf_counter(), []
+    start, busy, pairs = time.perf_counter(), time.process_time(), []
     for model in args.models.split(","):
         for device in DEVICES:
             pairs.append(summary(model, device))
@@ -66,7 +66,12 @@ def main() -> None:
                 f"{model:<14} {device:<10} {pairs[-1]['choice'] or 'nothing':<8} {pairs[-1]['seconds']:6.1f} s",
                 flush=True,
             )
-    document = harness.facts() | {"seconds": time.perf_counter() - start, "pairs": pairs, "border_65b": border()}
+    document = harness.facts() | {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - busy,
+        "pairs": pairs,
+        "border_65b": border(),
+    }
     if args.output:
         args.output.write_text(json.dumps(document, indent=1))
     print(f"{len(pairs)} pairs in {document['seconds']:.0f} s; 65B: {document['border_65b']}")

@@ -151,6 +151,12 @@ def test_changes_are_where_solving_again_says_so():
     assert all(at(made, 11, change.goal).method == change.method for change in found if change.goal)
 
 
+def test_for_memory_the_smallest_setting_is_taken_and_for_speed_the_fastest():
+    assert at(ways(8e9), 80, "memory").row.setting.checkpointing
+    assert not at(ways(8e9), 80, "speed").row.setting.checkpointing
+    assert not at(ways(8e9), 80).row.setting.checkpointing
+
+
 def test_hybrid_takes_the_bits_that_fit():
     way = next(way for way in ways(8e9) if way.method == "hybrid")
     for memory in (6, 9, 12):

@@ -28,10 +28,11 @@ def quick(monkeypatch, tmp_path):
 def test_a_piece_is_predicted_to_take_what_it_took(quick, monkeypatch):
     """Counts and rates speak of the same work, kind by kind."""
     names = ("product bfloat16", "nf4 product bfloat16", "attention", "attention_backward", "copy", "norm", "optimiser")
-    pieces = [make() for make in calibrate._pieces(CPU)]
+    pieces = list(calibrate._pieces(CPU))
     for name in names:
-        curve, call = next(piece for piece in pieces if piece[0] == name)
-        monkeypatch.setattr(calibrate, "_pieces", lambda device, piece=(curve, call): iter([lambda: piece]))
+        curve, make = next(piece for piece in pieces if piece[0] == name)
+        call = make()
+        monkeypatch.setattr(calibrate, "_pieces", lambda device, curve=curve, call=call: iter([(curve, lambda: call)]))
         rates = calibrate.measure(CPU, Reporter())
         with torch.no_grad():
             kinds = calibrate._main(calibrate._count(call))

@@ -26,8 +26,8 @@ Reason = Literal[
     "edge",  # what it is deployed on runs a base of 4 bits
     "switching",  # many adapters over one 16-bit base
 ]
-# How much more time NF4's rounding counts like: for accuracy any time, for speed none.
-_AVERSION: dict[Goal, float] = {"accuracy": 1e3, "speed": 0.0}
+# How much more time NF4's rounding counts like: for accuracy any time, for speed none; None: memory alone counts.
+_AVERSION: dict[Goal, float | None] = {"accuracy": 1e3, "speed": 0.0, "memory": None}
 _USUAL_AVERSION = 0.25
 _SAME_POINTS = 0.5  # of expected quality: no difference
 _SIMPLEST = ("lora", "qlora", "hybrid", "int8", "full")  # a later one must be better by _WORTH

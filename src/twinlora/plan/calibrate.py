@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ _SECONDS = 0.25  # for each piece
 _LEAST, _MOST = 5, 2000  # calls of a piece
 _ROTATING = 96 << 20  # bytes of operands that take turns: more than a last-level cache holds for long
 
-# curve, then the call to time; it gets the number of the turn
-Piece = tuple[str, Callable[[int], Any]]
+# curve, then what makes the call to time; that gets the number of the turn
+Piece = tuple[str, Callable[[], Callable[[int], Any]]]
 
 
 def calibrate(device: torch.device, reporter: Reporter) -> Measured:
@@ -48,16 +49,16 @@ def measure(device: torch.device, reporter: Reporter) -> Measured:
     found: dict[str, list[tuple[float, float]]] = {}
     overhead = _overhead(device)
     with torch.no_grad():
-        makers = list(_pieces(device))
-        for number, make in enumerate(makers):
-            curve, call = make()
+        pieces = list(_pieces(device))
+        for number, (curve, make) in enumerate(pieces):
+            call = make()
             kinds = _main(_count(call))
             seconds = _time(call, device)
             seconds = max(seconds - overhead * sum(map(launches, kinds)), seconds / 4)
             flops, size = sum(k.flops for k in kinds), sum(k.read + k.written for k in kinds)
             point = (flops / size, flops / seconds) if computes(curve) else (size / len(kinds), size / seconds)
             found.setdefault(curve, []).append(point)
-            reporter.progress("calibrating", number + 1, len(makers), curve)
+            reporter.progress("calibrating", number + 1, len(pieces), curve)
     curves = {name: Curve(tuple(sorted(points))) for name, points in found.items()}
     return Measured(f"measured on this machine, {date.today().isoformat()}", curves, overhead)
 
@@ -78,7 +79,8 @@ class _Counter(TorchDispatchMode):
 
 
 def _count(call: Callable[[int], Any]) -> list[work.Kind]:
-    with _Counter() as counter:
+    counter = _Counter()
+    with counter:
         call(0)
     return counter.kinds
 
@@ -124,26 +126,26 @@ def _rotate(make: Callable[[], Tensor]) -> list[Tensor]:
     return [first] + [first.clone() for _ in range(min(64, _ROTATING // max(first.nbytes, 1)))]
 
 
-def _pieces(device: torch.device) -> Iterator[Callable[[], Piece]]:
+def _pieces(device: torch.device) -> Iterator[Piece]:
     for dtype, every in ((torch.bfloat16, 1), (torch.float32, 2)):
         name = str(dtype).removeprefix("torch.")
         for shape in _PRODUCTS[::every]:
-            yield lambda d=dtype, n=name, s=shape: (f"product {n}", _product(*s, d, device))
+            yield f"product {name}", partial(_product, *shape, dtype, device)
         for rows in (64, 256, 1024)[::every]:
-            yield lambda d=dtype, n=name, r=rows: (f"nf4 product {n}", _nf4(r, 1024, d, device))
+            yield f"nf4 product {name}", partial(_nf4, rows, 1024, dtype, device)
     for length in (32, 128, 512, 2048):
-        yield lambda n=length: ("attention", _attention(n, device, backward=False))
-        yield lambda n=length: ("attention_backward", _attention(n, device, backward=True))
+        yield "attention", partial(_attention, length, device, backward=False)
+        yield "attention_backward", partial(_attention, length, device, backward=True)
     for size in (1 << 12, 1 << 16, 1 << 20, 1 << 23):
-        yield lambda n=size: ("copy", _copy(n, device))
-        yield lambda n=size: ("elementwise", _add(n, device))
+        yield "copy", partial(_copy, size, device)
+        yield "elementwise", partial(_add, size, device)
     for rows in (64, 1024):
-        yield lambda r=rows: ("norm", _norm(r, device))
-        yield lambda r=rows: ("swiglu", _swiglu(r, device, backward=False))
-        yield lambda r=rows: ("swiglu_backward", _swiglu(r, device, backward=True))
-    yield lambda: ("loss", _loss(64, device))
+        yield "norm", partial(_norm, rows, device)
+        yield "swiglu", partial(_swiglu, rows, device, backward=False)
+        yield "swiglu_backward", partial(_swiglu, rows, device, backward=True)
+    yield "loss", partial(_loss, 64, device)
     for count in (1 << 12, 1 << 20):
-        yield lambda n=count: ("optimiser", _adam(n, device))
+        yield "optimiser", partial(_adam, count, device)
 
 
 # rows, inner, outer: wide, and as narrow as the products of an adapter

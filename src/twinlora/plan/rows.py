@@ -117,20 +117,22 @@ class Row:
         return self.way.tokens / self.seconds if self.seconds else None
 
 
-def solve(way: Way, memory: int, reserve: float = RESERVE, aversion: float = 0.25) -> Row:
+def solve(way: Way, memory: int, reserve: float = RESERVE, aversion: float | None = 0.25) -> Row:
     """The setting of `way` for `memory` bytes: the fastest that fits, else the smallest that is tight, or does not.
 
     Hybrid takes as many bits as fit; its setting is the one whose time is least when rounding like NF4's counts as
-    `aversion` times as much time more.
+    `aversion` times as much time more. With None the smallest is taken, however slow.
     """
     make = _hybrid if way.method == "hybrid" else _plain
     rows = [make(way, candidate, memory, reserve) for candidate in way.candidates]
     order = {"fits": 0, "tight": 1, "does not fit": 2}
 
     def merit(row: Row) -> tuple[float, float]:
+        if row.fit != "fits" or aversion is None:
+            return row.peak, 0
         # Of equally fast settings the one that needs less: larger micro-batches may gain nothing.
         time = round(math.log(row.weighed(aversion)) / _SAME_TIME)
-        return (time, row.peak) if row.fit == "fits" else (row.peak, 0)
+        return time, row.peak
 
     return min(rows, key=lambda row: (order[row.fit], merit(row)))
 

@@ -8,7 +8,7 @@ aside), and checkpointing saves all methods alike. A setting that is recommended
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import get_args
@@ -276,7 +276,7 @@ def simulated(config: PretrainedConfig, cell: Cell) -> Simulated:
     return kept[0]
 
 
-def _int8_causes(by_cause: dict[str, int], weights: int) -> dict[str, int]:
+def _int8_causes(by_cause: Mapping[str, int], weights: int) -> dict[str, int]:
     constants = weights * (_INT8.bits - 8) / 8
     return dict(by_cause) | {"weights": by_cause["weights"] + weights // 2, "quantisation constants": round(constants)}
 

@@ -64,7 +64,8 @@ class Workload:
     @cached_property
     def batches(self) -> list[list[Example]]:
         """The examples of every step of the run, in order."""
-        size, out = self.options.batch_size, []
+        out: list[list[Example]] = []
+        size = self.options.batch_size
         steps = self.epochs * steps_per_epoch(epoch_size(self.weights), size)
         steps = min(steps, self.max_steps or steps)
         for epoch in range(self.epochs):
