@@ -94,6 +94,23 @@ def test_measured_once_for_a_base_its_rows_and_formats(rows, measure, monkeypatc
     assert not measure.notes
 
 
+def test_weights_that_are_stored_transposed(tmp_path, monkeypatch):
+    """GPT-2 keeps [in, out]: the rise must be that of the layer as it multiplies."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = GPT2Config(vocab_size=99, n_embd=64, n_layer=1, n_head=4, n_positions=64, initializer_range=0.2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    source, rows = resolve(str(tmp_path / "gpt2")), [[i, 7, 2 * i, 50, 3] for i in range(12)]
+    kept = {"fingerprint": "f", "dtype": torch.float32, "device": torch.device("cpu")}
+    found = sensitivity.measure(source, rows, [NF3Format()], note=print, **kept)
+    base = load_model(source, dtype=torch.float32)
+    for name, rises in found.rises.items():
+        layers = dict.fromkeys(found.rises, DENSE) | {name: "nf3-64-dq256"}
+        measured = divergence(load_model(source, quantize=layers, dtype=torch.float32), base, rows)
+        assert 0.4 < rises["nf3-64-dq256"] / measured < 2.5, name
+
+
 def test_a_layer_that_no_row_reached_counts_as_the_mean():
     fisher = {
         "seen": (torch.tensor([2.0, 4.0]), torch.tensor([3.0, 3.0, 0.0])),

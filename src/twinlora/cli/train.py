@@ -27,5 +27,6 @@ def run(options: TrainOptions) -> None:
     )
     out.print(f"saved: {where}")
     if options.method != "full":
-        command = f"twinlora chat --model {options.model} --adapter mine={where}"
+        precision = "" if options.method == "lora" else " --precision auto"
+        command = f"twinlora chat --model {options.model}{precision} --adapter mine={where}"
         out.print(f"next:  {as_typed(command)}", markup=False)
