@@ -99,7 +99,7 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, HybridOptions, DataOpt
             raise ValueError("method is missing: choose lora, qlora or full, or plan auto")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: leave one out")
-        self._budget_for([self.method])
+        self._budget_for([self.method] if self.method else [])
         if self.method == "full" and self.init_adapter:
             raise ValueError("init_adapter has no use with method full: leave it out or choose lora, qlora or hybrid")
         if self.init == "loftq" and self.method != "qlora":
