@@ -16,6 +16,7 @@ from twinlora.numerics.nf4 import codebook, dynamic_map, midpoints
 
 __all__ = [
     "dense_linear",
+    "grouped_lora_",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_linear_transposed",
@@ -143,3 +144,13 @@ def nf4_linear_transposed(dy: Tensor, packed: Tensor, *quant: Any) -> Tensor:
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., K] @ weight [N, K].T -> [..., N]."""
     return torch.nn.functional.linear(x, weight)
+
+
+def grouped_lora_(
+    y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scales: list[float], starts: list[int]
+) -> None:
+    """See ops.py."""
+    for i, (shrink, expand, scale) in enumerate(zip(a, b, scales, strict=True)):
+        start, stop = starts[i], starts[i + 1]
+        if start < stop:
+            y[start:stop].addmm_(x[start:stop] @ shrink.T, expand.T, alpha=scale)
