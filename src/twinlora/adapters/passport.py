@@ -73,8 +73,18 @@ def read(directory: Path) -> Passport | None:
     return passport
 
 
-def check(directory: Path, *, fingerprint: str, base: str, precision: dict[str, int]) -> list[str]:
-    """Lines to print about loading the adapter onto this base. Raises AdapterError if it was trained on another one."""
+def check(
+    directory: Path,
+    *,
+    fingerprint: str,
+    base: str,
+    precision: dict[str, int],
+    tokenizer: dict[str, str | None] | None = None,
+) -> list[str]:
+    """Lines to print about loading the adapter onto this base. Raises AdapterError if it was trained on another one.
+
+    `tokenizer`: the digests of the tokenizer in use, which must then be the one it was trained with.
+    """
     passport = read(directory)
     if passport is None:
         return [f"adapter {directory}: no passport (not written by twinlora); its base model cannot be checked"]
@@ -85,8 +95,22 @@ def check(directory: Path, *, fingerprint: str, base: str, precision: dict[str, 
             f"  loading on: {base} (weights {fingerprint[:16]})\n"
             f"give --model {passport.base_model}, or delete {directory / FILE} if you know better"
         )
+    lines = _tokenizer_lines(directory, passport, tokenizer) if tokenizer else []
     if passport.base_precision != precision:
-        return [f"adapter {directory}: trained on {_named(passport.base_precision)}, running on {_named(precision)}"]
+        lines += [f"adapter {directory}: trained on {_named(passport.base_precision)}, running on {_named(precision)}"]
+    return lines
+
+
+def _tokenizer_lines(directory: Path, passport: Passport, tokenizer: dict[str, str | None]) -> list[str]:
+    here, there = tokenizer["tokenizer_sha256"], passport.tokenizer_sha256
+    if here != there:
+        raise AdapterError(
+            f"adapter {directory} was trained with another tokenizer\n"
+            f"  trained with: {there[:16]}\n  running with: {str(here)[:16]}\n"
+            f"serve it on {passport.base_model} with its own tokenizer, or delete {directory / FILE} if you know better"
+        )
+    if tokenizer["chat_template_sha256"] != passport.chat_template_sha256:
+        return [f"adapter {directory}: trained with another chat template than the one in use"]
     return []
 
 

@@ -21,6 +21,7 @@ from twinlora.config.verbs import (
     DoctorOptions,
     EvalOptions,
     LoadOptions,
+    ServeOptions,
     TrainOptions,
 )
 
@@ -39,6 +40,7 @@ __all__ = [
     "ModelOptions",
     "OptimizerOptions",
     "Options",
+    "ServeOptions",
     "SourceOptions",
     "TokenizerOptions",
     "TrainOptions",

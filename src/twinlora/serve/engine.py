@@ -169,8 +169,16 @@ class Engine:
         self._tickets[ticket.sequence] = ticket
         self.scheduler.add(ticket.sequence)
 
-    @torch.inference_mode()
     def _run(self) -> None:
+        try:
+            self._passes()
+        finally:  # nobody waits for an engine that has died
+            self._stopping = True
+            for ticket in self._tickets.values():
+                ticket.on_event(Event("", None, "error", "the engine has stopped"))
+
+    @torch.inference_mode()
+    def _passes(self) -> None:
         while not self._stopping or self.scheduler.busy:
             self._take()
             plan = self.scheduler.plan()
