@@ -183,7 +183,8 @@ class AdapterBank:
                 nn.Parameter(t.float().to(embedding.device), requires_grad=False) for t in (a, b, magnitude)
             )
             gain = layer.gain(embedding.dtype).to(embedding.dtype)
-        return LayerWeights(a.to(**kept), b.to(**kept), config.scale, gain)
+        # B lies transposed in memory: neighbouring outputs are read together.
+        return LayerWeights(a.to(**kept), b.T.contiguous().to(**kept).T, config.scale, gain)
 
     def _base(self, name: str) -> FrozenLinear:
         layer: Any = self._model.get_submodule(name)
@@ -247,6 +248,7 @@ def blend(parts: Sequence[tuple[Resident, float]]) -> Resident:
     layers = {}
     for name in dict.fromkeys(name for part, _ in parts for name in part.layers):
         found = [(part.layers[name], weight) for part, weight in parts if name in part.layers]
-        b = torch.cat([layer.b.float() * (layer.scale * weight) for layer, weight in found], dim=1)
-        layers[name] = LayerWeights(torch.cat([layer.a for layer, _ in found]), b.to(found[0][0].b.dtype), 1.0)
+        transposed = torch.cat([layer.b.T.float() * (layer.scale * weight) for layer, weight in found])
+        b = transposed.to(found[0][0].b.dtype).T
+        layers[name] = LayerWeights(torch.cat([layer.a for layer, _ in found]), b, 1.0)
     return Resident(layers)

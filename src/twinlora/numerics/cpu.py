@@ -6,6 +6,7 @@ torch (`torch.set_num_threads`, OMP_NUM_THREADS): the extension borrows the Open
 
 from __future__ import annotations
 
+import itertools
 import threading
 from functools import cache, partial
 from importlib import import_module
@@ -31,11 +32,12 @@ OPS = (
     "nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linears",
     "nf4_linear_transposed", "dense_linear",
     "attention", "attention_backward", "attention_step",
-    "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "cross_entropy_",
+    "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "cross_entropy_", "grouped_lora_",
 )  # fmt: skip
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FEW_DENSE_ROWS = 12  # more are bound by arithmetic, where oneDNN is better
+_FEW_LORA_ROWS = 16  # of one adapter; more are a matter for GEMMs
 _FEW_ROWS = (
     64  # up to here weights are decoded into the product or just before it; above, into a buffer that a GEMM reads
 )
@@ -361,6 +363,24 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     losses = torch.empty(labels.shape, dtype=torch.float32)
     _library().cross_entropy(logits.data_ptr(), labels.data_ptr(), *logits.shape, losses.data_ptr(), _threads())
     return losses
+
+
+def grouped_lora_(
+    y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scales: list[float], starts: list[int]
+) -> None:
+    """See ops.py. The kernel takes B as the transpose of a contiguous [r, N] and few rows an adapter."""
+    n, k = y.shape[1], x.shape[1]
+    few = all(stop - start <= _FEW_LORA_ROWS for start, stop in itertools.pairwise(starts))
+    if not few or not _fits(y, x, *a, *b) or not all(s.is_contiguous() and e.T.is_contiguous() for s, e in zip(a, b)):
+        reference.grouped_lora_(y, x, a, b, scales, starts)
+        return
+    x = x.contiguous()
+    assert y.is_contiguous()
+    spans = [
+        (shrink.data_ptr(), expand.data_ptr(), shrink.shape[0], start, stop)
+        for shrink, expand, (start, stop) in zip(a, b, itertools.pairwise(starts), strict=True)
+    ]
+    _library().grouped_lora(y.data_ptr(), x.data_ptr(), spans, scales, n, k, _threads())
 
 
 def _threads() -> int:

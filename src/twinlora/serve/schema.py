@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 __all__ = ["ChatRequest", "CompletionRequest", "PinRequest", "RegisterRequest", "ReplaceRequest"]
 
-Model = Annotated[str, Field(min_length=1, max_length=500, description="The base, an adapter, name@sha256, or a blend.")]
+
+def _is_text(given: str) -> str:
+    """JSON can spell half of a character, which no encoding has."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise ValueError("not text: it holds a lone surrogate") from None
+    return given
+
+
+Text = Annotated[str, AfterValidator(_is_text)]
+Model = Annotated[
+    Text, Field(min_length=1, max_length=500, description="The base, an adapter, name@sha256, or a blend.")
+]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Stop = Annotated[str, Field(min_length=1, max_length=200)]
+Stop = Annotated[Text, Field(min_length=1, max_length=200)]
 Nothing = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -22,14 +35,14 @@ class TextPart(_Strict):
     """A part of a message; images and sounds are not understood."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(_Strict):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     name: str | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -79,7 +92,7 @@ class ChatRequest(_Generation):
 class CompletionRequest(_Generation):
     """POST /v1/completions. A list of integers is a prompt of token ids."""
 
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    prompt: Annotated[Text, Field(min_length=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     max_tokens: Count | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
@@ -91,13 +104,13 @@ class RegisterRequest(_Strict):
     """POST /admin/adapters: `path` is a directory inside of --adapters-dir."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-    path: Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00]+$")]
+    path: Annotated[Text, Field(min_length=1, max_length=1000, pattern=r"^[^\x00]+$")]
 
 
 class ReplaceRequest(_Strict):
     """PUT /admin/adapters/{name}."""
 
-    path: Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00]+$")]
+    path: Annotated[Text, Field(min_length=1, max_length=1000, pattern=r"^[^\x00]+$")]
 
 
 class PinRequest(_Strict):

@@ -126,7 +126,7 @@ class Service:
     async def _encoded(self, encode: Callable[[], list[int]], param: str) -> list[int]:
         try:
             tokens = await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
-        except (DataError, UnicodeEncodeError) as error:  # a lone surrogate is valid JSON, and no text
+        except DataError as error:
             raise ApiError(400, str(error), param=param) from None
         if not tokens:
             raise ApiError(400, "nothing to answer: the prompt has no tokens", param=param)

@@ -16,6 +16,7 @@
 
 #include "attention.hpp"
 #include "elementwise.hpp"
+#include "lora.hpp"
 #include "portable.hpp"
 #include "threads.hpp"
 
@@ -246,6 +247,29 @@ void cross_entropy(Address logits, Address labels, std::int64_t rows, std::int64
     parallel_for(threads, rows, 1, [&](std::int64_t first, std::int64_t last) { elementwise->cross_entropy(c, first, last); });
 }
 
+// An adapter's A and transposed B, its rank, and the rows [start, stop) that use it.
+using Span = std::tuple<Address, Address, std::int64_t, std::int64_t, std::int64_t>;
+
+void grouped_lora(Address y, Address x, const std::vector<Span>& spans, const std::vector<float>& scales, std::int64_t n,
+                  std::int64_t k, int threads) {
+    std::vector<LoraSpan> described;
+    std::int64_t ranks = 0, products = 0;
+    for (std::size_t i = 0; i < spans.size(); ++i) {
+        const auto& [a, b, rank, start, stop] = spans[i];
+        described.push_back({pointer<const std::uint16_t>(a), pointer<const std::uint16_t>(b), rank, start, stop, scales[i],
+                             ranks, products});
+        ranks += rank, products += rank * (stop - start);
+    }
+    std::vector<float> hidden(products);
+    const GroupedLora g{pointer<const std::uint16_t>(x), pointer<std::uint16_t>(y), k, n, described.data(),
+                        static_cast<std::int64_t>(described.size()), hidden.data()};
+    const std::int64_t blocks = (n + lora_block - 1) / lora_block;
+    const auto each = [&](std::int64_t weights) { return std::max<std::int64_t>(1, grain / std::max<std::int64_t>(1, weights)); };
+    parallel_for(threads, ranks, each(k), [&](std::int64_t first, std::int64_t last) { lora->shrink(g, first, last); });
+    parallel_for(threads, blocks * g.count, each(ranks * lora_block / g.count),
+                 [&](std::int64_t first, std::int64_t last) { lora->expand(g, first, last); });
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -265,6 +289,7 @@ NB_MODULE(_cpu, m) {
     m.def("has_blocks", &has_blocks, "Whether the path in use has kernels for attention, norms, SwiGLU and the loss.");
     m.def("attend", &attend, release());
     m.def("attend_step", &attend_step, release());
+    m.def("grouped_lora", &grouped_lora, release());
     m.def("rms_norm", &rms_norm, release());
     m.def("rms_norm_backward", &rms_norm_backward, release());
     m.def("swiglu", &swiglu, release());
