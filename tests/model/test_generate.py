@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from twinlora.model import swap
-from twinlora.model.generate import is_ragged, generate
+from twinlora.model.generate import generate, is_ragged
 from twinlora.model.load import load_model, resolve
 from twinlora.numerics.nf4 import NF4Format
 

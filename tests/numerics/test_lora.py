@@ -1,5 +1,7 @@
 """Adapters of different ranks in one batch, against one row at a time."""
 
+import itertools
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -21,13 +23,18 @@ def case(dtype, rows, ranks, n, k, *, transposed):
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize(
     "rows, ranks, n, k",
-    [([1], [1], 1, 1), ([1, 3, 0, 16], [16, 5, 2, 33], 200, 70), ([2, 40], [8, 4], 64, 96), ([4, 5], [64, 3], 576, 576)],
+    [
+        ([1], [1], 1, 1),
+        ([1, 3, 0, 16], [16, 5, 2, 33], 200, 70),
+        ([2, 40], [8, 4], 64, 96),
+        ([4, 5], [64, 3], 576, 576),
+    ],
 )
 def test_every_row_gets_its_own_adapter(dtype, transposed, rows, ranks, n, k):
     torch.manual_seed(0)
     y, x, a, b, scales, starts = case(dtype, rows, ranks, n, k, transposed=transposed)
     exact, naive, found = y.double(), y.clone(), y.clone()
-    for i, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+    for i, (start, stop) in enumerate(itertools.pairwise(starts)):
         for row in range(start, stop):
             exact[row] += scales[i] * (b[i].double() @ (a[i].double() @ x[row].double()))
     ops.grouped_lora_(found, x, a, b, scales, starts)

@@ -228,7 +228,12 @@ def test_the_admin_api(tiny, adapters, oracle, tmp_path):
         done = httpx.put(f"{url}/x", json={"path": "a1"}, headers=ADMIN_HEADERS)
         assert done.json()["identity"].startswith("x@")
         assert ask(client, "x", "hi").choices[0].message.content == oracle.chat("a1", "hi", 12)
-        for path, message in (("..", "inside of"), ("/etc", "inside of"), ("nothing", "inside of"), ("broken", "adapter_model.safetensors")):
+        for path, message in (
+            ("..", "inside of"),
+            ("/etc", "inside of"),
+            ("nothing", "inside of"),
+            ("broken", "adapter_model.safetensors"),
+        ):
             answer = httpx.post(url, json={"name": "new", "path": path}, headers=ADMIN_HEADERS)
             assert answer.status_code == 400
             assert message in answer.json()["error"]["message"]
@@ -250,7 +255,7 @@ def test_overload_is_429_with_retry_after(tiny, tmp_path):
             return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=HEADERS, timeout=60)
 
         found = []
-        threads = [threading.Thread(target=lambda: found.append(post())) for _ in range(6)]
+        threads = [threading.Thread(target=lambda found=found, post=post: found.append(post())) for _ in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -1,7 +1,7 @@
 """Many adapters on one resident base, mixed in one batch: every row is answered with an adapter of its own.
 
-A `Routing` says which rows use which adapter. It lies on the bank, which its `BankLinear`s share, since the linears of a
-transformers model see nothing but their input. One thread at a time runs the model; adapters come and go between
+A `Routing` says which rows use which adapter. It lies on the bank, which its `BankLinear`s share, since the linears of
+a transformers model see nothing but their input. One thread at a time runs the model; adapters come and go between
 passes, and no weight of the base is ever copied.
 
 Shape legend: R rows of a pass, K and N a layer's inputs and outputs, r an adapter's rank in a layer.

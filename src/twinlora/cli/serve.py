@@ -28,6 +28,8 @@ def run(options: ServeOptions) -> None:
             print_json(facts)
             sys.stdout.flush()
         else:
-            err.print(f"serving {facts['base']} and {len(facts['adapters'])} adapter(s) on {facts['url']}", markup=False)
+            err.print(
+                f"serving {facts['base']} and {len(facts['adapters'])} adapter(s) on {facts['url']}", markup=False
+            )
 
     serve(options, adapters, ConsoleReporter(), announce)

@@ -185,7 +185,9 @@ class ServeOptions(Options, ModelOptions):
     host: str = Field("127.0.0.1", description="Address to listen on; any other than this machine's own needs a token.")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port to listen on; 0 takes a free one.")
     token_file: Path | None = Field(None, description="File with the token that requests must bring.")
-    admin_token_file: Path | None = Field(None, description="File with the admin API's token; without it there is none.")
+    admin_token_file: Path | None = Field(
+        None, description="File with the admin API's token; without it there is none."
+    )
     slots: Positive = Field(16, description="Requests that are answered at once.")
     queue: Positive = Field(64, description="Requests that may wait; more get status 429.")
     context: Positive = Field(2048, description="Longest prompt and answer together, in tokens.")
@@ -207,7 +209,9 @@ class ServeOptions(Options, ModelOptions):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.batch_tokens < self.slots:
-            raise ValueError(f"batch_tokens {self.batch_tokens} is less than slots {self.slots}: give it as many at least")
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} is less than slots {self.slots}: give it as many at least"
+            )
         return self
 
 

@@ -77,9 +77,7 @@ def _masked_scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     return scores.view(batch, groups, chunk, -1).mul_(scale).add_(mask)
 
 
-def _chunks(
-    longest: int, window: int, device: torch.device, first: int = 0
-) -> list[tuple[int, int, int, Tensor]]:
+def _chunks(longest: int, window: int, device: torch.device, first: int = 0) -> list[tuple[int, int, int, Tensor]]:
     """(first query, past-last query, first visible key, additive mask) of each query chunk from query `first` on."""
     out = []
     for start in range(first, longest, _CHUNK):

@@ -371,7 +371,8 @@ def grouped_lora_(
     """See ops.py. The kernel takes B as the transpose of a contiguous [r, N] and few rows an adapter."""
     n, k = y.shape[1], x.shape[1]
     few = all(stop - start <= _FEW_LORA_ROWS for start, stop in itertools.pairwise(starts))
-    if not few or not _fits(y, x, *a, *b) or not all(s.is_contiguous() and e.T.is_contiguous() for s, e in zip(a, b)):
+    by_output = all(shrink.is_contiguous() for shrink in a) and all(expand.T.is_contiguous() for expand in b)
+    if not few or not by_output or not _fits(y, x, *a, *b):
         reference.grouped_lora_(y, x, a, b, scales, starts)
         return
     x = x.contiguous()

@@ -30,7 +30,8 @@ the lengths[i] tokens that it holds, and attends from q [n, H, D] to all of that
 tokens of one row, each of which sees those before it.
 
 grouped_lora_: rows starts[i] .. starts[i + 1] of x [R, K] use adapter i: y += scales[i] · (x a[i].T) b[i].T, with a[i]
-[r_i, K] and b[i] [N, r_i] of y's type and ranks of their own. Other rows stay. The inner product is rounded to x's type.
+[r_i, K] and b[i] [N, r_i] of y's type and ranks of their own. Other rows stay. The inner product is rounded to x's
+type. b may lie transposed in memory.
 
 rms_norm is x / rms(x) · (weight + offset); unless `wide`, the normalised x is rounded to x's type before that product.
 """

@@ -21,7 +21,9 @@ def find_adapter(root: Path, relative: str) -> Path:
     """The adapter directory at `relative` inside of `root`, or that of a run there. Raises AdapterError."""
     directory = contained(root, relative)
     inner = directory / "adapter"
-    return contained(root, f"{relative}/adapter") if inner.is_dir() and not (directory / CONFIG).is_file() else directory
+    return (
+        contained(root, f"{relative}/adapter") if inner.is_dir() and not (directory / CONFIG).is_file() else directory
+    )
 
 
 def admin_routes(service: Service) -> APIRouter:

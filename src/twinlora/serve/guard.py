@@ -26,7 +26,7 @@ _MOST_CLIENTS = 10_000  # remembered
 
 def is_local(host: str) -> bool:
     """Whether an address or a Host header means this machine alone."""
-    name = host.rpartition(":")[0] if host.count(":") == 1 or host.startswith("[") and "]:" in host else host
+    name = host.rpartition(":")[0] if host.count(":") == 1 or (host.startswith("[") and "]:" in host) else host
     return name.strip("[]") in ("127.0.0.1", "localhost", "::1")
 
 
@@ -83,7 +83,9 @@ class Guard:
             if self.admin_token is None:
                 raise ApiError(403, "the admin API is off: start the server with --admin-token-file")
             if not _same(given, self.admin_token):
-                raise ApiError(401, "the admin API needs its own token: Authorization: Bearer …", code="invalid_api_key")
+                raise ApiError(
+                    401, "the admin API needs its own token: Authorization: Bearer …", code="invalid_api_key"
+                )
         elif path not in _OPEN and self.token is not None and not _same(given, self.token):
             raise ApiError(401, "this server needs a token: Authorization: Bearer …", code="invalid_api_key")
         client = (scope.get("client") or ("", 0))[0]

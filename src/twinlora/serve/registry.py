@@ -1,11 +1,11 @@
 """Which adapters are served, by what name, and which of them are in memory.
 
-An adapter is its content: `name@sha256`. A request leases one version when it is admitted and keeps it, whatever happens
-to the name; memory is held by content, never by name. The resident set is bounded in bytes: the least recently used
-content without a lease goes first, and comes back from disk when it is asked for.
+An adapter is its content: `name@sha256`. A request leases one version when it is admitted and keeps it, whatever
+happens to the name; memory is held by content, never by name. The resident set is bounded in bytes: the least recently
+used content without a lease goes first, and comes back from disk when it is asked for.
 
-Names change under a lock and never wait. Everything that reads a disk or moves memory runs on one loader thread, so that
-no two of them meet. Free of torch: a `Store` does what touches tensors.
+Names change under a lock and never wait. Everything that reads a disk or moves memory runs on one loader thread, so
+that no two of them meet. Free of torch: a `Store` does what touches tensors.
 """
 
 from __future__ import annotations
@@ -319,7 +319,7 @@ class Registry:
             idle = [c for c in self._contents.values() if c.resident and not c.leases and not c.pins]
             if not idle:
                 raise Busy(
-                    f"adapters in use fill the {self.limit:,} bytes of memory for adapters; {coming.nbytes:,} more needed"
+                    f"adapters in use fill the {self.limit:,} bytes for adapters; {coming.nbytes:,} more are needed"
                 )
             victim = min(idle, key=lambda c: c.used)
             victim.resident = False

@@ -24,9 +24,7 @@ def generator(sampling: Sampling, device: torch.device) -> torch.Generator | Non
     return made
 
 
-def choose(
-    logits: Tensor, rules: Sequence[Sampling], generators: Sequence[torch.Generator | None]
-) -> list[TokenOut]:
+def choose(logits: Tensor, rules: Sequence[Sampling], generators: Sequence[torch.Generator | None]) -> list[TokenOut]:
     """A token for each row of logits [n, V]. Log-probabilities are the model's, before temperature and top_p."""
     greedy = logits.max(dim=-1).indices.tolist()  # argmax takes five times as long in 16 bit
     out = []

@@ -108,7 +108,11 @@ def _register(registry: Registry, root: Path | None, adapters: dict[str, Path], 
     found = sorted(p.name for p in root.iterdir() if p.is_dir()) if root is not None else []
     served = 0
     for name in found:
-        if name in adapters or root is None or not any((root / name / inner / CONFIG).is_file() for inner in ("", "adapter")):
+        if (
+            name in adapters
+            or root is None
+            or not any((root / name / inner / CONFIG).is_file() for inner in ("", "adapter"))
+        ):
             continue
         try:
             registry.register(name, find_adapter(root, name)).result()

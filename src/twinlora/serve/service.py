@@ -18,7 +18,7 @@ from twinlora.serve.metrics import Metrics
 from twinlora.serve.registry import Busy, Lease, Registry, UnknownModel
 from twinlora.serve.state import Sampling
 
-__all__ = ["ApiError", "Answer", "Service"]
+__all__ = ["Answer", "ApiError", "Service"]
 
 
 class ApiError(Exception):

@@ -16,7 +16,7 @@ class TextStream:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()) -> None:
         self._backend, self._stop = tokenizer.backend_tokenizer, stop
         self._tokens: list[int] = []
-        # Tokens from `_first` on are decoded together (some tokens change their neighbours); up to `_read` they are out.
+        # Tokens from `_first` on are decoded together, since some change their neighbours; up to `_read` they are out.
         self._first = self._read = 0
         self._held = ""
         self.stopped = False
