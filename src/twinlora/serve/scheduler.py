@@ -105,7 +105,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise AssertionError if the books do not balance."""
-        used = [s.slot for s in self.running]
+        used = [s.slot for s in self.running if s.slot is not None]
         assert sorted([*used, *self.free]) == list(range(self.slots)), "a slot is lost or used twice"
         assert not set(map(id, self.running)) & set(map(id, self.waiting)), "a sequence runs and waits"
         for sequence in self.running:

@@ -1,4 +1,4 @@
-"""The requests that are understood, as OpenAI's API has them; what would change an answer and is not here is an error."""
+"""The requests that are understood, in the words of OpenAI's API; what would change an answer otherwise is an error."""
 
 from __future__ import annotations
 
