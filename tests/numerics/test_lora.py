@@ -7,6 +7,7 @@ import torch
 from torch.library import opcheck
 
 from twinlora.numerics import ops, reference
+from twinlora.numerics.lora import LoraGroup
 
 
 def case(dtype, rows, ranks, n, k, *, transposed):
@@ -53,3 +54,16 @@ def test_opcheck():
     keys, values = torch.randn(2, 2, 16, 8), torch.randn(2, 2, 16, 8)
     cos, sin = torch.randn(5, 8), torch.randn(5, 8)
     opcheck(torch.ops.twinlora.attention_extend.default, (q, k, k, cos, sin, keys, values, 1, 6, 0.3, 4))
+
+
+def test_a_group_is_its_layers_one_by_one():
+    torch.manual_seed(0)
+    y, x, a, b, scales, starts = case(torch.bfloat16, [2, 3], [16, 8], 96, 64, transposed=True)
+    other = case(torch.bfloat16, [1], [4], 40, 64, transposed=True)
+    runs = [(0, a, b, scales, starts), (1, other[2], other[3], other[4], other[5])]
+    wanted = [y.clone(), torch.randn(len(x), 40).bfloat16()]
+    found = [t.clone() for t in wanted]
+    for layer, *run in runs:
+        ops.grouped_lora_(wanted[layer], x, *run)
+    LoraGroup(runs).add(found, x)
+    assert all(torch.equal(w, f) for w, f in zip(wanted, found, strict=True))

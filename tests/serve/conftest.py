@@ -37,14 +37,14 @@ CONFIGS = [
 ]
 
 
-def write_adapter(base: Path, directory: Path, seed: int, **changes: Any) -> Path:
+def write_adapter(base: Path, directory: Path, seed: int, *, std: float = 0.5, **changes: Any) -> Path:
     """A random adapter strong enough to change every answer, with a passport."""
     source = resolve(str(base))
     model = load_model(source, dtype=torch.float32)
     attach(model, CONFIGS[seed % len(CONFIGS)], seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.5, generator=generator)
+        torch.nn.init.normal_(layer.lora_B, std=std, generator=generator)
     facts = {
         "base_model": str(base), "base_fingerprint": fingerprint(source), "base_precision": precision_by_layer(model),
         "method": "lora", "versions": {}, "system": "Be brief.", **passport.tokenizer_digests(load_tokenizer(source)),

@@ -22,7 +22,8 @@ from twinlora.adapters.files import AdapterFile, require_fit
 from twinlora.adapters.lora import LoraLinear, lora_layers
 from twinlora.errors import AdapterError
 from twinlora.model.linear import FrozenLinear, as_frozen, multiply_each
-from twinlora.numerics import ops
+from twinlora.numerics.cpu import LoraRun
+from twinlora.numerics.lora import LoraGroup
 
 __all__ = ["AdapterBank", "BankLinear", "LayerWeights", "Resident", "Routing", "blend"]
 
@@ -64,13 +65,14 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Neighbouring rows with adapters in one layer, as the op takes them, and the rows that DoRA multiplies."""
+class _Plan:
+    """What a routing means for layers with one input and so many rows: the adapters, and the rows that DoRA scales."""
 
-    a: list[Tensor]
-    b: list[Tensor]
-    scales: list[float]
-    starts: list[int]
+    routing: Routing
+    layers: tuple[BankLinear, ...]
+    rows: int
+    group: LoraGroup
+    gains: list[tuple[int, int, int, Tensor]]  # layer, start, stop, gain
 
 
 class BankLinear(nn.Module):
@@ -81,62 +83,60 @@ class BankLinear(nn.Module):
         self.base, self.head = base, head
         self.adapters: dict[str, LayerWeights] = {}
         self.__dict__["bank"] = bank  # not a child
-        self._planned: tuple[Routing, list[_Run], list[tuple[int, int, Tensor]]] | None = None
+        self._planned: _Plan | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]. No gradient while an adapter is in use."""
         if self.bank.routing is None:
             out: Tensor = self.base(x)
             return out
-        return self._add(x, self.base.multiply(x))
+        return _add(x, (self.base.multiply(x),), (self,))[0]
 
     @staticmethod
-    def together(x: Tensor, layers: Sequence[BankLinear]) -> tuple[Tensor, ...]:
+    def together(x: Tensor, layers: tuple[BankLinear, ...]) -> tuple[Tensor, ...]:
         """What each layer makes of the same x [..., K]; see `model.linear.project`."""
         bases = [layer.base for layer in layers]
         if layers[0].bank.routing is None:
             return FrozenLinear.together(x, bases)
-        ys = multiply_each(x, bases)
-        return tuple(layer._add(x, y) for layer, y in zip(layers, ys, strict=True))
+        return _add(x, multiply_each(x, bases), layers)
 
-    def _add(self, x: Tensor, y: Tensor) -> Tensor:
-        """Adds every row's adapter to y = base(x), in place."""
-        routing = self.bank.routing
-        if self._planned is None or self._planned[0] is not routing:
-            self._planned = self._plan(routing)
-        _, runs, gains = self._planned
-        flat = y.view(-1, y.shape[-1])
-        for run in runs:
-            starts = run.starts if run.starts[-1] <= len(flat) else [0, len(flat)]  # of `use`: every row
-            ops.grouped_lora_(flat, x.reshape(-1, x.shape[-1]), run.a, run.b, run.scales, starts)
-        for start, stop, gain in gains:
-            rows, bias = flat[start:stop], self.base.bias
-            rows.copy_(rows * gain if bias is None else (rows - bias) * gain + bias)
-        return y
 
-    def _plan(self, routing: Routing) -> tuple[Routing, list[_Run], list[tuple[int, int, Tensor]]]:
-        """What `routing` means here. A row whose adapter has nothing in this layer ends a run."""
-        runs: list[_Run] = []
-        gains = []
-        starts = routing.head_starts if self.head else routing.starts
-        open_run = False
+def _add(x: Tensor, ys: tuple[Tensor, ...], layers: tuple[BankLinear, ...]) -> tuple[Tensor, ...]:
+    """Adds every row's adapter to y = base(x) of each layer, in place."""
+    first = layers[0]
+    plan, routing, rows = first._planned, first.bank.routing, x.numel() // x.shape[-1]
+    if plan is None or plan.routing is not routing or plan.rows != rows or plan.layers != layers:
+        plan = first._planned = _plan(routing, layers, rows)
+    if plan.group.runs:
+        plan.group.add(ys, x)
+    for layer, start, stop, gain in plan.gains:
+        part, bias = ys[layer].view(-1, ys[layer].shape[-1])[start:stop], layers[layer].base.bias
+        part.copy_(part * gain if bias is None else (part - bias) * gain + bias)
+    return ys
+
+
+def _plan(routing: Routing, layers: tuple[BankLinear, ...], rows: int) -> _Plan:
+    """A row whose adapter has nothing in a layer ends a run of the op there."""
+    runs: list[LoraRun] = []
+    gains = []
+    for number, layer in enumerate(layers):
+        starts = [min(start, rows) for start in (routing.head_starts if layer.head else routing.starts)]
+        run: LoraRun | None = None
         for key, (start, stop) in zip(routing.keys, itertools.pairwise(starts), strict=True):
-            weights = self.adapters.get(key) if key is not None else None
+            weights = layer.adapters.get(key) if key is not None else None
             if start == stop:
                 continue
             if weights is None:
-                open_run = False
+                run = None
                 continue
-            if not open_run:
-                runs.append(_Run([], [], [], [start]))
-            run, open_run = runs[-1], True
-            run.a.append(weights.a)
-            run.b.append(weights.b)
-            run.scales.append(weights.scale)
-            run.starts.append(stop)
+            if run is None:
+                run = (number, [], [], [], [start])
+                runs.append(run)
+            for part, value in zip(run[1:], (weights.a, weights.b, weights.scale, stop), strict=True):
+                part.append(value)  # type: ignore[attr-defined]
             if weights.gain is not None:
-                gains.append((start, stop, weights.gain))
-        return routing, runs, gains
+                gains.append((number, start, stop, weights.gain))
+    return _Plan(routing, layers, rows, LoraGroup(runs), gains)
 
 
 class AdapterBank:

@@ -7,7 +7,9 @@ torch (`torch.set_num_threads`, OMP_NUM_THREADS): the extension borrows the Open
 from __future__ import annotations
 
 import itertools
+import struct
 import threading
+from collections.abc import Sequence
 from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
@@ -26,7 +28,7 @@ try:
 except ImportError:
     _native = None
 
-__all__ = ["OPS", "path", "paths", "runtime", "use_path"]
+__all__ = ["OPS", "LoraRun", "add_lora", "pack_lora", "path", "paths", "runtime", "use_path"]
 
 OPS = (
     "nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linears",
@@ -368,20 +370,38 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
 def grouped_lora_(
     y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scales: list[float], starts: list[int]
 ) -> None:
-    """See ops.py. The kernel takes B as the transpose of a contiguous [r, N] and few rows an adapter."""
-    n, k = y.shape[1], x.shape[1]
-    few = all(stop - start <= _FEW_LORA_ROWS for start, stop in itertools.pairwise(starts))
-    by_output = all(shrink.is_contiguous() for shrink in a) and all(expand.T.is_contiguous() for expand in b)
-    if not few or not by_output or not _fits(y, x, *a, *b):
+    """See ops.py."""
+    if (packed := pack_lora([(0, a, b, scales, starts)])) is None or not _fits(y, x):
         reference.grouped_lora_(y, x, a, b, scales, starts)
-        return
+    else:
+        add_lora([y], x, packed)
+
+
+LoraRun = tuple[int, list[Tensor], list[Tensor], list[float], list[int]]  # which y, then as grouped_lora_
+
+
+def pack_lora(runs: list[LoraRun]) -> Tensor | None:
+    """Several `grouped_lora_` of one x as `add_lora` takes them, as long as the tensors live; None: not for the kernel.
+
+    It takes bfloat16, each B as the transpose of a contiguous [r, N], and few rows an adapter.
+    """
+    rows = []
+    for y, a, b, scales, starts in runs:
+        for i, (shrink, expand, (start, stop)) in enumerate(zip(a, b, itertools.pairwise(starts), strict=True)):
+            by_output = shrink.is_contiguous() and expand.T.is_contiguous()
+            if not by_output or stop - start > _FEW_LORA_ROWS or not _fits(shrink, expand):
+                return None
+            scale = struct.unpack("q", struct.pack("d", scales[i]))[0]
+            rows.append([y, shrink.data_ptr(), expand.data_ptr(), shrink.shape[0], start, stop, scale])
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 7)
+
+
+def add_lora(ys: Sequence[Tensor], x: Tensor, packed: Tensor) -> None:
+    """Run what `pack_lora` packed: x [..., K] of bfloat16 is added to the ys [..., N]."""
     x = x.contiguous()
-    assert y.is_contiguous()
-    spans = [
-        (shrink.data_ptr(), expand.data_ptr(), shrink.shape[0], start, stop)
-        for shrink, expand, (start, stop) in zip(a, b, itertools.pairwise(starts), strict=True)
-    ]
-    _library().grouped_lora(y.data_ptr(), x.data_ptr(), spans, scales, n, k, _threads())
+    assert all(y.is_contiguous() and y.dtype == x.dtype == torch.bfloat16 for y in ys)
+    pointers, widths = [y.data_ptr() for y in ys], [y.shape[-1] for y in ys]
+    _library().grouped_lora(pointers, widths, x.data_ptr(), packed.data_ptr(), packed.shape[0], x.shape[-1], _threads())
 
 
 def _threads() -> int:

@@ -50,7 +50,7 @@ void shrink(const GroupedLora& g, i64 first, i64 last) {
 
 // y[row, column …] of `Rows` rows and a block of at most 64 columns; B's block is read once.
 template <int Rows>
-void block(const LoraSpan& span, i64 n, i64 columns, const u16* b, const float* hidden, u16* y) {
+void block(const LoraSpan& span, i64 columns, const u16* b, const float* hidden, u16* y) {
     __mmask16 masks[4];
     for (i64 c = 0; c < 4; ++c) masks[c] = mask16(std::max<i64>(columns - 16 * c, 0));
     __m512 sums[Rows][4];
@@ -59,7 +59,7 @@ void block(const LoraSpan& span, i64 n, i64 columns, const u16* b, const float* 
     for (i64 j = 0; j < span.rank; ++j) {
         __m512 weights[4];
 #pragma GCC unroll 4
-        for (int c = 0; c < 4; ++c) weights[c] = load_bf16(b + j * n + 16 * c, masks[c]);
+        for (int c = 0; c < 4; ++c) weights[c] = load_bf16(b + j * span.n + 16 * c, masks[c]);
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) {
             const __m512 factor = _mm512_set1_ps(hidden[r * span.rank + j]);
@@ -70,25 +70,25 @@ void block(const LoraSpan& span, i64 n, i64 columns, const u16* b, const float* 
     const __m512 scale = _mm512_set1_ps(span.scale);
     for (int r = 0; r < Rows; ++r)
         for (int c = 0; c < 4; ++c) {
-            u16* out = y + r * n + 16 * c;
+            u16* out = y + r * span.n + 16 * c;
             store_bf16(out, masks[c], _mm512_fmadd_ps(scale, sums[r][c], load_bf16(out, masks[c])));
         }
 }
 
 void expand(const GroupedLora& g, i64 first, i64 last) {
-    const i64 blocks = (g.n + lora_block - 1) / lora_block;
+    const LoraSpan* span = g.spans;
     for (i64 i = first; i < last; ++i) {
-        const LoraSpan& span = g.spans[i / blocks];
-        const i64 column = i % blocks * lora_block, columns = std::min(g.n - column, lora_block);
-        const float* hidden = g.hidden + span.hidden;
-        const u16* b = span.b + column;
-        for (i64 row = span.start; row < span.stop; row += 4, hidden += 4 * span.rank) {
-            u16* y = g.y + row * g.n + column;
-            switch (std::min<i64>(span.stop - row, 4)) {
-                case 1: block<1>(span, g.n, columns, b, hidden, y); break;
-                case 2: block<2>(span, g.n, columns, b, hidden, y); break;
-                case 3: block<3>(span, g.n, columns, b, hidden, y); break;
-                default: block<4>(span, g.n, columns, b, hidden, y);
+        while (span + 1 < g.spans + g.count && span[1].blocks <= i) ++span;
+        const i64 column = (i - span->blocks) * lora_block, columns = std::min(span->n - column, lora_block);
+        const float* hidden = g.hidden + span->hidden;
+        const u16* b = span->b + column;
+        for (i64 row = span->start; row < span->stop; row += 4, hidden += 4 * span->rank) {
+            u16* y = span->y + row * span->n + column;
+            switch (std::min<i64>(span->stop - row, 4)) {
+                case 1: block<1>(*span, columns, b, hidden, y); break;
+                case 2: block<2>(*span, columns, b, hidden, y); break;
+                case 3: block<3>(*span, columns, b, hidden, y); break;
+                default: block<4>(*span, columns, b, hidden, y);
             }
         }
     }

@@ -6,16 +6,17 @@
 namespace twinlora {
 
 struct LoraSpan {
-    const std::uint16_t *a, *b;  // A [rank, K], and B transposed [rank, N]
+    const std::uint16_t *a, *b;      // A [rank, K], and B transposed [rank, N]
     std::int64_t rank, start, stop;  // rows [start, stop)
     float scale;
-    std::int64_t ranks, hidden;  // before this span: rank rows of all spans, and products in `hidden`
+    std::uint16_t* y;  // [rows, N]
+    std::int64_t n;
+    std::int64_t ranks, blocks, hidden;  // before this span: rank rows, blocks of columns, products in `hidden`
 };
 
 struct GroupedLora {
     const std::uint16_t* x;  // [rows, K]
-    std::uint16_t* y;        // [rows, N]
-    std::int64_t k, n;
+    std::int64_t k;
     const LoraSpan* spans;
     std::int64_t count;
     float* hidden;  // of each span [rows, rank]: x · A, rounded to bfloat16

@@ -1,0 +1,30 @@
+"""Several layers with one input get their adapters in one call where the CPU has a kernel for it, else one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from twinlora.numerics import cpu, ops
+
+__all__ = ["LoraGroup"]
+
+
+class LoraGroup:
+    """What `grouped_lora_` shall do for each of several layers: `runs` are (layer, a, b, scales, starts)."""
+
+    def __init__(self, runs: list[cpu.LoraRun]) -> None:
+        self.runs = runs
+        on_cpu = bool(runs) and runs[0][1][0].device.type == "cpu" and bool(cpu.paths())
+        # Once for many passes: what Python does for each tensor would take longer than the products.
+        self._packed = cpu.pack_lora(runs) if on_cpu else None
+
+    def add(self, ys: Sequence[Tensor], x: Tensor) -> None:
+        """Add to each layer's contiguous y [..., N] what its adapters make of x [..., K]."""
+        if self._packed is not None:
+            cpu.add_lora(ys, x, self._packed)
+            return
+        rows = x.reshape(-1, x.shape[-1])
+        for layer, a, b, scales, starts in self.runs:
+            ops.grouped_lora_(ys[layer].view(-1, ys[layer].shape[-1]), rows, a, b, scales, starts)
