@@ -71,8 +71,11 @@ class Oracle:
         return answer
 
     def chat(self, name: str | None, text: str, new: int) -> str:
-        prompt = encode_chat(self.tokenizer, [{"role": "user", "content": text}])
-        return self.tokenizer.decode(self.tokens(name, prompt, new), skip_special_tokens=True)
+        return self.messages(name, [{"role": "user", "content": text}], new)
+
+    def messages(self, name: str | None, messages: list[dict[str, str]], new: int) -> str:
+        answer = self.tokens(name, encode_chat(self.tokenizer, messages), new)
+        return self.tokenizer.decode(answer, skip_special_tokens=True)
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def test_no_answer_is_anothers(tiny, adapters, oracle, tmp_path, memory):
             assert not any(same(expected[a, question], expected[b, question]) for a, b in pairs)
         counter, wrong, outcomes, over = itertools.count(), [], [], threading.Event()
 
-        def client(number, server=server, counter=counter, wrong=wrong, outcomes=outcomes):
+        def client(number, server=server, counter=counter, wrong=wrong, outcomes=outcomes, expected=expected):
             source, api = random.Random(number), server.openai
             while next(counter) < REQUESTS:
                 model, question = source.choice(["v0", "v1", "v2", "a5", "a6", "a7"]), source.choice(questions)

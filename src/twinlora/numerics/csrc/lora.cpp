@@ -10,6 +10,11 @@
 namespace twinlora {
 namespace {
 
+// Each weight is used once a pass, and matrices end before the hardware has seen where the reading goes.
+constexpr i64 ahead = 1024;  // weights of A, whose rows follow each other
+
+inline void fetch(const u16* weights) { _mm_prefetch(reinterpret_cast<const char*>(weights), _MM_HINT_T0); }
+
 // hidden[row, j] of `Rows` rows: their products with row j of A, which is read once.
 template <int Rows>
 void products(const u16* x, const u16* a, i64 k, float* out, i64 between) {
@@ -18,6 +23,7 @@ void products(const u16* x, const u16* a, i64 k, float* out, i64 between) {
     for (i64 i = 0; i < k; i += 32) {
         const __mmask32 mask = k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1;
         const __m512bh weights = (__m512bh)_mm512_maskz_loadu_epi16(mask, a + i);
+        fetch(a + i + ahead);
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r)
             sums[r] = _mm512_dpbf16_ps(sums[r], (__m512bh)_mm512_maskz_loadu_epi16(mask, x + r * k + i), weights);
@@ -58,6 +64,8 @@ void block(const LoraSpan& span, i64 columns, const u16* b, const float* hidden,
         for (auto& sum : row) sum = _mm512_setzero_ps();
     for (i64 j = 0; j < span.rank; ++j) {
         __m512 weights[4];
+        fetch(b + j * span.n + 2 * lora_block);
+        fetch(b + j * span.n + 2 * lora_block + 32);
 #pragma GCC unroll 4
         for (int c = 0; c < 4; ++c) weights[c] = load_bf16(b + j * span.n + 16 * c, masks[c]);
 #pragma GCC unroll 4
