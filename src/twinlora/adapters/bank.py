@@ -80,9 +80,8 @@ class BankLinear(nn.Module):
 
     def __init__(self, base: FrozenLinear, bank: AdapterBank, *, head: bool) -> None:
         super().__init__()
-        self.base, self.head = base, head
+        self.base, self.head, self.bank = base, head, bank
         self.adapters: dict[str, LayerWeights] = {}
-        self.__dict__["bank"] = bank  # not a child
         self._planned: _Plan | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,8 +102,9 @@ class BankLinear(nn.Module):
 
 def _add(x: Tensor, ys: tuple[Tensor, ...], layers: tuple[BankLinear, ...]) -> tuple[Tensor, ...]:
     """Adds every row's adapter to y = base(x) of each layer, in place."""
-    first = layers[0]
-    plan, routing, rows = first._planned, first.bank.routing, x.numel() // x.shape[-1]
+    first, routing, rows = layers[0], layers[0].bank.routing, x.numel() // x.shape[-1]
+    assert routing is not None
+    plan = first._planned
     if plan is None or plan.routing is not routing or plan.rows != rows or plan.layers != layers:
         plan = first._planned = _plan(routing, layers, rows)
     if plan.group.runs:

@@ -32,17 +32,14 @@ __all__ = ["OPS", "LoraRun", "add_lora", "pack_lora", "path", "paths", "runtime"
 
 OPS = (
     "nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linears",
-    "nf4_linear_transposed", "dense_linear",
-    "attention", "attention_backward", "attention_step",
+    "nf4_linear_transposed", "dense_linear", "attention", "attention_backward", "attention_step",
     "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "cross_entropy_", "grouped_lora_",
 )  # fmt: skip
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FEW_DENSE_ROWS = 12  # more are bound by arithmetic, where oneDNN is better
 _FEW_LORA_ROWS = 16  # of one adapter; more are a matter for GEMMs
-_FEW_ROWS = (
-    64  # up to here weights are decoded into the product or just before it; above, into a buffer that a GEMM reads
-)
+_FEW_ROWS = 64  # up to here weights are decoded into the product or just before it; above, into a GEMM's buffer
 
 
 @cache
@@ -367,32 +364,27 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     return losses
 
 
-def grouped_lora_(
-    y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scales: list[float], starts: list[int]
-) -> None:
+def grouped_lora_(y: Tensor, x: Tensor, *adapters: Any) -> None:
     """See ops.py."""
-    if (packed := pack_lora([(0, a, b, scales, starts)])) is None or not _fits(y, x):
-        reference.grouped_lora_(y, x, a, b, scales, starts)
-    else:
-        add_lora([y], x, packed)
+    if (packed := pack_lora([(0, *adapters)])) is None or not _fits(y, x):
+        return reference.grouped_lora_(y, x, *adapters)
+    return add_lora([y], x, packed)
 
 
 LoraRun = tuple[int, list[Tensor], list[Tensor], list[float], list[int]]  # which y, then as grouped_lora_
 
 
 def pack_lora(runs: list[LoraRun]) -> Tensor | None:
-    """Several `grouped_lora_` of one x as `add_lora` takes them, as long as the tensors live; None: not for the kernel.
-
-    It takes bfloat16, each B as the transpose of a contiguous [r, N], and few rows an adapter.
-    """
+    """Several `grouped_lora_` of one x for `add_lora`; valid as long as the tensors live. None: not for the kernel,
+    which takes bfloat16, each B as the transpose of a contiguous [r, N], and few rows an adapter."""
     rows = []
     for y, a, b, scales, starts in runs:
         for i, (shrink, expand, (start, stop)) in enumerate(zip(a, b, itertools.pairwise(starts), strict=True)):
-            by_output = shrink.is_contiguous() and expand.T.is_contiguous()
-            if not by_output or stop - start > _FEW_LORA_ROWS or not _fits(shrink, expand):
+            lies_right = shrink.is_contiguous() and expand.T.is_contiguous()
+            if not lies_right or stop - start > _FEW_LORA_ROWS or not _fits(shrink, expand):
                 return None
-            scale = struct.unpack("q", struct.pack("d", scales[i]))[0]
-            rows.append([y, shrink.data_ptr(), expand.data_ptr(), shrink.shape[0], start, stop, scale])
+            (bits,) = struct.unpack("q", struct.pack("d", scales[i]))
+            rows.append([y, shrink.data_ptr(), expand.data_ptr(), len(shrink), start, stop, bits])
     return torch.tensor(rows, dtype=torch.int64).view(-1, 7)
 
 
@@ -400,8 +392,8 @@ def add_lora(ys: Sequence[Tensor], x: Tensor, packed: Tensor) -> None:
     """Run what `pack_lora` packed: x [..., K] of bfloat16 is added to the ys [..., N]."""
     x = x.contiguous()
     assert all(y.is_contiguous() and y.dtype == x.dtype == torch.bfloat16 for y in ys)
-    pointers, widths = [y.data_ptr() for y in ys], [y.shape[-1] for y in ys]
-    _library().grouped_lora(pointers, widths, x.data_ptr(), packed.data_ptr(), packed.shape[0], x.shape[-1], _threads())
+    out = [y.data_ptr() for y in ys], [y.shape[-1] for y in ys]
+    _library().grouped_lora(*out, x.data_ptr(), packed.data_ptr(), len(packed), x.shape[-1], _threads())
 
 
 def _threads() -> int:

@@ -136,7 +136,7 @@ class Engine:
         self._inbox.put(lambda: self._add(ticket))
         return ticket
 
-    def cancel(self, ticket: Ticket, then: Callable[[], None] | None = None) -> None:
+    def cancel(self, ticket: Ticket, then: Callable[[], object] | None = None) -> None:
         """Nobody wants the rest: free its slot; no event comes after `then` was called."""
 
         def work() -> None:

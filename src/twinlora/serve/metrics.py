@@ -16,16 +16,19 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        named = {"labelnames": ["adapter"], "registry": registry}
+        adapter = ["adapter"]
         self.requests = Counter(
             "twinlora_requests", "Requests by adapter and end.", ["adapter", "finish"], registry=registry
         )
-        self.prompt_tokens = Counter("twinlora_prompt_tokens", "Tokens of prompts.", **named)
-        self.reused_tokens = Counter("twinlora_reused_tokens", "Of them, those not computed again.", **named)
-        self.answer_tokens = Counter("twinlora_answer_tokens", "Tokens of answers.", **named)
-        self.first_token = Histogram(
-            "twinlora_time_to_first_token_seconds", "From a request's arrival.", buckets=_SECONDS, **named
+        self.prompt_tokens = Counter("twinlora_prompt_tokens", "Tokens of prompts.", adapter, registry=registry)
+        self.reused_tokens = Counter(
+            "twinlora_reused_tokens", "Of them, those not computed again.", adapter, registry=registry
         )
+        self.answer_tokens = Counter("twinlora_answer_tokens", "Tokens of answers.", adapter, registry=registry)
+        self.first_token = Histogram(
+            "twinlora_time_to_first_token_seconds", "From a request's arrival.", adapter, registry=registry,
+            buckets=_SECONDS,
+        )  # fmt: skip
         self.refused = Counter("twinlora_refused", "Requests turned away, by status.", ["status"], registry=registry)
         self.waiting = Gauge("twinlora_waiting_requests", "Requests without a slot.", registry=registry)
         self.running = Gauge("twinlora_running_requests", "Sequences in the last pass.", registry=registry)

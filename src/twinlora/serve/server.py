@@ -70,14 +70,15 @@ def open_service(options: ServeOptions, adapters: dict[str, Path], reporter: Rep
     limits = {"slots": options.slots, "capacity": _context(options, model), "budget": options.batch_tokens}
     metrics = Metrics()
     engine = Engine(model, opened.tokenizer, opened.bank, on_pass=metrics.on_pass, **limits)
-    origin = {
-        "base": options.model,
-        "fingerprint": fingerprint(resolve(options.model), reporter.note),
-        "precision": precision_by_layer(model),
-    }
+    store = ModelStore(
+        engine,
+        base=options.model,
+        fingerprint=fingerprint(resolve(options.model), reporter.note),
+        precision=precision_by_layer(model),
+    )
     name = options.name or Path(options.model).name or "base"
     registry = Registry(
-        ModelStore(engine, **origin),
+        store,
         name,
         parse_size(options.adapter_memory),
         blends=options.blends,
