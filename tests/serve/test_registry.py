@@ -156,6 +156,13 @@ def test_blends_are_of_the_versions_of_now(store):
         registry(store).lease("x:0.7+y:0.3")
 
 
+def test_an_adapter_that_can_never_fit_is_refused(store):
+    served = registry(store, limit=50)
+    with pytest.raises(AdapterError, match="60 bytes; adapters have 50: raise --adapter-memory"):
+        served.register("x", Path("/one/60")).result()
+    assert not served.versions()
+
+
 def test_a_slow_disk_blocks_no_name(store):
     served = registry(store)
     served.register("x", Path("/one/40")).result()

@@ -366,7 +366,8 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
 
 def grouped_lora_(y: Tensor, x: Tensor, *adapters: Any) -> None:
     """See ops.py."""
-    if (packed := pack_lora([(0, *adapters)])) is None or not _fits(y, x):
+    packed, rest = pack_lora([(0, *adapters)])
+    if rest or not _fits(y, x):
         return reference.grouped_lora_(y, x, *adapters)
     return add_lora([y], x, packed)
 
@@ -374,18 +375,18 @@ def grouped_lora_(y: Tensor, x: Tensor, *adapters: Any) -> None:
 LoraRun = tuple[int, list[Tensor], list[Tensor], list[float], list[int]]  # which y, then as grouped_lora_
 
 
-def pack_lora(runs: list[LoraRun]) -> Tensor | None:
-    """Several `grouped_lora_` of one x for `add_lora`; valid as long as the tensors live. None: not for the kernel,
+def pack_lora(runs: list[LoraRun]) -> tuple[Tensor, list[LoraRun]]:
+    """Several `grouped_lora_` of one x for `add_lora`, valid while their tensors live; and what is not for the kernel,
     which takes bfloat16, each B as the transpose of a contiguous [r, N], and few rows an adapter."""
-    rows = []
-    for y, a, b, scales, starts in runs:
-        for i, (shrink, expand, (start, stop)) in enumerate(zip(a, b, itertools.pairwise(starts), strict=True)):
-            lies_right = shrink.is_contiguous() and expand.T.is_contiguous()
-            if not lies_right or stop - start > _FEW_LORA_ROWS or not _fits(shrink, expand):
-                return None
-            (bits,) = struct.unpack("q", struct.pack("d", scales[i]))
-            rows.append([y, shrink.data_ptr(), expand.data_ptr(), len(shrink), start, stop, bits])
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 7)
+    rows, rest = [], []
+    for y, shrinks, expands, scales, starts in runs:
+        for a, b, scale, (start, stop) in zip(shrinks, expands, scales, itertools.pairwise(starts), strict=True):
+            if stop - start > _FEW_LORA_ROWS or not (_fits(a, b) and a.is_contiguous() and b.T.is_contiguous()):
+                rest.append((y, [a], [b], [scale], [start, stop]))
+            else:
+                (bits,) = struct.unpack("q", struct.pack("d", scale))
+                rows.append([y, a.data_ptr(), b.data_ptr(), len(a), start, stop, bits])
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 7), rest
 
 
 def add_lora(ys: Sequence[Tensor], x: Tensor, packed: Tensor) -> None:
@@ -396,5 +397,4 @@ def add_lora(ys: Sequence[Tensor], x: Tensor, packed: Tensor) -> None:
     _library().grouped_lora(*out, x.data_ptr(), packed.data_ptr(), len(packed), x.shape[-1], _threads())
 
 
-def _threads() -> int:
-    return torch.get_num_threads()
+_threads = torch.get_num_threads

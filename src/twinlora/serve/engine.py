@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twinlora.adapters.bank import AdapterBank
-from twinlora.errors import ModelError
+from twinlora.errors import ModelError, OutOfMemory
 from twinlora.model.attention import NO_MASK_SHAPE
 from twinlora.model.forward import packing_refusal
 from twinlora.model.generate import end_tokens, is_ragged
@@ -118,8 +118,16 @@ class Engine:
 
     def stop(self) -> None:
         """Finish what is running and end."""
-        self.call(self._end).result()
+        self._inbox.put(self._end)
         self._thread.join()
+
+    def rehearse(self) -> None:
+        """One pass of the largest size, so that memory runs out now or never. Raises OutOfMemory."""
+        count = min(self.scheduler.budget, self.scheduler.capacity - 1)
+        ends: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.submit([0] * count, None, Sampling(1), ends.put)
+        if error := ends.get().error:
+            raise OutOfMemory(f"a pass of {count} tokens failed ({error}); lower --batch-tokens, --slots or --context")
 
     @property
     def alive(self) -> bool:
@@ -172,8 +180,9 @@ class Engine:
     def _run(self) -> None:
         try:
             self._passes()
-        finally:  # nobody waits for an engine that has died
+        finally:  # nobody waits for an engine that has ended
             self._stopping = True
+            self._take()
             for ticket in self._tickets.values():
                 ticket.on_event(Event("", None, "error", "the engine has stopped"))
 

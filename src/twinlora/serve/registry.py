@@ -260,6 +260,7 @@ class Registry:
             done = "is not served; register it" if replace else "is served already; replace it, or choose another name"
             raise AdapterError(f"adapter {name!r} {done}")
         loaded = self._store.load(directory)
+        self._require_size(loaded.nbytes, name)
         for line in loaded.notes:
             self._note(line)
         with self._lock:
@@ -282,12 +283,19 @@ class Registry:
             self._note(f"adapter {name}: no room in memory now; it is read again when it is asked for")
         return version
 
+    def _require_size(self, nbytes: int, name: str) -> None:
+        if nbytes > self.limit:
+            raise AdapterError(
+                f"adapter {name}: {nbytes:,} bytes; adapters have {self.limit:,}: raise --adapter-memory"
+            )
+
     def _load(self, content: Content) -> None:
         if content.resident:
             return
         if content.parts:
             loaded = [(self._read(version.content), weight) for version, weight in content.parts]
             tensors, content.nbytes = self._store.blend(loaded)
+            self._require_size(content.nbytes, "this blend")
         else:
             tensors = self._read(content)
         self._make_resident(content, tensors)

@@ -85,6 +85,7 @@ def open_service(options: ServeOptions, adapters: dict[str, Path], reporter: Rep
         note=reporter.note,
     )
     engine.start()
+    engine.rehearse()
     service = Service(engine, registry, metrics, options, reporter.note)
     try:
         _register(registry, options.adapters_dir, adapters, reporter.note)
