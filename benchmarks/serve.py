@@ -48,13 +48,14 @@ def mixups(args: argparse.Namespace) -> dict[str, Any]:
 
         parts.clients(solo, 1)
         outcome, left = Outcome(), [args.requests]
-        names = [f"name-{i}" for i in range(8)]
+        moved = max(1, min(8, len(words) // 2))  # canaries that go by changing names
+        names = [f"name-{i}" for i in range(moved)]
 
         async def ask(client: httpx.AsyncClient, number: int) -> None:
             source = random.Random(number)
             while left[0] > 0:
                 left[0] -= 1
-                model = source.choice(names + list(words)[8:])
+                model = source.choice(names + list(words)[moved:])
                 answer = await client.post(f"{server.url}/v1/chat/completions", json=body(model, QUESTION, 16))
                 outcome.add_status(answer.status_code)
                 if answer.status_code != 200:
@@ -68,7 +69,7 @@ def mixups(args: argparse.Namespace) -> dict[str, Any]:
         async def change(client: httpx.AsyncClient) -> None:
             source, headers = random.Random(99), {"Authorization": f"Bearer {parts.ADMIN}"}
             while left[0] > 0:
-                name, path = source.choice(names), f"canary-{source.randrange(8)}"
+                name, path = source.choice(names), f"canary-{source.randrange(moved)}"
                 url = f"{server.url}/admin/adapters"
                 if source.random() < 0.2:
                     await client.delete(f"{url}/{name}", headers=headers)

@@ -191,10 +191,12 @@ def test_a_client_that_leaves_frees_its_slot(running):
     with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body | {"stream": True}, headers=HEADERS) as s:
         next(s.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{running.url}/v1/chat/completions", json=body, headers=HEADERS, timeout=0.05)
+        httpx.post(
+            f"{running.url}/v1/chat/completions", json=body, headers=HEADERS, timeout=httpx.Timeout(30, read=0.05)
+        )
     running.settled()
     metrics = httpx.get(f"{running.url}/metrics", headers=HEADERS).text
-    assert 'twinlora_requests_total{adapter="a0",finish="cancelled"}' in metrics
+    assert 'twinlora_requests_total{adapter="a0",finish="cancelled"} 2.0' in metrics, "streamed, and not"
 
 
 def test_metrics(running):
