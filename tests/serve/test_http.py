@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import threading
 
@@ -11,6 +13,9 @@ import torch
 
 from tests.serve.conftest import ADMIN, TOKEN, start
 from twinlora.data.template import encode_chat
+from twinlora.serve.answers import ChatForm, stream
+from twinlora.serve.http import _Stream
+from twinlora.serve.state import Sampling
 
 openai = pytest.importorskip("openai")
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
@@ -268,3 +273,23 @@ def test_overload_is_429_with_retry_after(tiny, tmp_path):
         assert refused.headers["retry-after"] == "1"
         assert refused.json()["error"]["type"] == "rate_limit_error"
         server.settled()
+
+
+def test_a_stream_that_never_begins_frees_its_slot(running):
+    service = running.service
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        raise OSError("the client has gone")
+
+    async def begin():
+        answer = await service.begin("a0", [1, 2, 3], Sampling(200))
+        form = ChatForm("a0", answer, service.tokenizer, None)
+        response = _Stream(answer, stream(form, answer, usage=False))
+        with contextlib.suppress(Exception):
+            await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+
+    asyncio.run(begin())
+    running.settled()

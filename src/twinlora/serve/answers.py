@@ -114,11 +114,10 @@ class CompletionForm(Form):
 
 async def whole(form: Form, answer: Answer) -> dict[str, Any]:
     """The answer as one object."""
-    async with answer:
-        events = [event async for event in answer]
-        text = "".join(event.text for event in events)
-        choice = form.choice(text, events, events[-1].finish)
-        return form.head | {"object": form.object_whole, "choices": [choice], "usage": answer.usage}
+    events = [event async for event in answer]
+    text = "".join(event.text for event in events)
+    choice = form.choice(text, events, events[-1].finish)
+    return form.head | {"object": form.object_whole, "choices": [choice], "usage": answer.usage}
 
 
 async def stream(form: Form, answer: Answer, *, usage: bool) -> AsyncIterator[bytes]:
@@ -126,20 +125,19 @@ async def stream(form: Form, answer: Answer, *, usage: bool) -> AsyncIterator[by
     head = form.head | {"object": form.object_chunk} | ({"usage": None} if usage else {})
     held: list[Event] = []  # tokens whose text is still to come
     first = True
-    async with answer:
-        try:
-            async for event in answer:
-                held.append(event)
-                if event.text or event.finish:
-                    part = form.part(event.text, held, event.finish, first=first)
-                    yield _line(head | {"choices": [part]})
-                    held, first = [], False
-        except ApiError as error:
-            yield _line(error.body())
-            return
-        if usage:
-            yield _line(head | {"choices": [], "usage": answer.usage})
-        yield b"data: [DONE]\n\n"
+    try:
+        async for event in answer:
+            held.append(event)
+            if event.text or event.finish:
+                part = form.part(event.text, held, event.finish, first=first)
+                yield _line(head | {"choices": [part]})
+                held, first = [], False
+    except ApiError as error:
+        yield _line(error.body())
+        return
+    if usage:
+        yield _line(head | {"choices": [], "usage": answer.usage})
+    yield b"data: [DONE]\n\n"
 
 
 def _line(document: dict[str, Any]) -> bytes:

@@ -17,7 +17,7 @@ from twinlora.serve.admin import admin_routes
 from twinlora.serve.answers import ChatForm, CompletionForm, Form, stream, whole
 from twinlora.serve.guard import Guard
 from twinlora.serve.schema import ChatRequest, CompletionRequest
-from twinlora.serve.service import ApiError, Service
+from twinlora.serve.service import Answer, ApiError, Service
 from twinlora.serve.state import Sampling
 
 __all__ = ["application"]
@@ -176,8 +176,22 @@ async def _answer(
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        return StreamingResponse(stream(form, answer, usage=usage), media_type="text/event-stream", headers=headers)
-    return JSONResponse(await _unless_gone(request, whole(form, answer)))
+        return _Stream(answer, stream(form, answer, usage=usage), media_type="text/event-stream", headers=headers)
+    async with answer:
+        return JSONResponse(await _unless_gone(request, whole(form, answer)))
+
+
+class _Stream(StreamingResponse):
+    """Lets go of the answer however it ends, also before its first piece was sent."""
+
+    def __init__(self, answer: Answer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.answer = answer
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """See starlette."""
+        async with self.answer:
+            await super().__call__(scope, receive, send)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -132,6 +132,7 @@ class Registry:
         self._pinned: set[str] = set()
         self._contents: dict[str, Content] = {}
         self._loader = ThreadPoolExecutor(1, "loader")
+        self._closed = False
 
     # Names. These never wait.
 
@@ -201,7 +202,7 @@ class Registry:
         with self._lock:
             content.leases -= 1
             drained = content.leases == 0 and content.names == 0
-        if drained:
+        if drained and not self._closed:
             self._loader.submit(self._sweep)
 
     # Work of the loader thread.
@@ -242,6 +243,7 @@ class Registry:
 
     def close(self) -> None:
         """End the loader; what it has begun is finished."""
+        self._closed = True
         self._loader.shutdown()
 
     def _drop(self, version: Version) -> None:
