@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import uvicorn
 
 from twinlora.adapters import files, passport
 from twinlora.adapters.bank import AdapterBank
@@ -24,9 +25,6 @@ from twinlora.model.fingerprint import fingerprint
 from twinlora.model.generate import generate
 from twinlora.model.load import load_model, load_tokenizer, precision_by_layer, resolve
 from twinlora.reporter import Reporter
-
-uvicorn = pytest.importorskip("uvicorn")
-pytest.importorskip("fastapi")
 
 TOKEN, ADMIN = "t" * 20, "a" * 20
 CONFIGS = [

@@ -17,6 +17,9 @@ from twinlora.config import DoctorOptions
 _OPTIONAL = {
     "sacrebleu": "--metric chrf",
     "rouge-score": "--metric rouge-l",
+    "fastapi": "twinlora serve",
+    "uvicorn": "twinlora serve",
+    "prometheus-client": "twinlora serve",
     "lm-eval": "lm-evaluation-harness on our models",
     "tensorboard": "--report-to tensorboard",
     "wandb": "--report-to wandb",

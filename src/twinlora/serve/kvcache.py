@@ -5,6 +5,8 @@ Shape legend: T tokens of the pass, H query heads, K key/value heads, D head siz
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,13 @@ class Pass(Layout):
         self.next = [(at, *chunk) for at, chunk in numbered if chunk[2] == 1]
         self.whole = [(at, *chunk) for at, chunk in numbered if chunk[2] > 1 and chunk[1] == 0]
         self.later = [(at, *chunk) for at, chunk in numbered if chunk[2] > 1 and chunk[1] > 0]
+        self.whole_starts = [0, *itertools.accumulate(count for _, _, _, count in self.whole)]
+        # The tokens of each kind, where there are several kinds.
+        self.next_tokens, self.whole_tokens = (self._tokens(kind) for kind in (self.next, self.whole))
+
+    def _tokens(self, chunks: list[tuple[int, int, int, int]]) -> Tensor:
+        parts = [torch.arange(at, at + count) for at, _, _, count in chunks]
+        return torch.cat(parts or [torch.arange(0)]).to(self.device)
 
     def positions(self) -> Tensor:
         """See Layout."""
@@ -55,26 +64,25 @@ class Pass(Layout):
             return self._next(q, k, v, rotation, keys, values, scale, window)
         out = torch.empty_like(q)
         if self.next:
-            index = torch.tensor([at for at, *_ in self.next], device=q.device)
-            cos, sin = (table[index] for table in rotation)
-            out[index] = self._next(q[index], k[index], v[index], (cos, sin), keys, values, scale, window)
+            q1, k1, v1, cos, sin = (x[self.next_tokens] for x in (q, k, v, *rotation))
+            out[self.next_tokens] = self._next(q1, k1, v1, (cos, sin), keys, values, scale, window)
         if self.whole:
-            parts = [torch.arange(at, at + count) for at, _, _, count in self.whole]
-            index, starts = torch.cat(parts).to(q.device), [0]
-            cos, sin = (table[index] for table in rotation)
             for at, slot, _, count in self.whole:
                 here = slice(at, at + count)
-                starts.append(starts[-1] + count)
                 keys[slot, :, :count] = rotate(k[here], rotation[0][here], rotation[1][here]).transpose(0, 1)
                 values[slot, :, :count] = v[here].transpose(0, 1)
-            out[index] = ops.attention(q[index], k[index], v[index], starts, scale, window, (cos, sin))
+            q1, k1, v1, cos, sin = (x[self.whole_tokens] for x in (q, k, v, *rotation))
+            out[self.whole_tokens] = ops.attention(q1, k1, v1, self.whole_starts, scale, window, (cos, sin))
         for at, slot, before, count in self.later:
             here = slice(at, at + count)
             turn = (rotation[0][here], rotation[1][here])
             out[here] = ops.attention_extend(q[here], k[here], v[here], turn, keys, values, slot, before, scale, window)
         return out
 
-    def _next(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, keys: Tensor, values: Tensor,
-              scale: float, window: int | None) -> Tensor:  # fmt: skip
+    def _next(
+        self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, keys: Tensor, values: Tensor,
+        scale: float, window: int | None,
+    ) -> Tensor:  # fmt: skip
+        """One more token of each sequence: q [n, H, D]."""
         rows, lengths = [slot for _, slot, _, _ in self.next], [before for _, _, before, _ in self.next]
         return ops.attention_step(q, k, v, rotation, keys, values, rows, lengths, scale, window)
