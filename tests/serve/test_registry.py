@@ -145,10 +145,15 @@ def test_blends_are_of_the_versions_of_now(store):
         served.register(name, Path(f"/{name}{name}/5")).result()
     first = ready(served, "x:0.7+y:0.3")
     assert first.key in store.resident
-    assert served.lease("x:0.70+y:0.3").key == first.key
+    again = served.lease("x:0.70+y:0.3")
+    assert again.key == first.key
+    served.release(again)
     for wrong in ("x:0.7", "x:0.7+x:0.3", "x:7+y:1", "x:a+y:1", "x:nan+y:1", "x:0.7+w:0.3", "x:0.7+"):
         with pytest.raises(UnknownModel):
             served.lease(wrong)
+    served.release(first)
+    settle(served)
+    assert first.key in store.resident, "kept for the next request"
     served.register("x", Path("/other/5"), replace=True).result()
     second = ready(served, "x:0.7+y:0.3")
     assert second.key != first.key
@@ -228,3 +233,9 @@ def test_containment(tmp_path):
     for wrong in ("..", ".", "", "../outside", "/etc", "escape", "linked", "missing", str(outside)):
         with pytest.raises(AdapterError, match="adapters-dir"):
             contained(root, wrong)
+    bare, empty = tmp_path / "bare", tmp_path / "empty"
+    (bare / "good").mkdir(parents=True)
+    empty.mkdir()
+    for wrong in (".", "", "..", "../empty", str(empty)):
+        with pytest.raises(AdapterError, match="inside of"):
+            contained(bare, wrong)
