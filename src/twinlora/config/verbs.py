@@ -190,7 +190,9 @@ class ServeOptions(Options, ModelOptions):
     )
     slots: Positive = Field(16, description="Requests that are answered at once.")
     queue: Positive = Field(64, description="Requests that may wait; more get status 429.")
-    context: Positive = Field(2048, description="Longest prompt and answer together, in tokens.")
+    context: Positive | None = Field(
+        None, description="Longest prompt and answer together, in tokens; default: 2048, or what the model has."
+    )
     batch_tokens: Positive = Field(256, description="Tokens that go through the model at once; prompts are cut to fit.")
     max_new_tokens: Positive = Field(256, description="Longest answer where a request does not say.")
     adapter_memory: str = Field(

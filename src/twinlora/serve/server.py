@@ -29,6 +29,7 @@ from twinlora.serve.store import ModelStore
 
 __all__ = ["Served", "open_service", "serve"]
 
+_CONTEXT = 2048  # tokens, where nobody says
 _DRAIN_SECONDS = 60  # for requests that run when the server is told to stop
 
 
@@ -97,7 +98,9 @@ def open_service(options: ServeOptions, adapters: dict[str, Path], reporter: Rep
 
 
 def _context(options: ServeOptions, model: Any) -> int:
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest: int | None = getattr(model.config, "max_position_embeddings", None)
+    if options.context is None:
+        return min(_CONTEXT, longest or _CONTEXT)
     if longest is not None and options.context > longest:
         raise ConfigError(f"--context {options.context:,}: this model has positions up to {longest:,}")
     return options.context

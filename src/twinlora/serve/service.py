@@ -134,12 +134,13 @@ class Service:
 
     def room(self, tokens: list[int], wanted: int | None, param: str) -> int:
         """How many tokens the answer may have. Raises ApiError if it cannot have what was asked for."""
-        left = self.options.context - len(tokens)
+        context = self.engine.scheduler.capacity
+        left = context - len(tokens)
         if left < (wanted or 1):
             answer = f" and an answer of {wanted:,}" if wanted else ""
             raise ApiError(
                 400,
-                f"a prompt of {len(tokens):,} tokens{answer} is more than the context of {self.options.context:,}",
+                f"a prompt of {len(tokens):,} tokens{answer} is more than the context of {context:,}",
                 param=param,
                 code="context_length_exceeded",
             )
