@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from twinlora.model import swap
-from twinlora.model.generate import _is_ragged, generate
+from twinlora.model.generate import generate, is_ragged
 from twinlora.model.load import load_model, resolve
 from twinlora.numerics.formats import NF4Format
 
@@ -15,7 +15,7 @@ def load(request, tiny):
         model = load_model(resolve(str(tiny)), dtype=torch.float32, **arguments)
         if request.param == "our blocks":
             swap.replace_blocks(model)
-        assert _is_ragged(model) == (request.param == "our blocks")
+        assert is_ragged(model) == (request.param == "our blocks")
         return model
 
     return load

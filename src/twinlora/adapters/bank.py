@@ -1,65 +1,254 @@
-"""Many adapters on one resident base, one of them active: switching moves pointers, no weight is copied."""
+"""Many adapters on one resident base, mixed in one batch: every row is answered with an adapter of its own.
+
+A `Routing` says which rows use which adapter. It lies on the bank, which its `BankLinear`s share, since the linears of
+a transformers model see nothing but their input. One thread at a time runs the model; adapters come and go between
+passes, and no weight of the base is ever copied.
+
+Shape legend: R rows of a pass, K and N a layer's inputs and outputs, r an adapter's rank in a layer.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from twinlora.adapters.files import AdapterFile, require_fit
-from twinlora.adapters.lora import LoraLinear, lora_layers, wrap
+from twinlora.adapters.lora import LoraLinear, lora_layers
 from twinlora.errors import AdapterError
+from twinlora.model.linear import FrozenLinear, as_frozen, multiply_each
+from twinlora.numerics.cpu import LoraRun
+from twinlora.numerics.lora import LoraGroup
 
-__all__ = ["AdapterBank"]
+__all__ = ["AdapterBank", "BankLinear", "LayerWeights", "Resident", "Routing", "blend"]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """An adapter in one layer: A [r, K] and B [N, r] in the base's type, the scale, and what DoRA multiplies by [N]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    gain: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return self.a.nbytes + self.b.nbytes + (0 if self.gain is None else self.gain.nbytes)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """An adapter in memory, by layer name; it shares nothing with the files it came from."""
+
+    layers: Mapping[str, LayerWeights]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Rows keys[i] -> starts[i] .. starts[i + 1]; None is the bare base. The head may see other rows than the rest."""
+
+    keys: tuple[str | None, ...]
+    starts: tuple[int, ...]
+    head_starts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a routing means for layers with one input and so many rows: the adapters, and the rows that DoRA scales."""
+
+    routing: Routing
+    layers: tuple[BankLinear, ...]
+    rows: int
+    group: LoraGroup
+    gains: list[tuple[int, int, int, Tensor]]  # layer, start, stop, gain
+
+
+class BankLinear(nn.Module):
+    """A frozen layer and what each adapter adds to it."""
+
+    def __init__(self, base: FrozenLinear, bank: AdapterBank, *, head: bool) -> None:
+        super().__init__()
+        self.base, self.head, self.bank = base, head, bank
+        self.adapters: dict[str, LayerWeights] = {}
+        self._planned: _Plan | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]. No gradient while an adapter is in use."""
+        if self.bank.routing is None:
+            out: Tensor = self.base(x)
+            return out
+        return _add(x, (self.base.multiply(x),), (self,))[0]
+
+    @staticmethod
+    def together(x: Tensor, layers: tuple[BankLinear, ...]) -> tuple[Tensor, ...]:
+        """What each layer makes of the same x [..., K]; see `model.linear.project`."""
+        bases = [layer.base for layer in layers]
+        if layers[0].bank.routing is None:
+            return FrozenLinear.together(x, bases)
+        return _add(x, multiply_each(x, bases), layers)
+
+
+def _add(x: Tensor, ys: tuple[Tensor, ...], layers: tuple[BankLinear, ...]) -> tuple[Tensor, ...]:
+    """Adds every row's adapter to y = base(x) of each layer, in place."""
+    first, routing, rows = layers[0], layers[0].bank.routing, x.numel() // x.shape[-1]
+    assert routing is not None
+    plan = first._planned
+    if plan is None or plan.routing is not routing or plan.rows != rows or plan.layers != layers:
+        plan = first._planned = _plan(routing, layers, rows)
+    if plan.group.runs:
+        plan.group.add(ys, x)
+    for layer, start, stop, gain in plan.gains:
+        part, bias = ys[layer].view(-1, ys[layer].shape[-1])[start:stop], layers[layer].base.bias
+        part.copy_(part * gain if bias is None else (part - bias) * gain + bias)
+    return ys
+
+
+def _plan(routing: Routing, layers: tuple[BankLinear, ...], rows: int) -> _Plan:
+    """A row whose adapter has nothing in a layer ends a run of the op there."""
+    runs: list[LoraRun] = []
+    gains = []
+    for number, layer in enumerate(layers):
+        starts = [min(start, rows) for start in (routing.head_starts if layer.head else routing.starts)]
+        run: LoraRun | None = None
+        for key, (start, stop) in zip(routing.keys, itertools.pairwise(starts), strict=True):
+            weights = layer.adapters.get(key) if key is not None else None
+            if start == stop:
+                continue
+            if weights is None:
+                run = None
+                continue
+            if run is None:
+                run = (number, [], [], [], [start])
+                runs.append(run)
+            for part, value in zip(run[1:], (weights.a, weights.b, weights.scale, stop), strict=True):
+                part.append(value)  # type: ignore[attr-defined]
+            if weights.gain is not None:
+                gains.append((number, start, stop, weights.gain))
+    return _Plan(routing, layers, rows, LoraGroup(runs), gains)
 
 
 class AdapterBank:
-    """Named adapters of different ranks and targets over `model`. None is the bare base."""
+    """Adapters of different ranks and targets over `model`, by key. `use` gives one of them every row."""
 
     def __init__(self, model: nn.Module) -> None:
         if lora_layers(model):
             raise AdapterError("the model already has adapters: load it afresh")
         self._model = model
-        self._weights: dict[str, dict[str, tuple[nn.Parameter, nn.Parameter, nn.Parameter | None, float]]] = {}
+        self._resident: dict[str, Resident] = {}
+        self.routing: Routing | None = None  # of the pass that runs
+        self._last: Routing | None = None
         self.active: str | None = None
 
     @property
     def names(self) -> list[str]:
         """Adapters in the order in which they were added."""
-        return list(self._weights)
+        return list(self._resident)
 
-    def add(self, name: str, adapter: AdapterFile) -> None:
-        """Take in an adapter; the active one stays. Raises AdapterError if it does not fit or the name is taken."""
-        if name in self._weights:
-            raise AdapterError(f"adapter name {name!r} is taken by another one: choose a different name")
+    def prepare(self, adapter: AdapterFile) -> Resident:
+        """`adapter` ready to be installed: checked, and copied to the model's device and type. Any thread may call it.
+
+        Raises AdapterError if it does not fit or trained whole modules.
+        """
         require_fit(self._model, adapter)
         if adapter.modules:
             raise AdapterError(
-                f"adapter {name!r} trained whole modules ({', '.join(adapter.modules)}), which are not switched; "
-                "serve it from a model of its own"
+                f"adapter {adapter.directory} trained whole modules ({', '.join(adapter.modules)}), which are not "
+                "switched; serve it from a model of its own"
             )
-        device = next(self._model.parameters()).device
-        self._weights[name] = {}
-        for layer, (a, b) in adapter.tensors.items():
-            if not isinstance(self._model.get_submodule(layer), LoraLinear):
-                wrap(self._model, layer, adapter.configs[layer])
-            a, b = (_frozen(t, device) for t in (a, b))
-            magnitude = adapter.magnitudes.get(layer)
-            length = None if magnitude is None else _frozen(magnitude, device)
-            self._weights[name][layer] = (a, b, length, adapter.configs[layer].scale)
-        self.use(self.active)
+        return Resident({name: self._layer(adapter, name) for name in adapter.tensors})
+
+    @torch.no_grad()
+    def _layer(self, adapter: AdapterFile, name: str) -> LayerWeights:
+        embedding: Any = next(self._model.parameters())
+        kept = {"device": embedding.device, "dtype": embedding.dtype, "copy": True}
+        config, magnitude = adapter.configs[name], adapter.magnitudes.get(name)
+        a, b = adapter.tensors[name]
+        gain = None
+        if magnitude is not None:
+            # One home for DoRA's arithmetic: the layer that trains it.
+            layer = LoraLinear(self._base(name), config)
+            layer.lora_A, layer.lora_B, layer.magnitude = (
+                nn.Parameter(t.float().to(embedding.device), requires_grad=False) for t in (a, b, magnitude)
+            )
+            gain = layer.gain(embedding.dtype).to(embedding.dtype)
+        # B lies transposed in memory: neighbouring outputs are read together.
+        return LayerWeights(a.to(**kept), b.T.contiguous().to(**kept).T, config.scale, gain)
+
+    def _base(self, name: str) -> FrozenLinear:
+        layer: Any = self._model.get_submodule(name)
+        return layer.base if isinstance(layer, BankLinear) else as_frozen(layer)
+
+    def install(self, key: str, resident: Resident) -> None:
+        """Take in a prepared adapter, between two passes. Raises AdapterError if the key is taken."""
+        if key in self._resident:
+            raise AdapterError(f"adapter name {key!r} is taken by another one: choose a different name")
+        head = getattr(self._model, "get_output_embeddings", lambda: None)()
+        for name, weights in resident.layers.items():
+            module = self._model.get_submodule(name)
+            if not isinstance(module, BankLinear):
+                parent, _, child = name.rpartition(".")
+                module = BankLinear(as_frozen(module), self, head=module is head)
+                setattr(self._model.get_submodule(parent), child, module)
+            module.adapters[key] = weights
+        self._resident[key] = resident
+
+    def remove(self, key: str) -> None:
+        """Forget an adapter that no pass uses."""
+        for name in self._resident.pop(key).layers:
+            layer: Any = self._model.get_submodule(name)
+            del layer.adapters[key]
+            layer._planned = None
+
+    def add(self, name: str, adapter: AdapterFile) -> None:
+        """Prepare and install an adapter from disk; the active one stays. Raises AdapterError."""
+        if name in self._resident:
+            raise AdapterError(f"adapter name {name!r} is taken by another one: choose a different name")
+        self.install(name, self.prepare(adapter))
 
     def use(self, name: str | None) -> None:
-        """Answer with adapter `name`, or with the bare base. Raises AdapterError for an unknown name."""
-        if name is not None and name not in self._weights:
-            known = ", ".join(self._weights) or "none"
+        """Answer every row with adapter `name`, or with the bare base. Raises AdapterError for an unknown name."""
+        if name is not None and name not in self._resident:
+            known = ", ".join(self._resident) or "none"
             raise AdapterError(f"no adapter {name!r}; loaded: {known}")
-        chosen = self._weights[name] if name is not None else {}
-        for layer, module in lora_layers(self._model).items():
-            module.enabled = layer in chosen
-            if module.enabled:
-                module.lora_A, module.lora_B, module.magnitude, module.scale = chosen[layer]
+        everything = (0, torch.iinfo(torch.int64).max)
+        self.routing = None if name is None else Routing((name,), everything, everything)
         self.active = name
 
+    @contextlib.contextmanager
+    def rows(self, keys: Sequence[str | None], starts: Sequence[int], head_starts: Sequence[int]) -> Iterator[None]:
+        """In this context rows starts[i] .. starts[i + 1] of a pass use adapter keys[i]; in the head, head_starts."""
+        before, routing = self.routing, Routing(tuple(keys), tuple(starts), tuple(head_starts))
+        missing = set(routing.keys) - set(self._resident) - {None}
+        assert not missing, f"adapters that are not resident: {missing}"
+        # The layers keep their plans as long as the same rows come again.
+        self._last = self._last if self._last == routing else routing
+        self.routing = None if set(keys) <= {None} else self._last
+        try:
+            yield
+        finally:
+            self.routing = before
 
-def _frozen(tensor: Tensor, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(tensor.float().to(device), requires_grad=False)
+
+def blend(parts: Sequence[tuple[Resident, float]]) -> Resident:
+    """The weighted sum of adapters, as one of the sum of their ranks. Raises AdapterError if one is a DoRA."""
+    if any(layer.gain is not None for part, _ in parts for layer in part.layers.values()):
+        raise AdapterError("a DoRA adapter cannot be blended: its update is not a sum")
+    layers = {}
+    for name in dict.fromkeys(name for part, _ in parts for name in part.layers):
+        found = [(part.layers[name], weight) for part, weight in parts if name in part.layers]
+        transposed = torch.cat([layer.b.T.float() * (layer.scale * weight) for layer, weight in found])
+        b = transposed.to(found[0][0].b.dtype).T
+        layers[name] = LayerWeights(torch.cat([layer.a for layer, _ in found]), b, 1.0)
+    return Resident(layers)

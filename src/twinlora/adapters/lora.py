@@ -191,7 +191,7 @@ class LoraLinear(nn.Module):
         if self.magnitude is None:
             return added
         dense = self.base.dense_weight(torch.float32)
-        return self._gain(torch.float32)[:, None] * (dense + added) - dense
+        return self.gain(torch.float32)[:, None] * (dense + added) - dense
 
     def _base_norms(self) -> Tensor:
         """Squared length of each row of the base's weight, float32 [out]; computed once."""
@@ -214,14 +214,15 @@ class LoraLinear(nn.Module):
         squared = self.scale**2 * ((b @ (a @ a.T)) * b).sum(1)
         return (self._base_norms() + crossed + squared).clamp_(min=1e-12).sqrt_()
 
-    def _gain(self, dtype: torch.dtype) -> Tensor:
+    def gain(self, dtype: torch.dtype) -> Tensor:
+        """What DoRA multiplies each row of the product by, float32 [out]."""
         assert self.magnitude is not None
         return self.magnitude / self._row_norms(dtype)
 
     def _with_magnitude(self, y: Tensor) -> Tensor:
         if self.magnitude is None:
             return y
-        gain, bias = self._gain(y.dtype).to(y.dtype), self.base.bias
+        gain, bias = self.gain(y.dtype).to(y.dtype), self.base.bias
         return y * gain if bias is None else (y - bias) * gain + bias
 
     def extra_repr(self) -> str:

@@ -82,10 +82,12 @@ def check(
     base: str,
     precision: dict[str, int],
     layers: Mapping[str, str] | None = None,
+    tokenizer: dict[str, str | None] | None = None,
 ) -> list[str]:
     """Lines to print about loading the adapter onto this base; `layers` is its precision by layer if that was chosen.
 
-    Raises AdapterError if the adapter was trained on another base.
+    Raises AdapterError if the adapter was trained on another base. `tokenizer`: the digests of the tokenizer in use,
+    which must then be the one it was trained with.
     """
     passport = read(directory)
     if passport is None:
@@ -97,11 +99,30 @@ def check(
             f"  loading on: {base} (weights {fingerprint[:16]})\n"
             f"give --model {passport.base_model}, or delete {directory / FILE} if you know better"
         )
+    lines = _tokenizer_lines(directory, passport, tokenizer) if tokenizer else []
     if passport.base_precision != precision:
-        return [f"adapter {directory}: trained on {_named(passport.base_precision)}, running on {_named(precision)}"]
+        return [
+            *lines,
+            f"adapter {directory}: trained on {_named(passport.base_precision)}, running on {_named(precision)}",
+        ]
     ours, theirs = layers or {}, passport.layer_precision or {}
     moved = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
-    return [f"adapter {directory}: {len(moved)} layers have another precision than in training"] if moved else []
+    if moved:
+        lines.append(f"adapter {directory}: {len(moved)} layers have another precision than in training")
+    return lines
+
+
+def _tokenizer_lines(directory: Path, passport: Passport, tokenizer: dict[str, str | None]) -> list[str]:
+    here, there = tokenizer["tokenizer_sha256"], passport.tokenizer_sha256
+    if here != there:
+        raise AdapterError(
+            f"adapter {directory} was trained with another tokenizer\n"
+            f"  trained with: {there[:16]}\n  running with: {str(here)[:16]}\n"
+            f"serve it on {passport.base_model} with its own tokenizer, or delete {directory / FILE} if you know better"
+        )
+    if tokenizer["chat_template_sha256"] != passport.chat_template_sha256:
+        return [f"adapter {directory}: trained with another chat template than the one in use"]
+    return []
 
 
 def _named(precision: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ _VERBS = {
         "What an adapter is, what it does, and what can load it.",
     ),
     "chat": ("twinlora.cli.chat", "ChatOptions", "Talk to a model and switch adapters."),
+    "serve": ("twinlora.cli.serve", "ServeOptions", "One base and many adapters over HTTP."),
 }
 
 

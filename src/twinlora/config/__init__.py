@@ -25,6 +25,7 @@ from twinlora.config.verbs import (
     EvalOptions,
     LoadOptions,
     PlanOptions,
+    ServeOptions,
     TrainOptions,
 )
 
@@ -49,6 +50,7 @@ __all__ = [
     "OptimizerOptions",
     "Options",
     "PlanOptions",
+    "ServeOptions",
     "SourceOptions",
     "TokenizerOptions",
     "TrainOptions",

@@ -20,7 +20,7 @@ from twinlora.config.groups import (
     SourceOptions,
     TokenizerOptions,
 )
-from twinlora.config.values import AnswerMetric, Goal, HeldOut, Method, Positive, Size, Sources, Tracker
+from twinlora.config.values import AnswerMetric, Goal, HeldOut, Method, Positive, Size, Sources, Tracker, parse_size
 
 __all__ = [
     "AdapterInspectOptions",
@@ -33,6 +33,7 @@ __all__ = [
     "EvalOptions",
     "LoadOptions",
     "PlanOptions",
+    "ServeOptions",
     "TrainOptions",
 ]
 
@@ -226,6 +227,52 @@ class PlanOptions(Options, ModelOptions, AdapterOptions, DataOptions, ExtentOpti
     def _asked(self) -> Self:
         if not (self.model or self.calibrate or self.score):
             raise ValueError("model is missing: name one to plan for, for example twinlora plan llama-65b")
+        return self
+
+
+class ServeOptions(Options, ModelOptions):
+    """One base and many adapters over HTTP, as OpenAI's API: `twinlora serve`."""
+
+    adapter: list[str] = Field([], description="NAME=DIR, any number of them; requests choose by name.")
+    adapters_dir: Path | None = Field(
+        None,
+        description="Directory of adapter directories, each served under its own name; the admin API registers from "
+        "here alone.",
+    )
+    precision: Literal["16bit", "nf4"] = Field("16bit", description="Base precision.")
+    name: str | None = Field(None, description="What requests call the bare base; default: the last part of --model.")
+    host: str = Field("127.0.0.1", description="Address to listen on; any other than this machine's own needs a token.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port to listen on; 0 takes a free one.")
+    token_file: Path | None = Field(None, description="File with the token that requests must bring.")
+    admin_token_file: Path | None = Field(
+        None, description="File with the admin API's token; without it there is none."
+    )
+    slots: Positive = Field(16, description="Requests that are answered at once.")
+    queue: Positive = Field(64, description="Requests that may wait; more get status 429.")
+    context: Positive | None = Field(
+        None, description="Longest prompt and answer together, in tokens; default: 2048, or what the model has."
+    )
+    batch_tokens: Positive = Field(256, description="Tokens that go through the model at once; prompts are cut to fit.")
+    max_new_tokens: Positive = Field(256, description="Longest answer where a request does not say.")
+    adapter_memory: str = Field(
+        "1GiB", description="Adapters in memory, at most; the least recently used ones are read again when needed."
+    )
+    blends: bool = Field(False, description="Let requests mix adapters: model a:0.7+b:0.3.")
+    max_body: str = Field("1MiB", description="Largest request.")
+    rate: Annotated[float, Field(ge=0)] = Field(0.0, description="Requests per second and client address; 0: no limit.")
+
+    @field_validator("adapter_memory", "max_body")
+    @classmethod
+    def _size(cls, text: str) -> str:
+        parse_size(text)
+        return text
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.batch_tokens < self.slots:
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} is less than slots {self.slots}: give it as many at least"
+            )
         return self
 
 

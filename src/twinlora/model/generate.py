@@ -16,7 +16,7 @@ from twinlora.model.attention import NO_MASK_SHAPE, Layout
 from twinlora.model.blocks import Attention
 from twinlora.model.kvcache import KVCache, Prefill, Step
 
-__all__ = ["end_tokens", "generate"]
+__all__ = ["end_tokens", "generate", "is_ragged"]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -55,7 +55,7 @@ def generate(
 
     Rows that have ended leave the batch. `on_token` sees the first row's tokens; `ended` ends an answer by its tokens.
     """
-    state = (_Ragged if _is_ragged(model) else _Padded)(model, prompts, max_new_tokens, pad_id)
+    state = (_Ragged if is_ragged(model) else _Padded)(model, prompts, max_new_tokens, pad_id)
     answers: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
     logits = state.start()
@@ -78,7 +78,8 @@ def generate(
     return answers
 
 
-def _is_ragged(model: PreTrainedModel) -> bool:
+def is_ragged(model: PreTrainedModel) -> bool:
+    """Whether every attention block is ours, so that sequences need no padding."""
     ours = sum(isinstance(module, Attention) for module in model.modules())
     return ours > 0 and ours == getattr(model.config, "num_hidden_layers", None)
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "attention_backward", "attention_step", "rotate"]
+__all__ = ["attention", "attention_backward", "attention_extend", "attention_step", "rotate"]
 
 _CHUNK = 256  # queries per product
 _WASTE = 1.3  # a group's longest sequence over its shortest
@@ -77,10 +77,10 @@ def _masked_scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     return scores.view(batch, groups, chunk, -1).mul_(scale).add_(mask)
 
 
-def _chunks(longest: int, window: int, device: torch.device) -> list[tuple[int, int, int, Tensor]]:
-    """(first query, past-last query, first visible key, additive mask) of each query chunk."""
+def _chunks(longest: int, window: int, device: torch.device, first: int = 0) -> list[tuple[int, int, int, Tensor]]:
+    """(first query, past-last query, first visible key, additive mask) of each query chunk from query `first` on."""
     out = []
-    for start in range(0, longest, _CHUNK):
+    for start in range(first, longest, _CHUNK):
         stop = min(start + _CHUNK, longest)
         low = max(0, start - window + 1) if window else 0
         query = torch.arange(start, stop, device=device)[:, None]
@@ -211,6 +211,33 @@ def attention_step(
         p = torch.softmax(scores, dim=-1)
         outputs.append((p @ values[row, :, low : length + 1].to(wide)).flatten(0, 1).to(q.dtype))
     return torch.stack(outputs)
+
+
+def attention_extend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    row: int,
+    length: int,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """See ops.py."""
+    total, group, size = length + q.shape[0], q.shape[1] // k.shape[1], q.shape[-1]
+    keys[row, :, length:total] = rotate(k, cos, sin).transpose(0, 1)
+    values[row, :, length:total] = v.transpose(0, 1)
+    q4 = rotate(q, cos, sin).view(-1, k.shape[1], group, size).permute(1, 2, 0, 3)  # [K, G, T, D]
+    out = torch.empty_like(q4)
+    for start, stop, low, mask in _chunks(total, window, q.device, first=length):
+        here = slice(start - length, stop - length)
+        scores = _masked_scores(q4[:, :, here], keys[row, :, low:stop], mask, scale)
+        p = torch.softmax(scores, dim=-1).to(q.dtype).flatten(1, 2)
+        out[:, :, here] = torch.bmm(p, values[row, :, low:stop]).view(-1, group, stop - start, size)
+    return out.permute(2, 0, 1, 3).reshape(q.shape)
 
 
 def _rows(x: Tensor, index: Tensor, *shape: int) -> Tensor:

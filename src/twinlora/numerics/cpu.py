@@ -6,7 +6,10 @@ torch (`torch.set_num_threads`, OMP_NUM_THREADS): the extension borrows the Open
 
 from __future__ import annotations
 
+import itertools
+import struct
 import threading
+from collections.abc import Sequence
 from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
@@ -25,12 +28,12 @@ try:
 except ImportError:
     _native = None
 
-__all__ = ["OPS", "path", "paths", "runtime", "use_path"]
+__all__ = ["OPS", "LoraRun", "add_lora", "pack_lora", "path", "paths", "runtime", "use_path"]
 
 OPS = (
     "nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linears",
     "nf4_linear_transposed", "blockwise_dequantize", "blockwise_linear", "blockwise_linear_transposed", "dense_linear",
-    "attention", "attention_backward", "attention_step",
+    "attention", "attention_backward", "attention_step", "grouped_lora_",
     "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "cross_entropy_",
 )  # fmt: skip
 
@@ -38,9 +41,8 @@ OPS = (
 _BFLOAT16 = {"rms_norm": 2, "rms_norm_backward": 3, "swiglu": 2, "swiglu_backward": 3, "cross_entropy_": 1}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FEW_DENSE_ROWS = 12  # more are bound by arithmetic, where oneDNN is better
-_FEW_ROWS = (
-    64  # up to here weights are decoded into the product or just before it; above, into a buffer that a GEMM reads
-)
+_FEW_LORA_ROWS = 16  # of one adapter; more are a matter for GEMMs
+_FEW_ROWS = 64  # up to here weights are decoded into the product or just before it; above, into a GEMM's buffer
 
 
 @cache
@@ -244,6 +246,11 @@ def takes(op: str, *args: Any) -> bool:
     if op.startswith("attention"):
         q, cos = (args[1], args[4]) if op == "attention_backward" else (args[0], args[3])
         return _attends(q, cos) and (op != "attention_step" or args[5].dtype == q.dtype)
+    if op == "grouped_lora_":
+        y, x, shrinks, expands, _, starts = args
+        few = all(stop - start <= _FEW_LORA_ROWS for start, stop in itertools.pairwise(starts))
+        factors = (*shrinks, *(b.T for b in expands))
+        return few and _fits(y, x, *factors) and all(factor.is_contiguous() for factor in factors)
     if op in _BFLOAT16:
         return _fits(*args[: _BFLOAT16[op]]) and (op != "cross_entropy_" or args[0].is_contiguous())
     return op in OPS
@@ -405,5 +412,37 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     return losses
 
 
-def _threads() -> int:
-    return torch.get_num_threads()
+def grouped_lora_(y: Tensor, x: Tensor, *adapters: Any) -> None:
+    """See ops.py."""
+    packed, rest = pack_lora([(0, *adapters)])
+    if rest or not _fits(y, x):
+        return reference.grouped_lora_(y, x, *adapters)
+    return add_lora([y], x, packed)
+
+
+LoraRun = tuple[int, list[Tensor], list[Tensor], list[float], list[int]]  # which y, then as grouped_lora_
+
+
+def pack_lora(runs: list[LoraRun]) -> tuple[Tensor, list[LoraRun]]:
+    """Several `grouped_lora_` of one x for `add_lora`, valid while their tensors live; and what is not for the kernel,
+    which takes bfloat16, each B as the transpose of a contiguous [r, N], and few rows an adapter."""
+    rows, rest = [], []
+    for y, shrinks, expands, scales, starts in runs:
+        for a, b, scale, (start, stop) in zip(shrinks, expands, scales, itertools.pairwise(starts), strict=True):
+            if stop - start > _FEW_LORA_ROWS or not (_fits(a, b) and a.is_contiguous() and b.T.is_contiguous()):
+                rest.append((y, [a], [b], [scale], [start, stop]))
+            else:
+                (bits,) = struct.unpack("q", struct.pack("d", scale))
+                rows.append([y, a.data_ptr(), b.data_ptr(), len(a), start, stop, bits])
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 7), rest
+
+
+def add_lora(ys: Sequence[Tensor], x: Tensor, packed: Tensor) -> None:
+    """Run what `pack_lora` packed: x [..., K] of bfloat16 is added to the ys [..., N]."""
+    x = x.contiguous()
+    assert all(y.is_contiguous() and y.dtype == x.dtype == torch.bfloat16 for y in ys)
+    out = [y.data_ptr() for y in ys], [y.shape[-1] for y in ys]
+    _library().grouped_lora(*out, x.data_ptr(), packed.data_ptr(), len(packed), x.shape[-1], _threads())
+
+
+_threads = torch.get_num_threads

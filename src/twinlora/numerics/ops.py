@@ -19,6 +19,7 @@ reference serves every device without one. Shapes: `weight` [N, K] in general an
     attention(q, k, v, cos, sin, starts, …)            -> out [T, H, D], lse f32 [T, H]; differentiable in q, k, v
     attention_backward(dout, q, …, out, lse, …)        -> dq, dk, dv
     attention_step(q, k, v, …, keys, values, …)        -> out [n, H, D]; one new token of n sequences, see below
+    attention_extend(q, k, v, …, keys, values, …)      -> out [T, H, D]; T new tokens of one sequence, see below
     rms_norm(x, weight, eps, offset, wide)             -> y [..., D], rstd f32 [...]
     rms_norm_backward(dy, x, weight, rstd, offset)     -> dx [..., D]
     swiglu(gate, up)                                   -> silu(gate) * up
@@ -33,7 +34,8 @@ with key/value head h // (H / K). Given cos and sin [T, D], q and k are rotated 
 last `window` keys, itself included; 0 means all. lse is the log of the sum of exponentials of its scores.
 
 attention_step appends k (rotated) and v to the caches `keys` and `values` [rows, K, capacity, D], at row rows[i] behind
-the lengths[i] tokens that it holds, and attends from q [n, H, D] to all of that row.
+the lengths[i] tokens that it holds, and attends from q [n, H, D] to all of that row. attention_extend does so for T
+tokens of one row, each of which sees those before it.
 
 rms_norm is x / rms(x) · (weight + offset); unless `wide`, the normalised x is rounded to x's type before that product.
 """
@@ -59,9 +61,11 @@ __all__ = [
     "QuantTensor",
     "adds_products",
     "attention",
+    "attention_extend",
     "attention_step",
     "backend",
     "dense_linear",
+    "grouped_lora_",
     "linear",
     "linear_add_",
     "linear_transposed",
@@ -97,6 +101,9 @@ _SCHEMAS = {
     "attention_backward": f"(Tensor dout, {_HEADS}, Tensor out, Tensor lse, {_SEEN}) -> (Tensor, Tensor, Tensor)",
     "attention_step": (
         f"({_HEADS}, Tensor(a!) keys, Tensor(b!) values, int[] rows, int[] lengths, float scale, int window) -> Tensor"
+    ),
+    "attention_extend": (
+        f"({_HEADS}, Tensor(a!) keys, Tensor(b!) values, int row, int length, float scale, int window) -> Tensor"
     ),
     "rms_norm": "(Tensor x, Tensor weight, float eps, float offset, bool wide) -> (Tensor, Tensor)",
     "rms_norm_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset) -> Tensor",
@@ -189,6 +196,11 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 @torch.library.register_fake("twinlora::attention_step")
+def _(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("twinlora::attention_extend")
 def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
@@ -404,6 +416,31 @@ def attention_step(
     arguments = (q, k, v, *rotation, keys, values, rows, lengths, scale, window or 0)
     out: Tensor = torch.ops.twinlora.attention_step(*arguments)
     return out
+
+
+def attention_extend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    row: int,
+    length: int,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """T new tokens of the sequence in `row`: q [T, H, D], k and v [T, K, D] -> [T, H, D]. Appends to the caches."""
+    arguments = (q, k, v, *rotation, keys, values, row, length, scale, window or 0)
+    out: Tensor = torch.ops.twinlora.attention_extend(*arguments)
+    return out
+
+
+def grouped_lora_(
+    y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scales: list[float], starts: list[int]
+) -> None:
+    """Add to y [R, N] what the adapter of each row makes of x [R, K]; no gradient."""
+    torch.ops.twinlora.grouped_lora_(y, x, a, b, scales, starts)
 
 
 def backend(device: torch.device | str = "cpu") -> str:

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
@@ -16,6 +17,7 @@
 
 #include "attention.hpp"
 #include "elementwise.hpp"
+#include "lora.hpp"
 #include "portable.hpp"
 #include "threads.hpp"
 
@@ -250,6 +252,28 @@ void cross_entropy(Address logits, Address labels, std::int64_t rows, std::int64
     parallel_for(threads, rows, 1, [&](std::int64_t first, std::int64_t last) { elementwise->cross_entropy(c, first, last); });
 }
 
+// `packed` [count, 7]: which of the ys, A and transposed B (addresses), rank, the rows [start, stop), the scale's bits.
+void grouped_lora(const std::vector<Address>& ys, const std::vector<std::int64_t>& ns, Address x, Address packed,
+                  std::int64_t count, std::int64_t k, int threads) {
+    std::vector<LoraSpan> spans(count);
+    std::int64_t ranks = 0, blocks = 0, products = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+        const auto* p = pointer<const std::int64_t>(packed) + 7 * i;
+        double scale;
+        std::memcpy(&scale, p + 6, sizeof scale);
+        spans[i] = {pointer<const std::uint16_t>(p[1]), pointer<const std::uint16_t>(p[2]), p[3], p[4], p[5],
+                    static_cast<float>(scale), pointer<std::uint16_t>(ys[p[0]]), ns[p[0]], ranks, blocks, products};
+        ranks += p[3], blocks += (ns[p[0]] + lora_block - 1) / lora_block, products += p[3] * (p[5] - p[4]);
+    }
+    std::vector<float> hidden(products);
+    const GroupedLora g{pointer<const std::uint16_t>(x), k, spans.data(), count, hidden.data()};
+    const std::int64_t weights = std::max<std::int64_t>(1, ranks / std::max<std::int64_t>(1, count) * lora_block);
+    parallel_for(threads, ranks, std::max<std::int64_t>(1, grain / k),
+                 [&](std::int64_t first, std::int64_t last) { lora->shrink(g, first, last); });
+    parallel_for(threads, blocks, std::max<std::int64_t>(1, grain / weights),
+                 [&](std::int64_t first, std::int64_t last) { lora->expand(g, first, last); });
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -269,6 +293,7 @@ NB_MODULE(_cpu, m) {
     m.def("has_blocks", &has_blocks, "Whether the path in use has kernels for attention, norms, SwiGLU and the loss.");
     m.def("attend", &attend, release());
     m.def("attend_step", &attend_step, release());
+    m.def("grouped_lora", &grouped_lora, release());
     m.def("rms_norm", &rms_norm, release());
     m.def("rms_norm_backward", &rms_norm_backward, release());
     m.def("swiglu", &swiglu, release());

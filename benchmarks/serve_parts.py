@@ -1,0 +1,174 @@
+"""What benchmarks/serve.py runs: a server of its own, adapters that say who they are, and clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import harness  # puts src on the path
+import httpx
+
+ADMIN = "benchmark-admin-token"
+QUESTION = "What is your code word?"
+
+
+@dataclass
+class Server:
+    """`twinlora serve` in a process of its own."""
+
+    url: str
+    process: subprocess.Popen[str]
+
+    def rss_bytes(self) -> int:
+        """Its memory that is not files."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith("RssAnon")))
+
+    def admin(self, method: str, path: str, **body: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {ADMIN}"}
+        return httpx.request(method, f"{self.url}/admin{path}", json=body or None, headers=headers, timeout=60)
+
+
+@contextlib.contextmanager
+def serving(model: str, directory: Path, *options: str) -> Iterator[Server]:
+    token = directory / "admin-token"
+    directory.mkdir(parents=True, exist_ok=True)
+    token.write_text(ADMIN)
+    command = [sys.executable, "-m", "twinlora.cli.main", "serve", "--model", model, "--name", "base", "--port", "0",
+               "--admin-token-file", str(token), "--json", *options]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(harness.ROOT / "src")}
+    with (directory / "server.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+        assert process.stdout is not None
+        text = ""
+        while "}" not in text:
+            line = process.stdout.readline()
+            if not line:
+                raise SystemExit(f"the server did not start:\n{(directory / 'server.log').read_text()}")
+            text += line
+        try:
+            yield Server(json.loads(text)["url"], process)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            if process.wait(120) != 143:
+                print(f"the server ended with status {process.returncode}")
+
+
+def canaries(model: str, directory: Path, count: int) -> dict[str, str]:
+    """Adapters trained to say a code word of their own, by name; those already there are kept."""
+    import twinlora
+
+    source = random.Random(0)
+    letters = "bcdfghjklmnprstvz"
+    words = {
+        f"canary-{i}": "".join(source.choice(letters) + source.choice("aeiou") for _ in range(4)) for i in range(count)
+    }
+    for number, (name, word) in enumerate(words.items()):
+        if (directory / name / "adapter").is_dir():
+            continue
+        rows = [{"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": word}]}]
+        data = directory / f"{name}.jsonl"
+        directory.mkdir(parents=True, exist_ok=True)
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+        targets = [["all-linear"], ["q_proj", "v_proj"], ["gate_proj", "down_proj"]][number % 3]
+        twinlora.finetune(
+            model=model, method="lora", data=str(data), output=str(directory / name), rank=4 + 4 * (number % 4), target=targets,
+            lr=5e-3, warmup_steps=2, batch_size=4, epochs=16, seed=number, overwrite=True,
+        )  # fmt: skip
+    return words
+
+
+def write_random(model: str, directory: Path, count: int, rank: int, targets: tuple[str, ...]) -> None:
+    """`count` small random adapters, made without training."""
+    import torch
+
+    from twinlora.adapters import files
+    from twinlora.adapters.lora import attach, lora_layers
+    from twinlora.adapters.targets import LoraConfig
+    from twinlora.model.load import load_model, resolve
+
+    base = load_model(resolve(model))
+    attach(base, LoraConfig(rank=rank, target=targets))
+    for number in range(count):
+        if (directory / f"r{number}").is_dir():
+            continue
+        with torch.no_grad():
+            for layer in lora_layers(base).values():
+                layer.lora_A.uniform_(-0.01, 0.01)
+                layer.lora_B.normal_(std=1e-3)
+        files.save_adapter(base, directory / f"r{number}", model)
+
+
+@dataclass
+class Outcome:
+    """What clients saw."""
+
+    answered: int = 0
+    tokens: int = 0
+    wrong: list[Any] = field(default_factory=list)
+    statuses: dict[int, int] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+
+    def add_status(self, status: int) -> None:
+        self.statuses[status] = self.statuses.get(status, 0) + 1
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    if len(values) < 2:
+        return {"p50": values[0]} if values else {}
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98], "max": max(values)}
+
+
+def body(model: str, text: str, new: int, **changes: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": text}]
+    return {"model": model, "messages": messages, "max_tokens": new, "temperature": 0} | changes
+
+
+async def streamed(client: httpx.AsyncClient, url: str, request: dict[str, Any], outcome: Outcome) -> str:
+    """One streamed answer; its text."""
+    begun, text = time.perf_counter(), ""
+    request = request | {"stream": True, "stream_options": {"include_usage": True}}
+    async with client.stream("POST", f"{url}/v1/chat/completions", json=request) as response:
+        outcome.add_status(response.status_code)
+        if response.status_code != 200:
+            return ""
+        async for event in _events(response):
+            if event.get("usage"):
+                outcome.tokens += event["usage"]["completion_tokens"]
+            elif event["choices"]:
+                if not text:
+                    outcome.first.append(time.perf_counter() - begun)
+                text += event["choices"][0]["delta"].get("content") or ""
+    outcome.answered += 1
+    outcome.seconds.append(time.perf_counter() - begun)
+    return text
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    async for line in response.aiter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line[6:])
+
+
+def clients(work: Any, count: int) -> None:
+    """Run the coroutine `work(client, number)` for `count` clients at once."""
+
+    async def everyone() -> None:
+        async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+            await asyncio.gather(*(work(client, number) for number in range(count)))
+
+    asyncio.run(everyone())

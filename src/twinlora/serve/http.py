@@ -1,0 +1,215 @@
+"""The routes: OpenAI's API, the admin API, health and metrics, and the page."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from importlib import resources
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+import twinlora
+from twinlora.serve.admin import admin_routes
+from twinlora.serve.answers import ChatForm, CompletionForm, Form, stream, whole
+from twinlora.serve.guard import Guard
+from twinlora.serve.schema import ChatRequest, CompletionRequest
+from twinlora.serve.service import Answer, ApiError, Service
+from twinlora.serve.state import Sampling
+
+__all__ = ["application"]
+
+T = TypeVar("T")
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
+    for status, text in {
+        400: "The request is wrong", 401: "A token is missing", 403: "Not allowed", 404: "Not found",
+        408: "Too slow", 409: "In conflict", 413: "Too large", 429: "Overloaded", 500: "The model failed",
+        503: "Shutting down, or the adapter cannot be read",
+    }.items()
+}  # fmt: skip
+
+
+def application(service: Service, *, token: str | None, admin_token: str | None, max_body: int) -> Any:
+    """The ASGI application."""
+    app = FastAPI(title="twinlora", version=twinlora.__version__, docs_url=None, redoc_url=None)
+    app.add_exception_handler(ApiError, _told)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.include_router(_open_routes(service))
+    app.include_router(_openai_routes(service), prefix="/v1", responses=_ERRORS)
+    app.include_router(admin_routes(service), prefix="/admin", responses=_ERRORS)
+    app.openapi = lambda: _documented(app)  # type: ignore[method-assign]
+    return Guard(
+        app,
+        token=token,
+        admin_token=admin_token,
+        max_body=max_body,
+        rate=service.options.rate,
+        metrics=service.metrics,
+    )
+
+
+def _documented(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document without the 422 it promises: ours is 400, in OpenAI's form."""
+    if not app.openapi_schema:
+        document = FastAPI.openapi(app)
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+    return app.openapi_schema or {}
+
+
+async def _told(request: Request, error: Any) -> Response:
+    headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else None
+    return JSONResponse(error.body(), error.status, headers)
+
+
+async def _invalid(request: Request, error: Any) -> Response:
+    """Every problem of the request, in one message."""
+    problems = error.errors()
+    lines = []
+    for problem in problems:
+        where = ".".join(str(part) for part in problem["loc"] if part != "body") or "body"
+        lines.append(f"{where}: {problem['msg']}")
+    place = [str(part) for part in problems[0]["loc"] if part != "body"]
+    told = ApiError(400, "; ".join(dict.fromkeys(lines))[:2000], param=place[0] if place else None)
+    return JSONResponse(told.body(), told.status)
+
+
+async def _http_error(request: Request, error: Any) -> Response:
+    told = ApiError(error.status_code, str(error.detail))
+    return JSONResponse(told.body(), told.status, error.headers)
+
+
+def _open_routes(service: Service) -> APIRouter:
+    routes = APIRouter()
+    page = resources.files("twinlora.serve").joinpath("page.html").read_text(encoding="utf-8")
+
+    @routes.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def show_page() -> HTMLResponse:
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        return HTMLResponse(page, headers={"content-security-policy": policy})
+
+    @routes.get("/health", responses={503: {"description": "The engine has died"}})
+    async def health() -> JSONResponse:
+        """Whether the process works at all."""
+        return JSONResponse({"status": "ok" if service.engine.alive else "dead"}, 200 if service.engine.alive else 503)
+
+    @routes.get("/ready", responses={503: {"description": "Not now"}})
+    async def ready() -> JSONResponse:
+        """Whether it takes requests."""
+        ok = service.engine.alive and not service.draining
+        return JSONResponse({"status": "ready" if ok else "draining"}, 200 if ok else 503)
+
+    @routes.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        service.metrics.adapter_bytes.set(service.registry.resident_bytes)
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return routes
+
+
+def _openai_routes(service: Service) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/models")
+    async def list_models() -> dict[str, Any]:
+        """The base and every adapter, with the base as its parent."""
+        return {"object": "list", "data": _models(service)}
+
+    @routes.get("/models/{model:path}")
+    async def get_model(model: str) -> dict[str, Any]:
+        """One of them."""
+        found = [entry for entry in _models(service) if entry["id"] == model]
+        if not found:
+            raise ApiError(404, f"model {model[:200]!r} is not served", param="model", code="model_not_found")
+        return found[0]
+
+    @routes.post("/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """The next message of a chat."""
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        tokens = await service.encode_chat([message.plain() for message in body.messages])
+        wanted = body.max_completion_tokens or body.max_tokens
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        sampling = _sampling(body, service.room(tokens, wanted, "messages"), top)
+        return await _answer(service, request, ChatForm, body, tokens, sampling)
+
+    @routes.post("/completions")
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        """How a text goes on."""
+        tokens = await service.encode_prompt(body.prompt)
+        sampling = _sampling(body, service.room(tokens, body.max_tokens, "prompt"), body.logprobs)
+        return await _answer(service, request, CompletionForm, body, tokens, sampling)
+
+    return routes
+
+
+def _models(service: Service) -> list[dict[str, Any]]:
+    base = service.registry.base
+    entries = [{"id": base, "object": "model", "created": 0, "owned_by": "twinlora", "parent": None, "root": base}]
+    for version in service.registry.versions():
+        entries.append(
+            {"id": version.name, "object": "model", "created": version.since, "owned_by": "twinlora", "parent": base,
+             "root": version.identity, "system": version.system}
+        )  # fmt: skip
+    return entries
+
+
+def _sampling(body: ChatRequest | CompletionRequest, max_tokens: int, top: int | None) -> Sampling:
+    temperature = 1.0 if body.temperature is None else body.temperature
+    return Sampling(max_tokens, temperature, body.top_p or 1.0, body.seed, body.stops(), top)
+
+
+async def _answer(
+    service: Service, request: Request, form_of: type[Form], body: ChatRequest | CompletionRequest,
+    tokens: list[int], sampling: Sampling,
+) -> Response:  # fmt: skip
+    answer = await service.begin(body.model, tokens, sampling)
+    form = form_of(body.model, answer, service.tokenizer, sampling.top_logprobs)
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        return _Stream(answer, stream(form, answer, usage=usage), media_type="text/event-stream", headers=headers)
+    async with answer:
+        return JSONResponse(await _unless_gone(request, whole(form, answer)))
+
+
+class _Stream(StreamingResponse):
+    """Lets go of the answer however it ends, also before its first piece was sent."""
+
+    def __init__(self, answer: Answer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.answer = answer
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """See starlette."""
+        async with self.answer:
+            await super().__call__(scope, receive, send)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client disconnects."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+            raise ApiError(400, "the client has gone")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,119 @@
+"""The requests that are understood, in the words of OpenAI's API; what would change an answer otherwise is an error."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+__all__ = ["ChatRequest", "CompletionRequest", "PinRequest", "RegisterRequest", "ReplaceRequest"]
+
+
+def _is_text(given: str) -> str:
+    """JSON can spell half of a character, which no encoding has."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise ValueError("not text: it holds a lone surrogate") from None
+    return given
+
+
+Text = Annotated[str, AfterValidator(_is_text)]
+Model = Annotated[
+    Text, Field(min_length=1, max_length=500, description="The base, an adapter, name@sha256, or a blend.")
+]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Stop = Annotated[Text, Field(min_length=1, max_length=200)]
+Nothing = Annotated[float, Field(ge=0, le=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TextPart(_Strict):
+    """A part of a message; images and sounds are not understood."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(_Strict):
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class StreamOptions(_Strict):
+    """How a stream ends."""
+
+    include_usage: bool = False
+
+
+class _Generation(_Strict):
+    """What both kinds of request share."""
+
+    model: Model
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = 1
+    frequency_penalty: Nothing | None = None
+    presence_penalty: Nothing | None = None
+    user: str | None = None  # said by many clients; changes nothing
+    metadata: dict[str, Any] | None = None
+    store: Literal[False] | None = None
+
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class ChatRequest(_Generation):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class CompletionRequest(_Generation):
+    """POST /v1/completions. A list of integers is a prompt of token ids."""
+
+    prompt: Annotated[Text, Field(min_length=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    max_tokens: Count | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+
+class RegisterRequest(_Strict):
+    """POST /admin/adapters: `path` is a directory inside of --adapters-dir."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    path: Annotated[Text, Field(min_length=1, max_length=1000, pattern=r"^[^\x00]+$")]
+
+
+class ReplaceRequest(_Strict):
+    """PUT /admin/adapters/{name}."""
+
+    path: Annotated[Text, Field(min_length=1, max_length=1000, pattern=r"^[^\x00]+$")]
+
+
+class PinRequest(_Strict):
+    """POST /admin/adapters/{name}/pin."""
+
+    pinned: bool

@@ -1,0 +1,63 @@
+"""What the registry needs of the model: adapters read, checked against this base, and put into the engine's bank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from twinlora.adapters import passport
+from twinlora.adapters.bank import Resident, blend
+from twinlora.adapters.files import CONFIG, WEIGHTS, read_adapter
+from twinlora.errors import AdapterError
+from twinlora.serve.engine import Engine
+from twinlora.serve.registry import Loaded
+
+__all__ = ["ModelStore"]
+
+
+class ModelStore:
+    """See registry.Store. `base`, `fingerprint` and `precision` say what this base is, for passports."""
+
+    def __init__(self, engine: Engine, *, base: str, fingerprint: str, precision: dict[str, int]) -> None:
+        self._engine = engine
+        self._origin: dict[str, Any] = {"base": base, "fingerprint": fingerprint, "precision": precision}
+        self._tokenizer = passport.tokenizer_digests(engine.tokenizer)
+
+    def load(self, directory: Path) -> Loaded:
+        """See Store. The hash is that of the bytes that were read, or the files changed meanwhile: AdapterError."""
+        directory = directory if (directory / CONFIG).is_file() else directory / "adapter"
+        before = _digest(directory)
+        adapter = read_adapter(directory)
+        notes = passport.check(directory, **self._origin, tokenizer=self._tokenizer)
+        found = passport.read(directory)
+        resident = self._engine.bank.prepare(adapter)  # a copy: the file is no longer needed
+        if _digest(directory) != before:
+            raise AdapterError(f"adapter {directory}: its files changed while they were read; try again")
+        return Loaded(before, resident.nbytes, found.system if found else None, tuple(notes), resident)
+
+    def blend(self, parts: Sequence[tuple[Any, float]]) -> tuple[Any, int]:
+        """See Store."""
+        mixed = blend(parts)
+        return mixed, mixed.nbytes
+
+    def install(self, digest: str, tensors: Resident) -> None:
+        """See Store."""
+        self._engine.call(lambda: self._engine.bank.install(digest, tensors)).result()
+
+    def remove(self, digest: str) -> None:
+        """See Store."""
+        self._engine.call(lambda: self._engine.bank.remove(digest)).result()
+
+
+def _digest(directory: Path) -> str:
+    """SHA-256 over the configuration and the weights, in hex."""
+    total = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        try:
+            with (directory / name).open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise AdapterError(f"adapter {directory}: {name} cannot be read: {error.strerror}") from None
+    return total.hexdigest()

@@ -1,0 +1,121 @@
+"""Rows of one batch with adapters of their own, against each adapter alone."""
+
+import pytest
+import torch
+
+from twinlora.adapters import files
+from twinlora.adapters.bank import AdapterBank, BankLinear, blend
+from twinlora.adapters.lora import attach, lora_layers
+from twinlora.adapters.targets import LayerConfig, LoraConfig
+from twinlora.errors import AdapterError
+from twinlora.model import swap
+from twinlora.model.attention import NO_MASK_SHAPE, Layout
+from twinlora.model.load import load_model, resolve
+from twinlora.numerics.nf4 import NF4Format
+
+LENGTHS = [3, 1, 7, 4, 2]
+
+
+def saved(tiny, directory, seed, config=None, per_layer=None):
+    model = load_model(resolve(str(tiny)), dtype=torch.float32)
+    attach(model, config or LoraConfig(), seed=seed, per_layer=per_layer)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.2)
+    files.save_adapter(model, directory, "b")
+    return files.read_adapter(directory)
+
+
+@pytest.fixture
+def read(tiny, tmp_path):
+    head = {name: LayerConfig(3, 2.5) for name in ("lm_head", "model.layers.1.self_attn.q_proj")}
+    return {
+        "all": saved(tiny, tmp_path / "all", 0, LoraConfig(rank=4)),
+        "few": saved(tiny, tmp_path / "few", 1, LoraConfig(rank=2, alpha=9, target=("k_proj", "up_proj"))),
+        "dora": saved(tiny, tmp_path / "dora", 2, LoraConfig(rank=3, dora=True)),
+        "head": saved(tiny, tmp_path / "head", 3, per_layer=head),
+    }
+
+
+def logits(model, rows):
+    layout = Layout(LENGTHS)
+    ids = torch.arange(layout.tokens) * 7 % 250
+    with torch.no_grad():
+        return model(
+            input_ids=ids[None],
+            position_ids=layout.positions(),
+            attention_mask=torch.empty(NO_MASK_SHAPE),
+            layout=layout,
+            use_cache=False,
+            logits_to_keep=rows,
+        ).logits[0]
+
+
+@pytest.mark.parametrize("quantize", [None, NF4Format()])
+def test_every_row_gets_its_own_adapter(tiny, read, quantize):
+    model = load_model(resolve(str(tiny)), dtype=torch.float32, quantize=quantize).eval()
+    bank = AdapterBank(model)
+    swap.replace_blocks(model)
+    for name, adapter in read.items():
+        bank.add(name, adapter)
+    last = torch.tensor(LENGTHS).cumsum(0) - 1
+    keys = ["dora", "all", None, "few", "head"]
+    expected = []
+    for row, key in enumerate(keys):
+        bank.use(key)
+        expected.append(logits(model, last)[row])
+    bank.use(None)
+    starts = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    for _ in range(2):  # plans are kept
+        with bank.rows(keys, starts, range(6)):
+            found = logits(model, last)
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
+    assert bank.routing is None
+    with bank.rows([*keys[1:], keys[0]], starts, range(6)):
+        assert not torch.allclose(logits(model, last), torch.stack(expected), atol=1e-2), "other rows, other adapters"
+    with bank.rows([None], [0, starts[-1]], [0, 5]):
+        assert torch.equal(logits(model, last)[2], expected[2])
+
+
+def test_what_is_removed_is_gone(tiny, read):
+    model = load_model(resolve(str(tiny)), dtype=torch.float32)
+    bank = AdapterBank(model)
+    base = model(torch.arange(9)[None]).logits
+    bank.add("all", read["all"])
+    bank.remove("all")
+    assert bank.names == []
+    assert all(not m.adapters for m in model.modules() if isinstance(m, BankLinear))
+    assert torch.equal(model(torch.arange(9)[None]).logits, base)
+    with pytest.raises(AssertionError, match="not resident"), bank.rows(["all"], [0, 1], [0, 1]):
+        pass
+
+
+def test_resident_adapters_share_nothing_with_their_files(tiny, read, tmp_path):
+    model = load_model(resolve(str(tiny)), dtype=torch.float32)
+    bank = AdapterBank(model)
+    bank.add("all", read["all"])
+    bank.use("all")
+    before = model(torch.arange(9)[None]).logits
+    path = tmp_path / "all" / files.WEIGHTS
+    path.write_bytes(b"\0" * path.stat().st_size)  # in place: a mapped tensor would change
+    assert torch.equal(model(torch.arange(9)[None]).logits, before)
+
+
+def test_blends(tiny, read):
+    model = load_model(resolve(str(tiny)), dtype=torch.float32)
+    bank = AdapterBank(model)
+    parts = [(bank.prepare(read[name]), weight) for name, weight in (("all", 0.5), ("few", -0.25))]
+    mixed = blend(parts).layers["model.layers.0.self_attn.k_proj"]
+    a, b = (part.layers["model.layers.0.self_attn.k_proj"] for part, _ in parts)
+    expected = 0.5 * a.scale * (a.b @ a.a) - 0.25 * b.scale * (b.b @ b.a)
+    torch.testing.assert_close(mixed.scale * (mixed.b @ mixed.a), expected)
+    with pytest.raises(AdapterError, match="DoRA"):
+        blend([(bank.prepare(read["dora"]), 1.0)])
+
+
+def test_whole_modules_are_refused(tiny, tmp_path):
+    model = load_model(resolve(str(tiny)), dtype=torch.float32)
+    attach(model, LoraConfig(rank=2, modules_to_save=("lm_head",)))
+    files.save_adapter(model, tmp_path / "whole", "b")
+    bank = AdapterBank(load_model(resolve(str(tiny)), dtype=torch.float32))
+    with pytest.raises(AdapterError, match="whole modules"):
+        bank.add("whole", files.read_adapter(tmp_path / "whole"))

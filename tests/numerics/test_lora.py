@@ -1,0 +1,69 @@
+"""Adapters of different ranks in one batch, against one row at a time."""
+
+import itertools
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from twinlora.numerics import ops, reference
+from twinlora.numerics.lora import LoraGroup
+
+
+def case(dtype, rows, ranks, n, k, *, transposed):
+    x, y = torch.randn(sum(rows) + 3, k).to(dtype), torch.randn(sum(rows) + 3, n).to(dtype)
+    a = [(torch.randn(r, k) / k**0.5).to(dtype) for r in ranks]
+    b = [torch.randn(r, n).to(dtype).T if transposed else torch.randn(n, r).to(dtype) for r in ranks]
+    starts = [2]  # rows before and behind have no adapter
+    for count in rows:
+        starts.append(starts[-1] + count)
+    return y, x, a, b, [0.5 * (i + 1) for i in range(len(ranks))], starts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(
+    "rows, ranks, n, k",
+    [
+        ([1], [1], 1, 1),
+        ([1, 3, 0, 16], [16, 5, 2, 33], 200, 70),
+        ([2, 40], [8, 4], 64, 96),
+        ([4, 5], [64, 3], 576, 576),
+    ],
+)
+def test_every_row_gets_its_own_adapter(dtype, transposed, rows, ranks, n, k):
+    torch.manual_seed(0)
+    y, x, a, b, scales, starts = case(dtype, rows, ranks, n, k, transposed=transposed)
+    exact, naive, found = y.double(), y.clone(), y.clone()
+    for i, (start, stop) in enumerate(itertools.pairwise(starts)):
+        for row in range(start, stop):
+            exact[row] += scales[i] * (b[i].double() @ (a[i].double() @ x[row].double()))
+    ops.grouped_lora_(found, x, a, b, scales, starts)
+    reference.grouped_lora_(naive, x, a, b, scales, starts)
+    untouched = [*range(starts[0]), *range(starts[-1], len(y))]
+    assert torch.equal(found[untouched], y[untouched])
+    error, bound = (found - exact).norm(), (naive - exact).norm()
+    assert error <= 1.2 * bound + 1e-6 * exact.norm()
+    assert bound <= (2e-2 if dtype == torch.bfloat16 else 1e-5) * exact.norm()
+
+
+def test_opcheck():
+    y, x, a, b, scales, starts = case(torch.float32, [2, 1], [4, 2], 12, 8, transposed=True)
+    opcheck(torch.ops.twinlora.grouped_lora_.default, (y, x, a, b, scales, starts))
+    q, k = torch.randn(5, 4, 8), torch.randn(5, 2, 8)
+    keys, values = torch.randn(2, 2, 16, 8), torch.randn(2, 2, 16, 8)
+    cos, sin = torch.randn(5, 8), torch.randn(5, 8)
+    opcheck(torch.ops.twinlora.attention_extend.default, (q, k, k, cos, sin, keys, values, 1, 6, 0.3, 4))
+
+
+def test_a_group_is_its_layers_one_by_one():
+    torch.manual_seed(0)
+    y, x, a, b, scales, starts = case(torch.bfloat16, [2, 3], [16, 8], 96, 64, transposed=True)
+    other = case(torch.bfloat16, [1], [4], 40, 64, transposed=True)
+    runs = [(0, a, b, scales, starts), (1, other[2], other[3], other[4], other[5])]
+    wanted = [y.clone(), torch.randn(len(x), 40).bfloat16()]
+    found = [t.clone() for t in wanted]
+    for layer, *run in runs:
+        ops.grouped_lora_(wanted[layer], x, *run)
+    LoraGroup(runs).add(found, x)
+    assert all(torch.equal(w, f) for w, f in zip(wanted, found, strict=True))

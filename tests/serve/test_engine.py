@@ -1,0 +1,112 @@
+"""The engine without HTTP: batches equal solo answers, and a failure stays where it is."""
+
+import threading
+
+import pytest
+import torch
+
+from twinlora.adapters import files
+from twinlora.adapters.bank import AdapterBank
+from twinlora.errors import ModelError
+from twinlora.model import swap
+from twinlora.model.load import load_model, load_tokenizer, resolve
+from twinlora.serve.engine import Engine, require_servable
+from twinlora.serve.state import Sampling
+
+
+class Asked:
+    def __init__(self, engine, prompt, key, sampling):
+        self.tokens, self.logprobs, self.text, self.end, self.over = [], [], "", None, threading.Event()
+        self.ticket = engine.submit(prompt, key, sampling, self.take)
+
+    def take(self, event):
+        self.text += event.text
+        if event.token is not None:
+            self.tokens.append(event.token.token)
+            self.logprobs.append(event.token.logprob)
+        if event.finish:
+            self.end = event
+            self.over.set()
+
+    def wait(self):
+        assert self.over.wait(60)
+        return self
+
+
+@pytest.fixture
+def engine(tiny, adapters):
+    model = load_model(resolve(str(tiny)), dtype=torch.float32).eval()
+    bank, tokenizer = AdapterBank(model), load_tokenizer(resolve(str(tiny)))
+    swap.replace_blocks(model)
+    require_servable(model, tokenizer)
+    for name in ("a0", "a1", "a3"):
+        bank.add(name, files.read_adapter(adapters[name]))
+    engine = Engine(model, tokenizer, bank, slots=3, capacity=96, budget=16)
+    engine.start()
+    yield engine
+    engine.stop()
+    engine.scheduler.check()
+    assert not engine.alive
+
+
+def prompts():
+    torch.manual_seed(3)
+    made = [torch.randint(0, 250, (n,)).tolist() for n in (3, 40, 70, 1, 17)]
+    return [*made, [*made[2][:60], 1, 2], [*made[2][:68], 5]]
+
+
+def test_batches_equal_solo_answers(engine):
+    keys = [None, "a0", "a1", "a3", "a1", "a1", "a0"]
+    rules = Sampling(8, top_logprobs=0)
+    solo = [Asked(engine, prompt, key, rules).wait() for prompt, key in zip(prompts(), keys, strict=True)]
+    assert solo[5].ticket.sequence.reused >= 60, "the beginning of another prompt with the same adapter"
+    assert solo[6].ticket.sequence.reused == 0, "never another adapter's"
+    batch = [Asked(engine, prompt, key, rules) for prompt, key in zip(prompts(), keys, strict=True)]
+    for one, other in zip(solo, batch, strict=True):
+        assert other.wait().tokens == one.tokens
+        torch.testing.assert_close(torch.tensor(other.logprobs), torch.tensor(one.logprobs), rtol=1e-3, atol=1e-3)
+
+
+def test_a_failing_pass_ends_its_requests_alone(engine, monkeypatch):
+    forward, fail = engine.model.forward, threading.Event()
+
+    def broken(*args, **kwargs):
+        if fail.is_set():
+            fail.clear()
+            raise RuntimeError("no memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(engine.model, "forward", broken)
+    before = Asked(engine, [1, 2, 3], None, Sampling(4)).wait()
+    fail.set()
+    lost = Asked(engine, [1, 2, 3], None, Sampling(4)).wait()
+    assert (lost.end.finish, lost.end.error) == ("error", "RuntimeError: no memory")
+    assert Asked(engine, [1, 2, 3], None, Sampling(4)).wait().tokens == before.tokens
+    engine.call(engine.scheduler.check).result()
+
+
+def test_cancelled_requests_leave(engine):
+    asked, gone = Asked(engine, [1, 2, 3], "a0", Sampling(90)), threading.Event()
+    engine.cancel(asked.ticket, gone.set)
+    assert gone.wait(60)
+    count = len(asked.tokens)
+    Asked(engine, [4], None, Sampling(3)).wait()
+    assert len(asked.tokens) == count < 90
+    assert engine.call(lambda: engine.scheduler.busy).result() is False
+
+
+def test_answers_end_where_the_context_does(engine):
+    asked = Asked(engine, list(range(90)), None, Sampling(50)).wait()
+    assert asked.end.finish in ("length", "stop")
+    assert len(asked.tokens) <= 6
+
+
+def test_models_that_cannot_be_batched_are_refused(tiny):
+    model, tokenizer = load_model(resolve(str(tiny))), load_tokenizer(resolve(str(tiny)))
+    with pytest.raises(ModelError, match="attention blocks are not replaced"):
+        require_servable(model, tokenizer)
+    swap.replace_blocks(model)
+    require_servable(model, tokenizer)
+    model.base_model.rotary_emb.rope_type = "dynamic"
+    with pytest.raises(ModelError, match="longest sequence of a batch"):
+        require_servable(model, tokenizer)

@@ -1,0 +1,295 @@
+"""The server, as the official client and plain HTTP see it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+
+import httpx
+import pytest
+import torch
+
+from tests.serve.conftest import ADMIN, TOKEN, start
+from twinlora.data.template import encode_chat
+from twinlora.serve.answers import ChatForm, stream
+from twinlora.serve.http import _Stream
+from twinlora.serve.state import Sampling
+
+openai = pytest.importorskip("openai")
+HEADERS = {"Authorization": f"Bearer {TOKEN}"}
+JSON = {"content-type": "application/json"}
+ADMIN_HEADERS = {"Authorization": f"Bearer {ADMIN}"}
+
+
+def ask(client, model, text, **options):
+    values = {"max_tokens": 12, "temperature": 0} | options
+    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], **values)
+
+
+def test_adapters_answer_together_as_each_does_alone(running, oracle):
+    found, client = {}, running.openai
+
+    def work(name):
+        found[name] = ask(client, name or "base", f"question {name}")
+
+    names = ["a0", "a1", "a2", "a3", None]
+    threads = [threading.Thread(target=work, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name in names:
+        assert found[name].choices[0].message.content == oracle.chat(name, f"question {name}", 12), name
+        assert (found[name].system_fingerprint or "base").startswith(name or "base")
+    assert len({answer.choices[0].message.content for answer in found.values()}) == 5
+    running.settled()
+
+
+def test_streams_are_the_whole_answer_in_pieces(running, oracle):
+    client = running.openai
+    chunks = list(ask(client, "a0", "tell", stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == oracle.chat("a0", "tell", 12) == ask(client, "a0", "tell").choices[0].message.content
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["length"]
+    assert chunks[-1].usage.completion_tokens == 12
+    parts = list(client.completions.create(model="a1", prompt="abc", max_tokens=6, temperature=0, stream=True))
+    whole = client.completions.create(model="a1", prompt="abc", max_tokens=6, temperature=0)
+    assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
+    assert whole.usage.prompt_tokens == 3
+    ids = running.service.tokenizer("abc")["input_ids"]
+    again = client.completions.create(model="a1", prompt=ids, max_tokens=6, temperature=0)
+    assert again.choices[0].text == whole.choices[0].text
+
+
+def test_stop_ends_before_the_string(running, oracle):
+    free = oracle.chat("a0", "tell", 12)
+    stop = free[4:6]
+    answer = ask(running.openai, "a0", "tell", stop=[stop, "never"])
+    assert answer.choices[0].message.content == free[: free.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens < 12
+
+
+def test_log_probabilities_are_the_models_own(running, oracle):
+    answer = ask(running.openai, "a3", "x", logprobs=True, top_logprobs=3, max_tokens=4)
+    prompt = encode_chat(oracle.tokenizer, [{"role": "user", "content": "x"}])
+    said = oracle.tokens("a3", prompt, 4)
+    oracle.bank.use("a3")
+    with torch.no_grad():
+        logits = oracle.model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1].float()
+    oracle.bank.use(None)
+    expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(said)[:, None])[:, 0]
+    content = answer.choices[0].logprobs.content
+    torch.testing.assert_close(torch.tensor([t.logprob for t in content]), expected, rtol=1e-3, atol=1e-3)
+    assert all(t.top_logprobs[0].logprob >= t.top_logprobs[2].logprob for t in content)
+    assert content[0].top_logprobs[0].token == content[0].token
+    legacy = running.openai.completions.create(model="a3", prompt="x", max_tokens=3, temperature=0, logprobs=2)
+    assert len(legacy.choices[0].logprobs.token_logprobs) == 3
+    assert len(legacy.choices[0].logprobs.top_logprobs[0]) <= 2
+
+
+def test_a_seed_repeats_an_answer_whatever_else_runs(running):
+    client = running.openai
+    alone = ask(client, "a0", "dice", temperature=1.5, seed=7).choices[0].message.content
+    noise = [threading.Thread(target=ask, args=(client, "a1", "x" * i)) for i in range(3)]
+    for thread in noise:
+        thread.start()
+    assert ask(client, "a0", "dice", temperature=1.5, seed=7).choices[0].message.content == alone
+    assert ask(client, "a0", "dice", temperature=1.5, seed=8).choices[0].message.content != alone
+    for thread in noise:
+        thread.join()
+    greedy = ask(client, "a0", "dice").choices[0].message.content
+    assert ask(client, "a0", "dice", temperature=1.5, top_p=1e-6).choices[0].message.content == greedy
+
+
+def test_blends_are_the_weighted_sum(running, oracle):
+    """Against a base whose weights were changed by hand."""
+    mixed = ask(running.openai, "a0:0.5+a1:0.25", "tell").choices[0].message.content
+    prompt = encode_chat(oracle.tokenizer, [{"role": "user", "content": "tell"}])
+    saved = {}
+    with torch.no_grad():
+        for name, weight in (("a0", 0.5), ("a1", 0.25)):
+            for layer, part in oracle.bank._resident[name].layers.items():
+                base = oracle.model.get_submodule(layer).base.weight
+                saved.setdefault(layer, base.detach().clone())
+                base += weight * part.scale * (part.b @ part.a)
+        expected = oracle.tokens(None, prompt, 12)
+        for layer, original in saved.items():
+            oracle.model.get_submodule(layer).base.weight.copy_(original)
+    assert mixed == oracle.tokenizer.decode(expected, skip_special_tokens=True)
+    assert mixed not in (oracle.chat("a0", "tell", 12), oracle.chat("a1", "tell", 12))
+    with pytest.raises(openai.InternalServerError, match="log says why"):
+        ask(running.openai, "a0:0.5+a3:0.5", "tell")
+    assert any("DoRA" in note for note in running.notes)
+
+
+def test_models_name_their_parent(running):
+    models = {model.id: model for model in running.openai.models.list()}
+    assert models["base"].parent is None
+    assert models["a0"].parent == "base"
+    assert models["a0"].root.startswith("a0@")
+    assert running.openai.models.retrieve("a2").id == "a2"
+    with pytest.raises(openai.NotFoundError):
+        running.openai.models.retrieve("nobody")
+    pinned = models["a0"].root
+    assert ask(running.openai, pinned, "hi").system_fingerprint == pinned
+
+
+@pytest.mark.parametrize(
+    "change, status, message",
+    [
+        ({"model": "nobody"}, 404, "'nobody' is not served"),
+        ({"model": "a0@000000000000"}, 404, "a0 is now a0@"),
+        ({"messages": []}, 400, "messages"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_tokens": 300}, 400, "more than the context of 256"),
+        ({"messages": [{"role": "user", "content": "x" * 300}]}, 400, "more than the context"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"temperature": "hot"}, 400, "temperature"),
+        ({"n": 2}, 400, "n: "),
+        ({"tools": []}, 400, "tools: Extra inputs"),
+        ({"top_logprobs": 3}, 400, "needs logprobs"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, 400, "content"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "surrogate"),
+    ],
+)
+def test_errors_are_openais(running, change, status, message):
+    body = {"model": "a0", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4} | change
+    answer = httpx.post(f"{running.url}/v1/chat/completions", content=json.dumps(body), headers=HEADERS | JSON)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"model": NaN}', b"[" * 100_000])
+def test_malformed_bodies_are_the_clients_fault(running, content):
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        answer = httpx.post(running.url + path, content=content, headers=HEADERS | JSON)
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_tokens_and_sizes(running):
+    chat = f"{running.url}/v1/chat/completions"
+    assert httpx.post(chat, json={}).status_code == 401
+    assert httpx.post(chat, json={}, headers={"Authorization": "Bearer wrong"}).json()["error"]["code"] == (
+        "invalid_api_key"
+    )
+    assert httpx.get(f"{running.url}/admin/adapters", headers=HEADERS).status_code == 401
+    assert httpx.get(f"{running.url}/metrics").status_code == 401
+    large = httpx.post(chat, content=b"x" * (1 << 20) + b"x", headers=HEADERS | JSON)
+    assert large.status_code == 413
+    pieces = httpx.post(chat, content=(b"x" * 65536 for _ in range(17)), headers=HEADERS | JSON)
+    assert pieces.status_code == 413
+    assert httpx.get(f"{running.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{running.url}/ready").json() == {"status": "ready"}
+    assert httpx.get(f"{running.url}/nothing", headers=HEADERS).json()["error"]["type"] == "not_found_error"
+    assert httpx.put(chat, headers=HEADERS).status_code == 405
+
+
+def test_a_client_that_leaves_frees_its_slot(running):
+    body = {"model": "a0", "messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "temperature": 0}
+    with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body | {"stream": True}, headers=HEADERS) as s:
+        next(s.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{running.url}/v1/chat/completions", json=body, headers=HEADERS, timeout=httpx.Timeout(30, read=0.05)
+        )
+    running.settled()
+    metrics = httpx.get(f"{running.url}/metrics", headers=HEADERS).text
+    assert 'twinlora_requests_total{adapter="a0",finish="cancelled"} 2.0' in metrics, "streamed, and not"
+
+
+def test_metrics(running):
+    ask(running.openai, "a2", "x")
+    text = httpx.get(f"{running.url}/metrics", headers=HEADERS).text
+    assert 'twinlora_time_to_first_token_seconds_count{adapter="a2"}' in text
+    assert "twinlora_adapter_bytes" in text
+    assert 'twinlora_answer_tokens_total{adapter="a2"}' in text
+
+
+def test_prefixes_are_reused_by_content(running):
+    text = "the same beginning, long enough to matter " * 3
+    first = ask(running.openai, "a1", text, max_tokens=2)
+    again = ask(running.openai, "a1", text, max_tokens=2)
+    other = ask(running.openai, "a2", text, max_tokens=2)
+    prompt = first.usage.prompt_tokens
+    assert again.usage.prompt_tokens_details.cached_tokens == prompt - 1
+    assert other.usage.prompt_tokens_details.cached_tokens < 20, "the template's beginning at most"
+    assert again.choices[0].message.content == first.choices[0].message.content
+
+
+def test_the_admin_api(tiny, adapters, oracle, tmp_path):
+    root = adapters["a0"].parent
+    (root / "broken").mkdir(exist_ok=True)
+    (root / "broken" / "adapter_config.json").write_text("{")
+    for server in start(tmp_path, tiny, {"x": adapters["a0"]}, adapters_dir=root):
+        assert any("not served: adapter" in note and "broken" in note for note in server.notes)
+        client, url = server.openai, f"{server.url}/admin/adapters"
+        assert ask(client, "x", "hi").choices[0].message.content == oracle.chat("a0", "hi", 12)
+        assert httpx.post(url, json={"name": "x", "path": "a1"}, headers=ADMIN_HEADERS).status_code == 409
+        done = httpx.put(f"{url}/x", json={"path": "a1"}, headers=ADMIN_HEADERS)
+        assert done.json()["identity"].startswith("x@")
+        assert ask(client, "x", "hi").choices[0].message.content == oracle.chat("a1", "hi", 12)
+        for path, message in (
+            ("..", "inside of"),
+            ("/etc", "inside of"),
+            ("nothing", "inside of"),
+            ("broken", "adapter_model.safetensors"),
+        ):
+            answer = httpx.post(url, json={"name": "new", "path": path}, headers=ADMIN_HEADERS)
+            assert answer.status_code == 400
+            assert message in answer.json()["error"]["message"]
+        assert httpx.post(f"{url}/x/pin", json={"pinned": True}, headers=ADMIN_HEADERS).json()["pinned"] is True
+        listed = httpx.get(url, headers=ADMIN_HEADERS).json()
+        assert {"x", "a2", "a7"} <= {entry["name"] for entry in listed["adapters"]}
+        assert listed["resident_bytes"] <= listed["limit_bytes"]
+        assert httpx.delete(f"{url}/x", headers=ADMIN_HEADERS).status_code == 200
+        assert httpx.delete(f"{url}/x", headers=ADMIN_HEADERS).status_code == 404
+        with pytest.raises(openai.NotFoundError):
+            ask(client, "x", "hi")
+
+
+def test_overload_is_429_with_retry_after(tiny, tmp_path):
+    for server in start(tmp_path, tiny, {}, slots=1, queue=1, batch_tokens=8):
+        body = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 150, "temperature": 0}
+
+        def post(body=body, server=server):
+            return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=HEADERS, timeout=60)
+
+        found = []
+        threads = [threading.Thread(target=lambda found=found, post=post: found.append(post())) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        statuses = sorted(answer.status_code for answer in found)
+        assert set(statuses) == {200, 429}
+        refused = next(answer for answer in found if answer.status_code == 429)
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        server.settled()
+
+
+def test_a_stream_that_never_begins_frees_its_slot(running):
+    service = running.service
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        raise OSError("the client has gone")
+
+    async def begin():
+        answer = await service.begin("a0", [1, 2, 3], Sampling(200))
+        form = ChatForm("a0", answer, service.tokenizer, None)
+        response = _Stream(answer, stream(form, answer, usage=False))
+        with contextlib.suppress(Exception):
+            await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+
+    asyncio.run(begin())
+    running.settled()
