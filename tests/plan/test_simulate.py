@@ -215,7 +215,7 @@ def test_rank_and_patterns_of_the_adapter_count():
     assert few.trainable_parameters * 3 == plain.trainable_parameters
     every = simulate.simulate(llama(9), Cell(rank=8, adapter=LoraConfig(layers=tuple(range(9)))))
     assert every == simulate.simulate(llama(9), Cell(rank=8)), "folded, though layers are named"
-    with pytest.raises(AdapterError, match="layers .7.: the model has blocks 0 to 5"):
+    with pytest.raises(AdapterError, match=r"layers .7.: the model has blocks 0 to 5"):
         simulate.simulate(llama(6), Cell(adapter=LoraConfig(layers=(7,))))
     wide = simulate.simulate(
         llama(6), dataclasses.replace(Cell(), rank=8, adapter=LoraConfig(rank_pattern={"q_proj": 16}))
