@@ -184,7 +184,7 @@ def test_work_is_that_of_the_shapes():
     d, f, kv = 64, 128, 32
     layer = 2 * d * d + 2 * d * kv + 3 * d * f
     first = 2 * d * kv + d * d  # q, k and v of layer 0 see an input without a gradient
-    assert found.counts.flops["nf4 product"] == 2 * tokens * (2 * 2 * layer - first)
+    assert found.counts.flops["nf4 product bfloat16"] == 2 * tokens * (2 * 2 * layer - first)
     assert found.counts.calls["optimiser"] == 2 * 2 * 7, "A and B of seven linears in two layers"
     assert found.counts.read["optimiser"] > 4 * 4 * found.trainable_parameters, "weight, gradient, both moments"
 
@@ -206,13 +206,17 @@ def test_blocks_are_admitted_by_a_real_instance(monkeypatch):
     monkeypatch.setattr(swap, "probed", lambda *_: False)
     stock = simulate.simulate(llama(2), cell).peak_bytes
     build._prove.cache_clear()
-    assert stock > 1.2 * ours
+    assert stock > ours
 
 
 def test_rank_and_patterns_of_the_adapter_count():
     plain = simulate.simulate(llama(6), Cell(rank=8))
     few = simulate.simulate(llama(6), Cell(rank=8, adapter=LoraConfig(layers=(0, 5))))
     assert few.trainable_parameters * 3 == plain.trainable_parameters
+    every = simulate.simulate(llama(9), Cell(rank=8, adapter=LoraConfig(layers=tuple(range(9)))))
+    assert every == simulate.simulate(llama(9), Cell(rank=8)), "folded, though layers are named"
+    with pytest.raises(AdapterError, match=r"layers .7.: the model has blocks 0 to 5"):
+        simulate.simulate(llama(6), Cell(adapter=LoraConfig(layers=(7,))))
     wide = simulate.simulate(
         llama(6), dataclasses.replace(Cell(), rank=8, adapter=LoraConfig(rank_pattern={"q_proj": 16}))
     )

@@ -104,10 +104,6 @@ def prove(config: PretrainedConfig, dtype: torch.dtype, lora: LoraConfig | None,
 @lru_cache(maxsize=64)
 def _prove(kind: type[PretrainedConfig], text: str, dtype: torch.dtype, adapted: bool, fused: bool) -> Proof:
     small = kind.from_dict(json.loads(text))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = _stock(small, dtype)
-        _train(model, LoraConfig(rank=2) if adapted else None)
     admitted: dict[tuple[type[nn.Module], int], bool] = {}
 
     def admit(stock: nn.Module, number: int, candidate: swap.Candidate) -> bool:
@@ -115,10 +111,14 @@ def _prove(kind: type[PretrainedConfig], text: str, dtype: torch.dtype, adapted:
         admitted[type(stock), number] = admitted.get((type(stock), number), True) and found
         return found
 
-    if fused:
-        swap.replace_blocks(model, admit=admit)
-    packed = forward.packing_refusal(model, small.vocab_size) is None
-    return Proof(admitted, forward.has_plain_head(model), packed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _stock(small, dtype)
+        _train(model, LoraConfig(rank=2) if adapted else None)
+        if fused:
+            swap.replace_blocks(model, admit=admit)
+        packed = forward.packing_refusal(model, small.vocab_size) is None
+        return Proof(admitted, forward.has_plain_head(model), packed)
 
 
 def _stock(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

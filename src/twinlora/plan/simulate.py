@@ -120,7 +120,8 @@ def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
     proof = prove(config, cell.dtype, cell.lora, fused=cell.fused)
     plan = fold(_layers(config, cell))
     with torch.random.fork_rng(devices=[]):
-        runs = [_run(with_layers(config, n), cell, proof, n, plan.period) for n in plan.sizes]
+        whole = config.num_hidden_layers
+        runs = [_run(with_layers(config, n), cell, proof, n, plan.period, whole) for n in plan.sizes]
     small, large = runs[0], runs[-1]
     peak: dict[str, int] = {}
     for segment, found in small.peaks.items():
@@ -139,7 +140,8 @@ def _layers(config: PretrainedConfig, cell: Cell) -> list[Any]:
     chosen, lora = cell.adapter.layers, cell.lora
     named = [*(lora.target if lora else ()), *cell.adapter.exclude]
     named += [*cell.adapter.rank_pattern, *cell.adapter.modules_to_save]
-    if any(character.isdigit() for name in named for character in name):
+    beyond = chosen is not None and max(chosen, default=0) >= len(kinds)  # an error, found when targets are resolved
+    if beyond or any(character.isdigit() for name in named for character in name):
         return [(i, kind) for i, kind in enumerate(kinds)]  # layers are told apart by their number
     stored: list[list[tuple[str, str]]] = [[] for _ in kinds]
     for name, precision in cell.precision.items():
@@ -148,14 +150,22 @@ def _layers(config: PretrainedConfig, cell: Cell) -> list[Any]:
     return [(kind, chosen is None or i in chosen, sorted(stored[i])) for i, kind in enumerate(kinds)]
 
 
-def _run(config: PretrainedConfig, cell: Cell, proof: Proof, layers: int, period: int) -> _Run:
+def _shortened(lora: LoraConfig | None, layers: int) -> LoraConfig | None:
+    """Without the numbers of layers that a shorter model lacks; a number that the whole model lacks stays an error."""
+    if lora is None or lora.layers is None:
+        return lora
+    return dataclasses.replace(lora, layers=tuple(i for i in lora.layers if i < layers))
+
+
+def _run(config: PretrainedConfig, cell: Cell, proof: Proof, layers: int, period: int, whole: int) -> _Run:
     ledger = Ledger(Target(cell.target))
+    lora = _shortened(cell.lora, layers) if layers < whole else cell.lora
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         model, parameters = build(
             config,
             proof,
             dtype=cell.dtype,
-            lora=cell.lora,
+            lora=lora,
             formats=cell.formats(),
             checkpointing=cell.checkpointing,
             fused=cell.fused,
@@ -165,7 +175,7 @@ def _run(config: PretrainedConfig, cell: Cell, proof: Proof, layers: int, period
             optimizer = Observed(ledger, trained, OptimizerOptions(), scaled=cell.dtype == torch.float16)
             optimizer.reserve()  # as before a run's first step
             optimizer.discard_gradients()
-        _assign(ledger, model, trained if cell.lora else {})
+        _assign(ledger, model, trained if lora else {})
         observe(model, ledger)
         with ledger.within(("batch", None), "activations"):
             batch = _batch(cell, packed=cell.packing and proof.packed)
