@@ -239,5 +239,5 @@ def test_a_mix_of_precisions_lies_between(monkeypatch):
     assert of("qlora").peak_bytes < found.peak_bytes < of("lora").peak_bytes
     whole(monkeypatch)
     assert of("hybrid", mixed) == found
-    with pytest.raises(ConfigError, match="format 'int9-64': cannot be simulated"):
+    with pytest.raises(ConfigError, match="format 'int9-64': expected a name"):
         of("hybrid", {"": "int9-64"})
