@@ -59,7 +59,7 @@ def test_a_history_that_cannot_be_written_fails_no_run(tiny, data_file, tmp_path
 def test_the_planner_sets_a_run_up_and_a_resumed_one_stays(tiny, data_file, tmp_path, monkeypatch):
     given = {"method": None, "plan": "auto", "goal": "memory", "max_steps": 2}
     first = train(options(tiny, data_file, tmp_path / "r", **given)).record
-    assert first["method"] in ("lora", "qlora")
+    assert first["method"] in ("lora", "qlora", "hybrid")
     assert any(note.startswith("plan: Choose") for note in document(tmp_path / "r")["notes"])
     monkeypatch.setattr("twinlora.plan.auto.planned_options", pytest.fail)
     again = train(options(tiny, data_file, tmp_path / "r", resume=True, **given)).record
@@ -67,10 +67,10 @@ def test_the_planner_sets_a_run_up_and_a_resumed_one_stays(tiny, data_file, tmp_
 
 
 def test_what_is_given_stays_as_it_is(tiny, data_file, tmp_path):
-    given = {"method": "qlora", "plan": "auto", "gradient_checkpointing": True, "max_steps": 1}
+    given = {"method": "qlora", "plan": "auto", "gradient_checkpointing": "on", "max_steps": 1}
     train(options(tiny, data_file, tmp_path / "r", **given))
     chosen = document(tmp_path / "r")["options"]
-    assert (chosen["method"], chosen["gradient_checkpointing"]) == ("qlora", True)
+    assert (chosen["method"], chosen["gradient_checkpointing"]) == ("qlora", "on")
 
 
 def test_what_fits_nowhere_is_said_before_a_weight_is_loaded(tiny, data_file, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ def parse_options(verb: str, arguments: list[str]) -> Any:
 def _switched(arguments: list[str], switches: set[str]) -> list[str]:
     """`--x` alone is `--x on` where x can be on and off, and `--no-x` is `--x off`."""
     rest = []
-    for argument, after in zip(arguments, [*arguments[1:], "--"], strict=False):
+    for argument, after in itertools.pairwise([*arguments, "--"]):
         name = argument.removeprefix("--").replace("-", "_")
         if argument.startswith("--no-") and name.removeprefix("no_") in switches:
             rest += [f"--{argument.removeprefix('--no-')}", "off"]

@@ -78,7 +78,8 @@ class Target:
 
 def _promoted(args: Sequence[Any], made: Sequence[Any]) -> int:
     """torch's CPU kernels copy operands of another type than the common one, element by element operations alike."""
-    tensors = [x for x in args if isinstance(x, Tensor) and x.dim() > 0]
+    # Conditions stay what they are.
+    tensors = [x for x in args if isinstance(x, Tensor) and x.dim() > 0 and x.dtype != torch.bool]
     common = reduce(torch.promote_types, {x.dtype for x in tensors}, tensors[0].dtype) if tensors else None
     if common is None:
         return 0

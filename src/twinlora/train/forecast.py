@@ -48,11 +48,11 @@ class Forecast:
             self.notes.add(f"no prediction beside this run: {type(error).__name__}: {str(error).splitlines()[0]}")
             return None
 
-    def beside(self, record: dict[str, Any], prepared: Prepared) -> dict[str, Any] | None:
-        """The prediction for run.json; the run joins the history."""
+    def beside(self, record: dict[str, Any], prepared: Prepared, *, as_planned: bool) -> dict[str, Any] | None:
+        """The prediction for run.json; the run joins the history. None for a run that was not `as_planned`."""
         from twinlora.plan import predict
 
-        prediction = self._predict(prepared) if record["steps"] else None
+        prediction = self._predict(prepared) if record["steps"] and as_planned else None
         if prediction is None:
             return None
         try:

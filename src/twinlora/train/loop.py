@@ -36,6 +36,7 @@ from twinlora.train.memory import Memory
 from twinlora.train.notes import Notes
 from twinlora.train.optim import MasterAdamW, learning_rate
 from twinlora.train.prepare import prepare
+from twinlora.train.progress import Progress
 from twinlora.train.record import passport_of
 from twinlora.train.rng import restore_rng, rng_state
 from twinlora.train.run import RunDirectory
@@ -56,24 +57,6 @@ class TrainResult:
     tokenizer: PreTrainedTokenizerBase
     plain_head: bool
     packed: bool
-
-
-@dataclass
-class _Progress:
-    """Where a run is; saved with every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    skipped: int = 0  # steps whose float16 gradients overflowed
-    seconds: float = 0.0
-    loss: float = math.nan
-    eval_loss: float | None = None
-    stopped: bool = False  # early, by `patience`
-
-    def state(self) -> dict[str, Any]:
-        """As JSON."""
-        return {k: v for k, v in vars(self).items() if k != "step" and not (isinstance(v, float) and math.isnan(v))}
 
 
 def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResult:
@@ -183,7 +166,7 @@ class _Trainer:
             self.parameters, options, scaled=dtype == torch.float16, offload="optimizer" in options.offload
         )
         self.total = inputs.steps(options)
-        self.at = _Progress()
+        self.at = Progress()
         chooses = bool(options.keep_best and options.eval and options.eval_every)
         self.selection = Selection(keep=chooses)
 
@@ -199,7 +182,7 @@ class _Trainer:
         self.selection.load(found.state["selection"], found.tensors)
         self.memory.load(found.state["memory"])
         restore_rng(found.rng, self.device)
-        self.at = _Progress(step=found.state["step"], **found.state["progress"])
+        self.at = Progress(step=found.state["step"], **found.state["progress"])
         missing = self.run.rewind_metrics(found.state["records"])
         if missing:
             self.notes.add(f"resume: {missing} line(s) of {self.run.metrics} before this step are gone")
@@ -380,7 +363,7 @@ class _Trainer:
             files.save_adapter(self.model, where, options.model, passport)
             hf.follow_peft(self.model, passport)
         record = self._record() | {kind: str(where)}
-        record["predicted"] = self.forecast.beside(record, prepared)
+        record["predicted"] = self.forecast.beside(record, prepared, as_planned=self.memory.untouched)
         document: dict[str, Any] = {"options": options.model_dump(mode="json")}
         document |= {"base_fingerprint": self.inputs.fingerprint, "data_sha256": self.inputs.digests}
         document |= {"machine": machine.describe(self.device), "notes": self.notes.lines}

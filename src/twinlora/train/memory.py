@@ -76,6 +76,11 @@ class Memory:
         if state["checkpointing"] and self.options.gradient_checkpointing == "auto":
             self._recompute("resume: activations are recomputed, as before")
 
+    @property
+    def untouched(self) -> bool:
+        """Whether the run took what its options alone say: nothing was given up, moved to the host or copied."""
+        return not (self.retries or self.options.offload or self.copies)
+
     def record(self) -> dict[str, Any]:
         """For run.json."""
         moved = self._host.moved_bytes if self._host else 0
