@@ -204,7 +204,12 @@ class Service:
             self.count(answer, "cancelled")
         if not answer.ended and self.engine.alive:
             loop, gone = asyncio.get_running_loop(), asyncio.Event()
-            self.engine.cancel(answer.ticket, lambda: loop.call_soon_threadsafe(gone.set))
+
+            def told() -> None:
+                with contextlib.suppress(RuntimeError):  # the loop is gone
+                    loop.call_soon_threadsafe(gone.set)
+
+            self.engine.cancel(answer.ticket, told)
             await gone.wait()
         self._give_back(answer.lease)
 
