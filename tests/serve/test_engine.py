@@ -1,12 +1,13 @@
 """The engine without HTTP: batches equal solo answers, and a failure stays where it is."""
 
+import dataclasses
 import threading
 
 import pytest
 import torch
 
 from twinlora.adapters import files
-from twinlora.adapters.bank import AdapterBank
+from twinlora.adapters.bank import AdapterBank, Resident
 from twinlora.errors import ModelError
 from twinlora.model import swap
 from twinlora.model.load import load_model, load_tokenizer, resolve
@@ -83,6 +84,17 @@ def test_a_failing_pass_ends_its_requests_alone(engine, monkeypatch):
     assert (lost.end.finish, lost.end.error) == ("error", "RuntimeError: no memory")
     assert Asked(engine, [1, 2, 3], None, Sampling(4)).wait().tokens == before.tokens
     engine.call(engine.scheduler.check).result()
+
+
+def test_an_adapter_without_finite_outputs_harms_nobody_else(engine):
+    expected = Asked(engine, [1, 2, 3], "a0", Sampling(8)).wait().tokens
+    damaged = {
+        name: dataclasses.replace(w, a=w.a * float("inf")) for name, w in engine.bank._resident["a1"].layers.items()
+    }
+    engine.call(lambda: engine.bank.install("damaged", Resident(damaged))).result()
+    others = [Asked(engine, [1, 2, 3], "a0", Sampling(8)), Asked(engine, [4], "damaged", Sampling(8, temperature=1.0))]
+    assert others[0].wait().tokens == expected
+    assert others[1].wait().end.error == "its outputs are not finite"
 
 
 def test_cancelled_requests_leave(engine):

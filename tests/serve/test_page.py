@@ -54,7 +54,7 @@ def test_two_answers_side_by_side(running, oracle, browser, tmp_path):
     boxes = [cards.nth(number).bounding_box() for number in range(2)]
     assert boxes[0]["y"] < boxes[1]["y"], "one above the other on a phone"
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    page.get_by_label("longest answer, tokens").fill("100000")
+    page.get_by_label("question").fill("x" * 300)
     page.get_by_role("button", name="Ask").click()
     sync_api.expect(cards.locator("footer").nth(0)).to_contain_text("more than the context", timeout=30_000)
     assert not problems

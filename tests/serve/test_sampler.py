@@ -15,6 +15,13 @@ def test_rows_follow_their_own_rules():
     assert abs(last.logprob - torch.log_softmax(logits[2], 0)[2].item()) < 1e-6
 
 
+def test_rows_that_are_not_finite_are_told_apart():
+    logits = torch.tensor([[0.0, float("nan")], [0.0, 1.0], [float("inf"), 1.0]])
+    rules = [Sampling(1, temperature=1.0), Sampling(1), Sampling(1)]
+    found = choose(logits, rules, [generator(rule, CPU) for rule in rules])
+    assert [token and token.token for token in found] == [None, 1, None]
+
+
 def test_draws_have_the_models_probabilities_within_top_p():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     rule = Sampling(1, temperature=1.0, top_p=0.75, seed=0)

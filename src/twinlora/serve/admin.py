@@ -52,8 +52,11 @@ def admin_routes(service: Service) -> APIRouter:
             raise ApiError(status, f"adapter {name[:80]!r} {what}", param="name")
         try:
             directory = await asyncio.to_thread(find_adapter, root, path)
+        except AdapterError as error:
+            raise ApiError(404, str(error), param="path") from None
+        try:
             version = await asyncio.wrap_future(service.registry.register(name, directory, replace=replace))
-        except (AdapterError, OSError, ValueError) as error:
+        except (AdapterError, OSError) as error:
             raise ApiError(400, str(error), param="path") from None
         return shown(version)
 

@@ -197,11 +197,15 @@ class Engine:
             try:
                 picked = self._pass(plan)
             except Exception as error:  # one bad pass must not end the others; its sequences are told
-                self._fail(plan, f"{type(error).__name__}: {error}")
+                for chunk in plan.chunks:
+                    self._fail(chunk, f"{type(error).__name__}: {error}")
                 continue
             self.scheduler.done(plan)
             for chunk, token in picked:
-                self._advance(self._tickets[chunk.sequence], token)
+                if token is None:
+                    self._fail(chunk, "its outputs are not finite")
+                else:
+                    self._advance(self._tickets[chunk.sequence], token)
             self._report(plan, time.perf_counter() - begun)
 
     def _take(self) -> None:
@@ -212,7 +216,7 @@ class Engine:
             while True:
                 self._inbox.get_nowait()()
 
-    def _pass(self, plan: Plan) -> list[tuple[Chunk, TokenOut]]:
+    def _pass(self, plan: Plan) -> list[tuple[Chunk, TokenOut | None]]:
         """Run the model; the tokens that follow the chunks that end."""
         for copy in plan.copies:
             self._cache.copy(copy.source, copy.target, copy.count)
@@ -254,11 +258,10 @@ class Engine:
             self.scheduler.remove(sequence)
         ticket.on_event(Event(text, token, finish))
 
-    def _fail(self, plan: Plan, error: str) -> None:
-        for chunk in plan.chunks:
-            ticket = self._tickets.pop(chunk.sequence)
-            self.scheduler.remove(chunk.sequence, keep=False)
-            ticket.on_event(Event("", None, "error", error))
+    def _fail(self, chunk: Chunk, error: str) -> None:
+        ticket = self._tickets.pop(chunk.sequence)
+        self.scheduler.remove(chunk.sequence, keep=False)
+        ticket.on_event(Event("", None, "error", error))
 
     def _report(self, plan: Plan, seconds: float) -> None:
         if self._on_pass is not None:

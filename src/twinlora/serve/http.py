@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Coroutine
 from importlib import resources
 from typing import Any, TypeVar
@@ -82,7 +83,19 @@ async def _invalid(request: Request, error: Any) -> Response:
 
 async def _http_error(request: Request, error: Any) -> Response:
     told = ApiError(error.status_code, str(error.detail))
-    return JSONResponse(told.body(), told.status, error.headers)
+    headers = dict(error.headers or {})
+    if told.status == 405:  # starlette names the methods of one route alone
+        path, asked = request.scope["path"], request.app.openapi()["paths"]
+        methods = {
+            method.upper() for known in asked if _template(known).fullmatch(path) for method in asked[known]
+        }  # fmt: skip
+        headers = {"allow": ", ".join(sorted(methods))} if methods else headers
+    return JSONResponse(told.body(), told.status, headers)
+
+
+def _template(path: str) -> re.Pattern[str]:
+    """`/admin/adapters/{name}` as a pattern."""
+    return re.compile(re.sub(r"\\{[^}]*\\}", "[^/]+", re.escape(path)))
 
 
 def _open_routes(service: Service) -> APIRouter:
@@ -133,11 +146,9 @@ def _openai_routes(service: Service) -> APIRouter:
     @routes.post("/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The next message of a chat."""
-        if body.top_logprobs is not None and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         tokens = await service.encode_chat([message.plain() for message in body.messages])
         wanted = body.max_completion_tokens or body.max_tokens
-        top = (body.top_logprobs or 0) if body.logprobs else None
+        top = body.top_logprobs if body.top_logprobs is not None else 0 if body.logprobs else None
         sampling = _sampling(body, service.room(tokens, wanted, "messages"), top)
         return await _answer(service, request, ChatForm, body, tokens, sampling)
 

@@ -110,9 +110,12 @@ class Lease:
 def contained(root: Path, relative: str) -> Path:
     """The directory `relative` inside `root`, by real paths, its files too. Raises AdapterError for one outside."""
     real_root = root.resolve()
-    real = (real_root / relative).resolve()
-    inside = real.is_relative_to(real_root) and real != real_root
-    if not inside or not real.is_dir():
+    try:
+        real = (real_root / relative).resolve()
+        inside = real.is_relative_to(real_root) and real != real_root and real.is_dir()
+    except (OSError, ValueError):  # too long, a loop of links, a NUL
+        inside = False
+    if not inside:
         raise AdapterError(f"path {relative!r}: expected a directory inside of the server's --adapters-dir")
     outside = [p.name for p in real.iterdir() if not p.resolve().is_relative_to(real_root)]
     if outside:

@@ -24,19 +24,28 @@ def generator(sampling: Sampling, device: torch.device) -> torch.Generator | Non
     return made
 
 
-def choose(logits: Tensor, rules: Sequence[Sampling], generators: Sequence[torch.Generator | None]) -> list[TokenOut]:
-    """A token for each row of logits [n, V]. Log-probabilities are the model's, before temperature and top_p."""
-    greedy = logits.max(dim=-1).indices.tolist()  # argmax takes five times as long in 16 bit
-    out = []
-    for row, (token, rule, source) in enumerate(zip(greedy, rules, generators, strict=True)):
+def choose(
+    logits: Tensor, rules: Sequence[Sampling], generators: Sequence[torch.Generator | None]
+) -> list[TokenOut | None]:
+    """A token for each row of logits [n, V]; None where they hold NaN or Inf.
+
+    Log-probabilities are the model's, before temperature and top_p.
+    """
+    most, greedy = logits.max(dim=-1)  # argmax takes five times as long in 16 bit
+    out: list[TokenOut | None] = []
+    rows = zip(greedy.tolist(), most.isfinite().tolist(), rules, generators, strict=True)
+    for row, (token, finite, rule, source) in enumerate(rows):
+        if not finite:
+            out.append(None)
+            continue
         if source is not None:
             token = _draw(logits[row].float(), rule, source)
         if rule.top_logprobs is None:
             out.append(TokenOut(token))
             continue
         log_probs = torch.log_softmax(logits[row].float(), dim=-1)
-        values, ids = log_probs.topk(rule.top_logprobs) if rule.top_logprobs else (log_probs[:0], log_probs[:0])
-        top = tuple((int(i), float(v)) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
+        values, ids = log_probs.topk(rule.top_logprobs)
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         out.append(TokenOut(token, float(log_probs[token]), top))
     return out
 

@@ -63,7 +63,7 @@ class _Generation(_Strict):
     model: Model
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**53), le=2**53)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -104,13 +104,13 @@ class RegisterRequest(_Strict):
     """POST /admin/adapters: `path` is a directory inside of --adapters-dir."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-    path: Annotated[Text, Field(min_length=1, max_length=1000, pattern=r"^[^\x00]+$")]
+    path: Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
 class ReplaceRequest(_Strict):
     """PUT /admin/adapters/{name}."""
 
-    path: Annotated[Text, Field(min_length=1, max_length=1000, pattern=r"^[^\x00]+$")]
+    path: Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
 class PinRequest(_Strict):

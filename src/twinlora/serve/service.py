@@ -133,18 +133,15 @@ class Service:
         return tokens
 
     def room(self, tokens: list[int], wanted: int | None, param: str) -> int:
-        """How many tokens the answer may have. Raises ApiError if it cannot have what was asked for."""
+        """How many tokens the answer may have; the context may leave fewer than `wanted`, and then it ends by "length".
+
+        Raises ApiError if the prompt leaves none.
+        """
         context = self.engine.scheduler.capacity
-        left = context - len(tokens)
-        if left < (wanted or 1):
-            answer = f" and an answer of {wanted:,}" if wanted else ""
-            raise ApiError(
-                400,
-                f"a prompt of {len(tokens):,} tokens{answer} is more than the context of {context:,}",
-                param=param,
-                code="context_length_exceeded",
-            )
-        return wanted or min(left, self.options.max_new_tokens)
+        if len(tokens) >= context:
+            message = f"a prompt of {len(tokens):,} tokens is more than the context of {context:,}"
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
+        return min(context - len(tokens), wanted or self.options.max_new_tokens)
 
     async def begin(self, model: str, tokens: list[int], sampling: Sampling) -> Answer:
         """Admit a request. Raises ApiError; nothing is held then."""
@@ -204,7 +201,12 @@ class Service:
             self.count(answer, "cancelled")
         if not answer.ended and self.engine.alive:
             loop, gone = asyncio.get_running_loop(), asyncio.Event()
-            self.engine.cancel(answer.ticket, lambda: loop.call_soon_threadsafe(gone.set))
+
+            def told() -> None:
+                with contextlib.suppress(RuntimeError):  # the loop is gone
+                    loop.call_soon_threadsafe(gone.set)
+
+            self.engine.cancel(answer.ticket, told)
             await gone.wait()
         self._give_back(answer.lease)
 
