@@ -1,6 +1,6 @@
 import pytest
 
-from twinlora.config import _FIELDS
+from twinlora.config.groups import _FIELDS
 from twinlora.data.formats import FORMS, form_of
 from twinlora.errors import DataError
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import chat, write_jsonl
 from twinlora.cli.main import main
-from twinlora.config import AnswerMetric
+from twinlora.config.values import AnswerMetric
 from twinlora.data.formats import Row
 from twinlora.errors import BackendError, DataError
 from twinlora.evaluate import scores

@@ -61,7 +61,9 @@ def workspace(op: str, *args: Any, target: str = "cpu") -> Workspace:
         return Workspace(reference_bytes(_REFERENCE[op], args))
     if target == "cpu":
         return _of_cpu(op, args, torch.get_num_threads())
-    return Workspace(triton.workspace_bytes(op, *args) if op in triton.OPS else cuda.workspace_bytes(op, *args))
+    if op in triton.OPS:
+        return Workspace(kept={f"{WEIGHT}panels": triton.workspace_bytes(op, *args)})
+    return Workspace(cuda.workspace_bytes(op, *args))
 
 
 def _of_cpu(op: str, args: tuple[Any, ...], threads: int) -> Workspace:

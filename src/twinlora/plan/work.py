@@ -14,7 +14,11 @@ from torch.utils.flop_counter import flop_registry
 
 __all__ = ["Counts", "Kind", "extrapolate", "of"]
 
-_NF4_LINEARS = {"nf4_linear", "nf4_linear_transposed"}
+# Products with a quantised weight, and which argument is multiplied; the weight's shape comes five arguments later.
+_QUANTISED = {
+    "nf4_linear": 0, "nf4_linear_transposed": 0, "nf4_linear_add_": 1, "nf4_linear_transposed_add_": 1,
+    "blockwise_linear": 0, "blockwise_linear_transposed": 0,
+}  # fmt: skip
 _NORMS = {"rms_norm", "rms_norm_backward", "native_layer_norm", "native_layer_norm_backward"}
 _LOSS = {"cross_entropy_", "_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward"}
 
@@ -130,8 +134,8 @@ def _of_lists(name: str, func: Any, args: tuple[Any, ...], outputs: list[Tensor]
 
 
 def _name(name: str) -> str:
-    if name in _NF4_LINEARS or name == "nf4_linears":
-        return "nf4 product"
+    if name in _QUANTISED or name in ("nf4_linears", "nf4_linear_with"):
+        return "nf4 product"  # of other formats, too: their weights are decoded alike
     if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "_grouped_mm", "dense_linear"):
         return "product"
     if "attention" in name:
@@ -148,11 +152,12 @@ def _name(name: str) -> str:
 
 
 def _flops(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> int:
-    if name in ("nf4_linear", "nf4_linear_transposed"):
-        rows: int = args[0].numel() // args[0].shape[-1]
-        weights: int = math.prod(args[5])
+    if name in _QUANTISED:
+        at = _QUANTISED[name]
+        rows: int = args[at].numel() // args[at].shape[-1]
+        weights: int = math.prod(args[at + 5])
         return 2 * rows * weights
-    if name in ("nf4_linears", "dense_linear"):
+    if name in ("nf4_linears", "nf4_linear_with", "dense_linear"):
         width: int = args[0].shape[-1]
         return sum(2 * y.numel() * width for y in outputs)
     if name == "addmm_":
