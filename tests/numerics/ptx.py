@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twinlora.numerics import triton_blocks as blocks
+from twinlora.numerics.triton import blocks
 
 HALF, FULL, LONG = "*bf16", "*fp32", "*i64"
 KERNELS = {
