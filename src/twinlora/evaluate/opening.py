@@ -65,8 +65,9 @@ def open_model(
     layers = None if quantize is None or isinstance(quantize, Format) else quantize
     bank = AdapterBank(model)
     for name, adapter in read.items():
-        who = {"fingerprint": identity, "base": options.model}
-        for line in passport.check(adapter.directory, **who, precision=stored, layers=layers):
+        for line in passport.check(
+            adapter.directory, fingerprint=identity, base=options.model, precision=stored, layers=layers
+        ):
             reporter.note(line)
         bank.add(name, adapter)
     swap.replace_blocks(model, reporter.note)
