@@ -1,5 +1,6 @@
 """Every option, once. Flags, recipe files and run records derive from these models; unknown keys are errors."""
 
+from twinlora.config.export import ArtefactOptions, ExportOptions, MergeOptions
 from twinlora.config.groups import (
     AdapterOptions,
     DataOptions,
@@ -27,6 +28,7 @@ from twinlora.config.verbs import (
 __all__ = [
     "AdapterInspectOptions",
     "AdapterOptions",
+    "ArtefactOptions",
     "AttachOptions",
     "ChatOptions",
     "CompareOptions",
@@ -35,7 +37,9 @@ __all__ = [
     "DemoOptions",
     "DoctorOptions",
     "EvalOptions",
+    "ExportOptions",
     "LoadOptions",
+    "MergeOptions",
     "ModelOptions",
     "OptimizerOptions",
     "Options",

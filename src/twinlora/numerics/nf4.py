@@ -10,6 +10,7 @@ The bytes are those of bitsandbytes, so that its checkpoints can be read and wri
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -48,6 +49,14 @@ class NF4Format:
     def name(self) -> str:
         """Short name for tables and passports, for example `nf4-64-dq256`."""
         return f"nf4-{self.block_size}" + (f"-dq{self.nested_block_size}" if self.nested_block_size else "")
+
+    @classmethod
+    def from_name(cls, name: str) -> NF4Format:
+        """The format that `name` stands for. Raises ConfigError."""
+        match = re.fullmatch(r"nf4-(\d+)(?:-dq(\d+))?", name)
+        if match is None:
+            raise ConfigError(f"NF4 format {name!r}: expected a name such as nf4-64-dq256")
+        return cls(int(match[1]), int(match[2] or 0))
 
     def stored_bytes(self, count: int) -> int:
         """Bytes that `count` weights take, scales included."""

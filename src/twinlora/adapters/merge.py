@@ -1,0 +1,113 @@
+"""An adapter folded into its base: W + s·B·A, or DoRA's rows of given length, a tensor at a time.
+
+The base may be its own 16-bit weights, or those that QLoRA trained on: quantised to NF4 and back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from twinlora.adapters.read import AdapterFile
+from twinlora.errors import AdapterError
+from twinlora.model.checkpoint import Checkpoint
+from twinlora.numerics import ops
+from twinlora.numerics.nf4 import NF4Format
+
+__all__ = ["Merged", "folded"]
+
+
+def folded(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
+    """Float32 weight [out, in], A [r, in], B [out, r] -> the updated weight; `magnitude` [out] is DoRA's."""
+    updated = torch.addmm(weight, b, a, alpha=scale)
+    if magnitude is None:
+        return updated
+    return updated * (magnitude / updated.norm(dim=1).clamp_(min=1e-6))[:, None]
+
+
+class Merged:
+    """The tensors of a base with an adapter folded in, each made when it is asked for.
+
+    With `quantized` the base is NF4(W) in that format, else W. Without an adapter they are the base's own. Raises
+    AdapterError that lists every part of the adapter that the base lacks or has in another shape.
+    """
+
+    def __init__(self, base: Checkpoint, adapter: AdapterFile | None, quantized: NF4Format | None = None) -> None:
+        self.base, self.quantized = base, quantized
+        self._layers = {f"{name}.weight": name for name in adapter.tensors} if adapter else {}
+        self._adapter = adapter
+        modules = adapter.modules if adapter else {}
+        self._whole = {f"{name}.{key}": tensor for name, parts in modules.items() for key, tensor in parts.items()}
+        self.names = list(base.names)
+        ends = [f"{base.embedding}.weight", f"{base.head}.weight"]
+        self._retied: str | None = None
+        self.tied = base.tied and not any(end in self._whole for end in ends)
+        if base.tied and not self.tied:  # a trained copy of one; the other stays as it was
+            self.names.append(ends[1])
+            self._retied = ends[1]
+        if adapter:
+            self._require_fit(adapter)
+
+    def _require_fit(self, adapter: AdapterFile) -> None:
+        problems = []
+        for name, layer in self._layers.items():
+            a, b = adapter.tensors[layer]
+            expected = (b.shape[0], a.shape[1])
+            if name not in self.names or layer not in self.base.linears:
+                problems.append(f"{layer}: the model has no such linear layer")
+            elif (found := self._rows_by_columns(layer)) != expected:
+                problems.append(f"{layer}: adapter is for {list(expected)}, the model has {list(found)}")
+        for name, tensor in self._whole.items():
+            if name not in self.names:
+                problems.append(f"{name}: the model has no such parameter")
+            elif name != self._retied and self.base.shape(name) != tuple(tensor.shape):
+                problems.append(
+                    f"{name}: adapter has {list(tensor.shape)}, the model {list(self.base.shape(name))}"
+                )
+        if problems:
+            shown = "\n  ".join(problems[:20])
+            raise AdapterError(f"adapter {adapter.directory}: {len(problems)} part(s) do not fit this model\n  {shown}")
+
+    def _rows_by_columns(self, layer: str) -> tuple[int, ...]:
+        shape = self.base.shape(f"{layer}.weight")
+        return shape[::-1] if layer in self.base.transposed else shape
+
+    def read(self, name: str) -> Tensor:
+        """The parameter: float32 where it changed, else as it is stored."""
+        if name in self._whole:
+            return self._whole[name]
+        if name == self._retied:
+            return self.base.read(f"{self.base.embedding}.weight")
+        layer = name.removesuffix(".weight")
+        if name not in self._layers and not (self.quantized and layer in self.base.quantizable):
+            return self.base.read(name)
+        transposed = layer in self.base.transposed
+        weight = self._base_weight(name, layer, transposed)
+        if name in self._layers:
+            assert self._adapter is not None
+            a, b = (t.float() for t in self._adapter.tensors[layer])
+            magnitude = self._adapter.magnitudes.get(layer)
+            weight = folded(weight, a, b, self._adapter.configs[layer].scale, magnitude)
+        return weight.T.contiguous() if transposed else weight
+
+    def _base_weight(self, name: str, layer: str, transposed: bool) -> Tensor:
+        """[out, in], float32."""
+        if self.quantized is None or layer not in self.base.quantizable:
+            weight = self.base.read(name).float()
+            return weight.T if transposed else weight
+        stored = self.base.stored(name)
+        if stored is None:
+            weight = self.base.read(name)
+            stored = ops.quantize(weight.T.contiguous() if transposed else weight, self.quantized, name=name)
+        return stored.dequantize(torch.float32)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self._whole[name].shape) if name in self._whole else self._base_shape(name)
+
+    def _base_shape(self, name: str) -> tuple[int, ...]:
+        return self.base.shape(f"{self.base.embedding}.weight" if name == self._retied else name)
+
+    def low_bit(self, name: str) -> bool:
+        """Whether it is the weight of a linear layer that 4-bit formats are for: any but the head's."""
+        return name.endswith(".weight") and name.removesuffix(".weight") in self.base.quantizable
