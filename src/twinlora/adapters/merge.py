@@ -13,6 +13,7 @@ from twinlora.errors import AdapterError
 from twinlora.model.checkpoint import Checkpoint
 from twinlora.numerics import ops
 from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.ops import NF4Tensor
 
 __all__ = ["Merged", "folded"]
 
@@ -95,11 +96,22 @@ class Merged:
         if self.quantized is None or layer not in self.base.quantizable:
             weight = self.base.read(name).float()
             return weight.T if transposed else weight
+        return self._trained_on(name, self.quantized, transposed).dequantize(torch.float32)
+
+    def _trained_on(self, name: str, fmt: NF4Format, transposed: bool) -> NF4Tensor:
         stored = self.base.stored(name)
-        if stored is None:
-            weight = self.base.read(name)
-            stored = ops.quantize(weight.T.contiguous() if transposed else weight, self.quantized, name=name)
-        return stored.dequantize(torch.float32)
+        if stored is not None:
+            return stored
+        weight = self.base.read(name)
+        return ops.quantize(weight.T.contiguous() if transposed else weight, fmt, name=name)
+
+    def nf4(self, name: str, fmt: NF4Format) -> NF4Tensor:
+        """A linear layer's weight in 4 bits; where it did not change, the codes of the base that was trained on."""
+        if name not in self._layers and name not in self._whole and (self.quantized or fmt) == fmt:
+            kept = self._trained_on(name, fmt, transposed=False)
+            if kept.format == fmt:
+                return kept
+        return ops.quantize(self.read(name), fmt, name=name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape."""

@@ -27,6 +27,8 @@ _VERBS = {
         "AdapterInspectOptions",
         "What an adapter is, what it does, and what can load it.",
     ),
+    "merge": ("twinlora.cli.merge", "MergeOptions", "Fold an adapter into its base, and prove that it answers alike."),
+    "export": ("twinlora.cli.export", "ExportOptions", "Write it for llama.cpp, bitsandbytes or PEFT, behind the same gate."),
     "chat": ("twinlora.cli.chat", "ChatOptions", "Talk to a model and switch adapters."),
 }
 

@@ -12,7 +12,6 @@ from twinlora.adapters.merge import Merged
 from twinlora.export.merged import write_companions
 from twinlora.export.shards import ShardWriter
 from twinlora.model import bnb4
-from twinlora.numerics import ops
 from twinlora.numerics.nf4 import NF4Format
 
 __all__ = ["save_bnb"]
@@ -31,7 +30,7 @@ def save_bnb(
                 tensor = weights.read(name)
                 out.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
                 continue
-            for part, tensor in bnb4.pack(ops.quantize(weights.read(name), fmt, name=name), dtype).items():
+            for part, tensor in bnb4.pack(weights.nf4(name, fmt), dtype).items():
                 if part == bnb4.MARK:
                     states[name + part] = tensor
                 else:

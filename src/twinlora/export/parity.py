@@ -103,7 +103,7 @@ def compare(
     kls, errors, agreed = [], [], []
     for reference, answer, token in zip(trained, answers, tokens, strict=True):
         kls.append(_divergence(reference.double(), answer))
-        errors.append(abs(reference[token].item() - _log_prob(answer, token)))
+        errors.append(_error(reference, answer, token))
         agreed.append(bool(reference[answer.ids[0]] >= reference.max() - _TIE))
     template, stops = _template(runtime, rows, tokenizer), _stops(runtime, stop, probes[0], tokenizer)
     figures = {
@@ -143,6 +143,13 @@ def _log_prob(answer: Answer, token: int) -> float:
     """log p of a token; of one that is not listed, the smallest that is."""
     found = (answer.ids == token).nonzero()
     return float(answer.log_probs[found[0, 0]] if len(found) else answer.log_probs.min())
+
+
+def _error(reference: Tensor, answer: Answer, token: int) -> float:
+    """|Δ log p| of a token; where it is not listed, what it is at least."""
+    ours, theirs = reference[token].item(), _log_prob(answer, token)
+    listed = bool((answer.ids == token).any())
+    return abs(ours - theirs) if listed else max(0.0, ours - theirs)
 
 
 def _template(runtime: Runtime, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from twinlora.errors import ModelError
 from twinlora.numerics.nf4 import NF4Format, codebook, dynamic_map
 from twinlora.numerics.ops import NF4Tensor
 
-__all__ = ["MARK", "is_part", "pack", "quantization_config", "refusal", "unpack"]
+__all__ = ["MARK", "is_part", "is_stored", "pack", "quantization_config", "unpack"]
 
 MARK = ".quant_state.bitsandbytes__nf4"
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", MARK, ".quant_state.bitsandbytes__fp4")
@@ -28,7 +29,7 @@ def is_part(name: str) -> bool:
     return name.endswith(_PARTS)
 
 
-def refusal(config: dict[str, Any]) -> str | None:
+def _refusal(config: dict[str, Any]) -> str | None:
     """Why a `quantization_config` is not one that is read here, or None."""
     method = config.get("quant_method")
     if method != "bitsandbytes" and not (config.get("load_in_4bit") or config.get("load_in_8bit")):
@@ -39,6 +40,17 @@ def refusal(config: dict[str, Any]) -> str | None:
     if kind != "nf4":
         return f"its 4-bit type is {kind!r}; expected 'nf4'"
     return None if storage == "uint8" else f"its codes are stored as {storage}; expected uint8"
+
+
+def is_stored(directory: Path, given: str) -> bool:
+    """Whether a checkpoint is bitsandbytes NF4. Raises ModelError, with the name as `given`, if it is quantised
+    otherwise."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if config is None:
+        return False
+    if reason := _refusal(config):
+        raise ModelError(f"model {given}: {reason}")
+    return True
 
 
 def quantization_config(fmt: NF4Format, dtype: torch.dtype, skipped: list[str]) -> dict[str, Any]:

@@ -40,10 +40,7 @@ class Checkpoint:
             self._inspect(model)
             return
         self.config = AutoConfig.from_pretrained(source.path, **trust)
-        quantised = getattr(self.config, "quantization_config", None)
-        if quantised is not None:
-            if reason := bnb4.refusal(quantised):
-                raise ModelError(f"model {source.given}: {reason}")
+        if bnb4.is_stored(source.path, source.given):
             del self.config.quantization_config
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, **trust)

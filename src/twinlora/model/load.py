@@ -6,6 +6,7 @@ by tensor: a weight is read, quantised and dropped before the next one is touche
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -31,9 +32,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from twinlora import machine
 from twinlora.errors import ModelError
-from twinlora.model import attention
+from twinlora.model import attention, bnb4
+from twinlora.model.lazy import Lazy, Stored
 from twinlora.model.linear import FrozenLinear, QuantLinear, is_linear
 from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.ops import NF4Tensor
 
 __all__ = [
     "Source",
@@ -47,7 +50,6 @@ __all__ = [
 ]
 
 _METHOD = "twinlora_nf4"
-_SMALL = 1 << 20  # bytes; a mapping each would be hundreds for the norms
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -151,6 +153,7 @@ class _Config(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, fmt: NF4Format | None = None, on_quantized: Any = None, **_: Any) -> None:
         self.quant_method = _METHOD
         self.fmt, self.on_quantized = fmt or NF4Format(), on_quantized
+        self.stored: dict[str, Callable[[], NF4Tensor]] | None = None  # weights that the checkpoint has in NF4 already
         self.problems: list[str] = []  # transformers keeps only a summary of what its loop raises
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Config:
@@ -185,6 +188,8 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         self._names = {f"{name}.weight" for name in quantizable(model)}
+        if self.quantization_config.stored is not None:
+            self._names &= set(self.quantization_config.stored)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         return param_name in self._names
@@ -217,7 +222,15 @@ def _quantize_layer(model: nn.Module, name: str, weight: Tensor, config: _Config
         raise ModelError(
             f"{name}.weight: checkpoint has {tuple(weight.shape)}, the model expects {tuple(module.weight.shape)}"
         )
-    replacement = QuantLinear.from_dense(module, weight, config.fmt, f"{name}.weight")
+    if config.stored is None:
+        replacement = QuantLinear.from_dense(module, weight, config.fmt, f"{name}.weight")
+    else:
+        replacement = QuantLinear(config.stored.pop(f"{name}.weight")(), module.bias)
+        if replacement.format != config.fmt:
+            raise ModelError(
+                f"{name}.weight: stored as {replacement.format.name}, asked for {config.fmt.name}; choose block size "
+                "and double quantisation as the checkpoint has them"
+            )
     owner = model.get_submodule(parent)
     owns = [*owner.parameters(recurse=False), *owner.buffers(recurse=False)]
     # transformers must not initialise it anew, nor look for its weight in order to do so, as GPT-2's blocks do.
@@ -240,8 +253,9 @@ def load_model(
     """The causal language model of `source`, frozen, in eval mode, with our attention where the architecture takes it.
 
     With `quantize`, linear layers become QuantLinear while the checkpoint streams by; embeddings, norms and head keep
-    `dtype`. A GGUF file is dequantised to `dtype` first. `on_quantized` sees each such layer's name, its weight before,
-    and what it became. Raises ModelError, with the tensors that are wrong.
+    `dtype`. A GGUF file is dequantised to `dtype` first. The codes of a bitsandbytes NF4 checkpoint are taken as they
+    are; without `quantize` they are dequantised. `on_quantized` sees each such layer's name, its weight before, and
+    what it became. Raises ModelError, with the tensors that are wrong.
     """
     attention.register()
     arguments: dict[str, Any] = source.load_arguments | {"dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -251,13 +265,16 @@ def load_model(
         arguments |= _gguf_arguments()
     elif quantize is not None:
         arguments["quantization_config"] = config
-    by_tensor = quantize is not None and not source.is_gguf
-    load = _load_by_tensor if by_tensor else AutoModelForCausalLM.from_pretrained
+    stored = not source.is_gguf and bnb4.is_stored(source.path, source.given)
     try:
-        model, info = _quiet(load, **arguments)
+        if source.is_gguf or (quantize is None and not stored):
+            model, info = _quiet(AutoModelForCausalLM.from_pretrained, **arguments)
+        else:
+            model, info = _quiet(_load_by_tensor, **arguments, stored=config if stored else None)
     except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model {source.given}: could not be loaded: {error}") from error
-    _refuse_incomplete(source, info, config.problems)
+    unread = [f"{name}: its 4-bit weight fits no layer" for name in config.stored or ()] if quantize else []
+    _refuse_incomplete(source, info, config.problems + unread)
     if source.is_gguf and quantize is not None:
         for name in quantizable(model):
             _quantize_layer(model, name, model.get_submodule(name).weight.detach(), config)
@@ -268,33 +285,26 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-class _Lazy:
-    """A tensor of a checkpoint, mapped when it is asked for and unmapped with its last use.
-
-    transformers keeps every shard mapped while it loads, and one tensor that lives on keeps its shard mapped: each page
-    ever read would count as this process's memory.
-    """
-
-    def __init__(self, file: Path, name: str) -> None:
-        self.file, self.name = file, name
-
-    def __getitem__(self, index: Any) -> Tensor:
-        with safe_open(self.file, framework="pt") as file:
-            tensor: Tensor = file.get_slice(self.name)[index]
-        return tensor.clone() if tensor.nbytes < _SMALL else tensor
-
-
-def _load_by_tensor(pretrained_model_name_or_path: str, *, trust_remote_code: bool, **arguments: Any) -> Any:
-    """What AutoModelForCausalLM.from_pretrained does, over _Lazy tensors."""
+def _load_by_tensor(
+    pretrained_model_name_or_path: str, *, trust_remote_code: bool, stored: _Config | None = None, **arguments: Any
+) -> Any:
+    """What AutoModelForCausalLM.from_pretrained does, over Lazy tensors. `stored` takes in what is in 4 bits."""
     path, trust = Path(pretrained_model_name_or_path), {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(path, **trust)
+    if stored is not None:
+        del config.quantization_config
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config, **trust))
-    tensors: dict[str, _Lazy] = {}
+    tensors: dict[str, Lazy] = {}
     for name in Source(path, str(path)).weight_files():
         with safe_open(name, framework="pt") as file:
-            tensors |= {key: _Lazy(name, key) for key in file.keys()}  # noqa: SIM118  # not a dict
-    loaded = kind.from_pretrained(None, config=config, state_dict=tensors, **arguments)
+            tensors |= {key: Lazy(name, key) for key in file.keys()}  # noqa: SIM118  # not a dict
+    state: dict[str, Any] = {key: tensor for key, tensor in tensors.items() if not bnb4.is_part(key)}
+    if stored is not None:
+        names = [name.removesuffix(bnb4.MARK) for name in tensors if name.endswith(bnb4.MARK)]
+        stored.stored = {n: functools.partial(bnb4.unpack, n, lambda key: tensors[key][...]) for n in names}
+        state |= {name: Stored(read) for name, read in stored.stored.items()}
+    loaded = kind.from_pretrained(None, config=config, state_dict=state, **arguments)
     if (path / "generation_config.json").is_file():
         loaded[0].generation_config = GenerationConfig.from_pretrained(path)
     return loaded
