@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from twinlora.adapters.merge import Merged
+from twinlora.errors import ModelError
 from twinlora.export.merged import write_companions
 from twinlora.export.shards import ShardWriter
 from twinlora.model import bnb4
@@ -20,7 +21,12 @@ __all__ = ["save_bnb"]
 def save_bnb(
     weights: Merged, directory: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, fmt: NF4Format
 ) -> None:
-    """Write the checkpoint, one weight in memory at a time. A base's own 4-bit weights that did not change are kept."""
+    """Write the checkpoint, one weight in memory at a time. Weights that did not change keep the base's own codes.
+
+    Raises ModelError for a model whose weights are transposed.
+    """
+    if weights.base.transposed:
+        raise ModelError(f"bnb: layers stored as [in, out] (Conv1D of {weights.base.config.model_type}) are not supported")
     parts = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", bnb4.MARK)
     keys = [f"{name}{part}" for name in weights.names for part in (parts if weights.low_bit(name) else ("",))]
     states: dict[str, Tensor] = {}  # of odd lengths: behind the others, which stay aligned

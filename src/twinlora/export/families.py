@@ -17,6 +17,7 @@ __all__ = [
     "Family",
     "add_hyperparameters",
     "arranged",
+    "caveats",
     "family_of",
     "gguf_name",
     "heads_of",
@@ -124,6 +125,21 @@ def rotation(config: Any) -> dict[str, Any]:
     """The parameters of the (full-attention) rotary embedding."""
     rope: dict[str, Any] = config.rope_parameters
     return rope["full_attention"] if "full_attention" in rope else rope
+
+
+def caveats(config: Any) -> list[str]:
+    """What llama.cpp leaves out of a model, beyond what a comparison of short rows can show."""
+    lines = []
+    rope = rotation(config)
+    if rope.get("rope_type") == "longrope":
+        trained = rope["original_max_position_embeddings"]
+        lines.append(
+            f"llama.cpp takes this model's long rotary factors for every prompt once its context (-c) is above {trained:,}"
+        )
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and config.model_type in ("mistral", "qwen2", "qwen3", "phi3") and window < config.max_position_embeddings:
+        lines.append(f"llama.cpp has no sliding window for {config.model_type}: beyond {window:,} tokens it sees more")
+    return lines
 
 
 def _refuse(config: Any) -> None:

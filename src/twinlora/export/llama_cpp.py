@@ -78,7 +78,7 @@ class LlamaCpp:
     def _complaint(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return "\n".join(f"  {line}" for line in lines[-6:]) or "  (it said nothing)"
+        return "\n".join(f"  {line}" for line in [line for line in lines if line.strip()][:8]) or "  (it said nothing)"
 
     def _ask(self, path: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
@@ -93,12 +93,17 @@ class LlamaCpp:
             raise BackendError(f"llama.cpp stopped ({error}):\n{self._complaint()}") from None
 
     def answers(self, probes: Sequence[Probe], tokenizer: PreTrainedTokenizerBase) -> list[Answer]:
-        """The distribution at every position of every probe: its likeliest tokens, best first."""
+        """The distribution at every position of every probe: its likeliest tokens, best first.
+
+        The server keeps back what is no whole character, and its figures with it: it is made to say a letter. The
+        figures are those before that.
+        """
+        letter = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
         found = []
         for probe in probes:
             for position in probe.positions:
                 body = {"prompt": probe.ids[:position], "n_predict": 1, "n_probs": LISTED, "temperature": 0.0}
-                reply = self._ask("/completion", body | {"cache_prompt": True, "samplers": []})
+                reply = self._ask("/completion", body | {"cache_prompt": True, "logit_bias": [[letter, 1e4]]})
                 top = reply["completion_probabilities"][0]["top_logprobs"]
                 ids = torch.tensor([entry["id"] for entry in top])
                 log_probs = torch.tensor([max(entry["logprob"], -1e4) for entry in top], dtype=torch.float64)

@@ -24,7 +24,10 @@ def main() -> None:
     params.fit_params = False
     if settings["lora"]:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(settings["lora"], 1.0)]
-    server = xllamacpp.Server(params)
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:  # what is wrong stands in the log before it
+        sys.exit(str(error))
     sys.stdout.write(f"{server.listening_address}\n")
     sys.stdout.flush()
     sys.stdin.read()

@@ -19,7 +19,7 @@ from twinlora.adapters import files
 from twinlora.adapters.merge import Merged
 from twinlora.config import ArtefactOptions, ExportOptions, MergeOptions
 from twinlora.errors import AdapterError, ConfigError, ParityError
-from twinlora.export import bnb, edge
+from twinlora.export import bnb, edge, families
 from twinlora.export import gguf as gguf_files
 from twinlora.export.choose import Choice, choose_base, sixteen_bit
 from twinlora.export.gguf_lora import write_gguf_lora
@@ -67,6 +67,8 @@ def _ship(options: ArtefactOptions, kind: str, reporter: Reporter) -> dict[str, 
     with atomic.write_directory(options.output) as directory:
         reporter.note(f"writing {kind}: {options.output}")
         artefact = _WRITERS[kind](subject, quantized, directory)
+        for line in artefact.facts.get("notes", ()):
+            reporter.note(line)
         parity = _gate(subject, quantized, artefact, reporter) if options.gate else None
         record = _record(subject, kind, quantized, choice, artefact, parity)
         if isinstance(options, ExportOptions) and options.edge:
@@ -163,6 +165,7 @@ def _gguf(subject: Subject, quantized: NF4Format | None, directory: Path) -> Art
     options = subject.options
     assert isinstance(options, ExportOptions)
     weights = Merged(subject.checkpoint, subject.adapter, quantized)
+    notes = families.caveats(subject.checkpoint.config)
     path = directory / f"{subject.name}-{options.quant}.gguf"
     ours = options.quant in gguf_files.OURS
     written = path if ours else directory / "wide.gguf"
@@ -178,7 +181,7 @@ def _gguf(subject: Subject, quantized: NF4Format | None, directory: Path) -> Art
         lambda: LlamaCpp(path, context=_context(subject)),
         LIMITS[limits],
         lambda: gguf_files.differing_tensor(path, weights),
-        {"quant": options.quant, "tensors": counts if ours else None, "bytes": path.stat().st_size},
+        {"quant": options.quant, "tensors": counts if ours else None, "bytes": path.stat().st_size, "notes": notes},
     )
 
 

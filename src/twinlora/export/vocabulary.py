@@ -45,6 +45,8 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size:
         raise ModelError(f"GGUF: a tokenizer of type {model['type']} is not supported; expected BPE")
     if len(tokenizer) > size:
         raise ModelError(f"GGUF: the tokenizer has {len(tokenizer)} tokens, the embedding {size} rows")
+    if not model["merges"]:
+        raise ModelError("GGUF: the tokenizer has no merges, and llama.cpp does not load such a one")
     tokens, types = _tokens(tokenizer, size, model)
     pieces = bool(model.get("byte_fallback"))
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
