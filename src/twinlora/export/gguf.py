@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import torch
-from gguf import GGUFReader, GGUFWriter, quants
+from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ from twinlora.export import families
 from twinlora.export.vocabulary import add_vocabulary
 from twinlora.numerics import ggml
 
-__all__ = ["OURS", "differing_tensor", "encode", "llama_quantize", "tensor_type", "write_gguf"]
+__all__ = ["OURS", "llama_quantize", "tensor_type", "write_gguf"]
 
 OURS = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -27,8 +27,6 @@ OURS = {
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
     "iq4_nl": (GGMLQuantizationType.IQ4_NL, LlamaFileType.MOSTLY_IQ4_NL),
 }
-# Relative error (Frobenius) that a tensor's type may bring.
-_ERRORS = {"F32": 1e-6, "F16": 1e-3, "BF16": 6e-3, "Q8_0": 0.02}
 _HINT = (
     "K-quants are written by llama.cpp's llama-quantize, which is not on PATH: install llama.cpp "
     "(`brew install llama.cpp`, `conda install -c conda-forge llama.cpp`, or a release from "
@@ -120,24 +118,3 @@ def llama_quantize(source: Path, target: Path, quant: str) -> None:
     done = subprocess.run([program, str(source), str(target), quant.upper()], capture_output=True, text=True)
     if done.returncode:
         raise BackendError(f"llama-quantize failed ({done.returncode}): {(done.stderr or done.stdout)[-400:].strip()}")
-
-
-def differing_tensor(path: Path, weights: Merged) -> str | None:
-    """The first tensor of the file that is not what was merged, as transformers' own reader of GGUF files finds them."""
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
-
-    config = weights.base.config
-    family = families.family_of(config)
-    names = families.name_map(family, config)
-    theirs = TENSOR_PROCESSORS.get(family.name, TensorProcessor)(config=config.to_dict())
-    by_name = {families.gguf_name(names, entry): entry for entry in weights.names}
-    for tensor in GGUFReader(path).tensors:
-        if tensor.name not in by_name:
-            continue
-        read = quants.dequantize(tensor.data, tensor.tensor_type)
-        found = torch.from_numpy(theirs.process(weights=read, name=tensor.name).weights.copy())
-        expected = weights.read(by_name[tensor.name]).float()
-        error = float((found - expected).norm() / expected.norm().clamp(min=1e-12))
-        if not error <= (limit := _ERRORS.get(tensor.tensor_type.name, 0.2)):
-            return f"tensor {by_name[tensor.name]} ({tensor.name}) is off by {error:.1%} (limit {limit:.1%})"
-    return None

@@ -19,7 +19,7 @@ from twinlora.adapters import files
 from twinlora.adapters.merge import Merged
 from twinlora.config import ArtefactOptions, ExportOptions, MergeOptions
 from twinlora.errors import AdapterError, ConfigError, ParityError
-from twinlora.export import bnb, edge, families
+from twinlora.export import bnb, edge, families, readback
 from twinlora.export import gguf as gguf_files
 from twinlora.export.choose import Choice, choose_base, sixteen_bit
 from twinlora.export.gguf_lora import write_gguf_lora
@@ -114,10 +114,10 @@ def _gate(subject: Subject, quantized: NF4Format | None, artefact: Artefact, rep
         parity = compare(
             trained, runtime, subject.probes, subject.rows, subject.tokenizer, subject.stop, limits
         )
-    if parity.passed:
+    tensor = artefact.differing()
+    if parity.passed and tensor is None:
         return parity
-    problems = [*parity.problems, artefact.differing()]
-    listed = "\n  ".join(problem for problem in problems if problem)
+    listed = "\n  ".join([*([tensor] if tensor else []), *parity.problems])
     raise ParityError(
         f"{options.output}: the artefact does not answer as the trained model does in {parity.runtime}; it was deleted\n"
         f"  {listed}\nlimits: {limits.reason}; --max-kl sets another one, --no-gate writes it uncompared"
@@ -141,8 +141,8 @@ def _merged(subject: Subject, quantized: NF4Format | None, directory: Path) -> A
     dtype = getattr(torch, subject.options.dtype)
     return Artefact(
         lambda: _stock("transformers", lambda: _transformers(directory, subject, dtype), directory, subject),
-        LIMITS["16bit"],
-        lambda: None,
+        LIMITS["f16" if sixteen_bit(subject) == torch.float16 else "bf16"],
+        lambda: readback.checkpoint_difference(directory, weights),
         {"dtype": str(sixteen_bit(subject)).removeprefix("torch.")},
     )
 
@@ -156,7 +156,7 @@ def _bnb(subject: Subject, quantized: NF4Format | None, directory: Path) -> Arte
     return Artefact(
         lambda: _stock("bitsandbytes", lambda: _transformers(directory, subject, None), directory, subject),
         LIMITS["4bit"],
-        lambda: None,
+        lambda: readback.checkpoint_difference(directory, weights),
         {"quant": fmt.name},
     )
 
@@ -176,11 +176,10 @@ def _gguf(subject: Subject, quantized: NF4Format | None, directory: Path) -> Art
     if not ours:
         gguf_files.llama_quantize(written, path, options.quant)
         written.unlink()
-    limits = {"f16": "16bit", "bf16": "16bit", "q8_0": "q8_0"}.get(options.quant, "4bit")
     return Artefact(
         lambda: LlamaCpp(path, context=_context(subject)),
-        LIMITS[limits],
-        lambda: gguf_files.differing_tensor(path, weights),
+        LIMITS.get(options.quant, LIMITS["4bit"]),
+        lambda: readback.gguf_difference(path, weights),
         {"quant": options.quant, "tensors": counts if ours else None, "bytes": path.stat().st_size, "notes": notes},
     )
 
@@ -205,8 +204,9 @@ def _gguf_lora(subject: Subject, quantized: NF4Format | None, directory: Path) -
             with LlamaCpp(base, lora=path, context=_context(subject)) as running:
                 yield running
 
-    limits = {"f16": "16bit", "bf16": "16bit", "q8_0": "q8_0"}.get(options.quant, "4bit")
-    return Artefact(run, LIMITS[limits], lambda: None, {"base_quant": options.quant, "bytes": path.stat().st_size})
+    limits = LIMITS.get(options.quant, LIMITS["4bit"])
+    differing = lambda: readback.gguf_lora_difference(path, adapter, subject.checkpoint.config)  # noqa: E731
+    return Artefact(run, limits, differing, {"base_quant": options.quant, "bytes": path.stat().st_size})
 
 
 def _peft(subject: Subject, quantized: NF4Format | None, directory: Path) -> Artefact:
