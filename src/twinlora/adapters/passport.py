@@ -37,6 +37,7 @@ class Passport(BaseModel):
     system: str | None = None
     data_sha256: dict[str, str] = {}
     method: str
+    deploy: str | None = None  # the format whose rounding was trained with
     seed: int | None = None
     steps: int | None = None  # None: trained by a loop that is not ours
     versions: dict[str, str]
@@ -85,9 +86,12 @@ def check(directory: Path, *, fingerprint: str, base: str, precision: dict[str, 
             f"  loading on: {base} (weights {fingerprint[:16]})\n"
             f"give --model {passport.base_model}, or delete {directory / FILE} if you know better"
         )
+    lines = []
     if passport.base_precision != precision:
-        return [f"adapter {directory}: trained on {_named(passport.base_precision)}, running on {_named(precision)}"]
-    return []
+        lines.append(f"adapter {directory}: trained on {_named(passport.base_precision)}, running on {_named(precision)}")
+    if passport.deploy:
+        lines.append(f"adapter {directory}: trained to be deployed as {passport.deploy}, running beside its base")
+    return lines
 
 
 def _named(precision: dict[str, Any]) -> str:

@@ -104,9 +104,10 @@ def open_subject(options: ArtefactOptions, reporter: Reporter) -> Subject:
         else:
             reporter.note(f"adapter {options.run}: no passport (not written by twinlora); taken as trained on 16 bit")
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
-    needed = options.gate or options.base == "auto"
-    rows = _rows(options, record, reporter) if needed else []
-    return Subject(options, source, adapter, paper, _trained_on(paper), tokenizer, rows)
+    trained_on = _trained_on(paper)
+    chooses = options.base == "auto" and trained_on is not None
+    rows = _rows(options, record, reporter) if options.gate or chooses else []
+    return Subject(options, source, adapter, paper, trained_on, tokenizer, rows)
 
 
 def _record(run: Path) -> dict[str, Any]:

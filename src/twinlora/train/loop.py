@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twinlora import atomic, machine
 from twinlora.adapters import files, hf
+from twinlora.adapters.deploy import digests
 from twinlora.adapters.lora import trainable_parameters
 from twinlora.config import TrainOptions
 from twinlora.data.packing import Batch, make_batch
@@ -309,6 +310,8 @@ class _Trainer:
         document: dict[str, Any] = {"options": options.model_dump(mode="json")}
         document |= {"base_fingerprint": self.inputs.fingerprint, "data_sha256": self.inputs.digests}
         document |= {"machine": machine.describe(self.device), "notes": self.notes.lines}
+        if options.deploy:
+            document["deployed"] = digests(self.model)
         document |= {"replaced": prepared.replaced, "packed": prepared.packed, "plain_head": prepared.plain_head}
         atomic.write_json(self.run.path / "run.json", document | {"result": record})
         return TrainResult(record, self.model, self.inputs.tokenizer, prepared.plain_head, prepared.packed)

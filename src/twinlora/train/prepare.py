@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from twinlora.adapters import files, init
+from twinlora.adapters import deploy, files, init
 from twinlora.adapters.lora import attach
 from twinlora.adapters.targets import LoraConfig
 from twinlora.config import TrainOptions
@@ -21,6 +21,7 @@ from twinlora.numerics import ops
 from twinlora.numerics.nf4 import NF4Format
 from twinlora.train.inputs import Inputs
 from twinlora.train.notes import Notes
+from twinlora.train.record import storage_of
 
 __all__ = ["Prepared", "prepare"]
 
@@ -83,6 +84,8 @@ def _make_trainable(model: Any, options: TrainOptions, lora: LoraConfig, initial
             init.pissa(model)
         if options.init_adapter:
             files.set_weights(model, files.read_adapter(options.init_adapter))
+        if options.deploy:
+            deploy.deploy(model, storage_of(options))
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
