@@ -70,20 +70,22 @@ class _Deployed(torch.autograd.Function):
     """x [..., in] -> x @ Q(W + s·B·A).T; the gradients of A and B as if Q were not there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
-        ctx.scale = scale
-        ctx.save_for_backward(x, weight, a, b)
-        return x @ weight.T
+    def forward(ctx: Any, x: Tensor, layer: DeployedLora, a: Tensor, b: Tensor) -> Tensor:
+        ctx.layer, ctx.stored = layer, layer.stored()
+        ctx.save_for_backward(x, a, b)
+        return x @ ctx.stored.dequantize(x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b = ctx.saved_tensors
+        x, a, b = ctx.saved_tensors
+        weight = ctx.stored.dequantize(x.dtype)  # not kept since the forward pass: that would be a whole 16-bit model
+        ctx.layer.forget()
         dy, flat = grads[0].reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
         narrow_a, narrow_b = a.to(x.dtype), b.to(x.dtype)
-        db = (dy.T @ (flat @ narrow_a.T)).float().mul_(ctx.scale)
-        da = ((dy @ narrow_b).mul_(ctx.scale).T @ flat).float()
+        db = (dy.T @ (flat @ narrow_a.T)).float().mul_(ctx.layer.scale)
+        da = ((dy @ narrow_b).mul_(ctx.layer.scale).T @ flat).float()
         dx = (dy @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, da, db
+        return dx, None, da, db
 
 
 class DeployedLora(LoraLinear):
@@ -93,9 +95,9 @@ class DeployedLora(LoraLinear):
     name: str
 
     def stored(self) -> Stored:
-        """The merged weight as it will be deployed; made anew when A or B changed."""
-        a, b = self.lora_A, self.lora_B
-        key = (a._version, b._version, a.data_ptr(), b.data_ptr())
+        """The merged weight as it will be deployed; made anew when A or B changed, or may have since a backward pass
+        (fused optimisers change parameters without counting it)."""
+        key = (self.lora_A._version, self.lora_B._version)
         kept: tuple[Any, Stored] | None = self.__dict__.get("_stored")
         if kept is None or kept[0] != key:
             with torch.no_grad():
@@ -103,10 +105,13 @@ class DeployedLora(LoraLinear):
                 kept = self.__dict__["_stored"] = key, self.storage.store(weight, self.name)
         return kept[1]
 
+    def forget(self) -> None:
+        """Let the stored weight be made anew."""
+        self.__dict__.pop("_stored", None)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        weight = self.stored().dequantize(x.dtype)
-        out: Tensor = _Deployed.apply(x, weight, self.scale, *self.factors())
+        out: Tensor = _Deployed.apply(x, self, *self.factors())
         return out if self.base.bias is None else out + self.base.bias.to(out.dtype)
 
     @staticmethod

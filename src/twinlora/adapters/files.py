@@ -36,6 +36,7 @@ __all__ = [
     "require_fit",
     "save_adapter",
     "set_weights",
+    "usual",
     "write_into",
 ]
 
@@ -85,8 +86,8 @@ def _peft_config(layers: dict[str, LoraLinear], whole: list[str], base: str, mod
     names = list(layers)
     ranks = {name: layer.factors()[0].shape[0] for name, layer in layers.items()}
     alphas = {name: _number(layer.scale * ranks[name]) for name, layer in layers.items()}
-    rank, rank_pattern = _usual(ranks)
-    alpha, alpha_pattern = _usual(alphas)
+    rank, rank_pattern = usual(ranks)
+    alpha, alpha_pattern = usual(alphas)
     kinds = sorted({name.rpartition(".")[2] for name in names})
     left = [n for n, m in model.named_modules() if n not in layers and (is_linear(m) or isinstance(m, FrozenLinear))]
     left = [n for n in left if not n.endswith(".base") and not any(n == w or n.startswith(w + ".") for w in whole)]
@@ -116,7 +117,7 @@ def _number(value: float) -> float | int:
     return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, abs(value)) else value
 
 
-def _usual(values: Mapping[str, T]) -> tuple[T | None, dict[str, T]]:
+def usual(values: Mapping[str, T]) -> tuple[T | None, dict[str, T]]:
     """The value that most layers have, and patterns for the others: by kind where all of a kind agree."""
     if not values:
         return None, {}

@@ -29,12 +29,19 @@ def folded(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor
 class Merged:
     """The tensors of a base with an adapter folded in, each made when it is asked for.
 
-    With `quantized` the base is NF4(W) in that format, else W. Without an adapter they are the base's own. Raises
-    AdapterError that lists every part of the adapter that the base lacks or has in another shape.
+    With `quantized` the base is NF4(W) in that format, else W; `rounded`: W is first rounded to that type, as a run
+    loads it. Without an adapter they are the base's own. Raises AdapterError that lists every part of the adapter that
+    the base lacks or has in another shape.
     """
 
-    def __init__(self, base: Checkpoint, adapter: AdapterFile | None, quantized: NF4Format | None = None) -> None:
-        self.base, self.quantized = base, quantized
+    def __init__(
+        self,
+        base: Checkpoint,
+        adapter: AdapterFile | None,
+        quantized: NF4Format | None = None,
+        rounded: torch.dtype | None = None,
+    ) -> None:
+        self.base, self.quantized, self._rounded = base, quantized, rounded
         self._layers = {f"{name}.weight": name for name in adapter.tensors} if adapter else {}
         self._adapter = adapter
         modules = adapter.modules if adapter else {}
@@ -81,20 +88,29 @@ class Merged:
             return self.base.read(f"{self.base.embedding}.weight")
         layer = name.removesuffix(".weight")
         if name not in self._layers and not (self.quantized and layer in self.base.quantizable):
-            return self.base.read(name)
-        transposed = layer in self.base.transposed
-        weight = self._base_weight(name, layer, transposed)
+            return self._from_base(name)
+        weight = self.read_rows(name)
+        return weight.T.contiguous() if layer in self.base.transposed else weight
+
+    def read_rows(self, name: str) -> Tensor:
+        """The weight of a linear layer as [out, in], float32."""
+        layer = name.removesuffix(".weight")
+        weight = self._base_weight(name, layer, layer in self.base.transposed)
         if name in self._layers:
             assert self._adapter is not None
             a, b = (t.float() for t in self._adapter.tensors[layer])
             magnitude = self._adapter.magnitudes.get(layer)
             weight = folded(weight, a, b, self._adapter.configs[layer].scale, magnitude)
-        return weight.T.contiguous() if transposed else weight
+        return weight
+
+    def _from_base(self, name: str) -> Tensor:
+        weight = self.base.read(name)
+        return weight if self._rounded is None or not weight.is_floating_point() else weight.to(self._rounded)
 
     def _base_weight(self, name: str, layer: str, transposed: bool) -> Tensor:
         """[out, in], float32."""
         if self.quantized is None or layer not in self.base.quantizable:
-            weight = self.base.read(name).float()
+            weight = self._from_base(name).float()
             return weight.T if transposed else weight
         return self._trained_on(name, self.quantized, transposed).dequantize(torch.float32)
 
@@ -102,7 +118,7 @@ class Merged:
         stored = self.base.stored(name)
         if stored is not None:
             return stored
-        weight = self.base.read(name)
+        weight = self._from_base(name)
         return ops.quantize(weight.T.contiguous() if transposed else weight, fmt, name=name)
 
     def nf4(self, name: str, fmt: NF4Format) -> NF4Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from twinlora import atomic
-from twinlora.adapters.merge import Merged
 from twinlora.evaluate.metrics import RowLoss, row_losses
 from twinlora.evaluate.stats import paired_interval
 from twinlora.export.merged import save_16bit
@@ -58,11 +57,11 @@ class Choice:
 def choose_base(subject: Subject, reporter: Reporter) -> tuple[NF4Format | None, Choice | None]:
     """The format that the base goes through before it is merged, None for its own 16 bits. Measured if both can be."""
     wanted = subject.options.base
-    if subject.trained_on is None or wanted == "16bit":
+    if subject.trained_on is None or (wanted == "16bit" and subject.deployed is None):
         if wanted == "dequantised":
             reporter.note("base dequantised: this adapter was trained on 16 bit; they are taken as they are")
         return None, None
-    if wanted == "dequantised":
+    if wanted == "dequantised" or subject.deployed is not None:
         return subject.trained_on, None
     choice = _measure(subject, reporter)
     reporter.note(f"folded into the {choice.base} weights: {choice.reason}")
@@ -101,7 +100,7 @@ def _decide(found: dict[str, Candidate], difference: tuple[float, float, float])
 def _candidate(subject: Subject, fmt: NF4Format | None) -> PreTrainedModel:
     """The merged model as it would be shipped, loaded from a directory that is gone afterwards."""
     options = subject.options
-    weights = Merged(subject.checkpoint, subject.adapter, fmt)
+    weights = subject.merged(fmt)
     with atomic.writing(options.output):
         atomic.make_directory(options.output.parent)
         with tempfile.TemporaryDirectory(prefix=".candidate.", dir=options.output.parent) as directory:

@@ -22,6 +22,7 @@ from twinlora.errors import AdapterError, ConfigError, ParityError
 from twinlora.export import bnb, edge, families, readback
 from twinlora.export import gguf as gguf_files
 from twinlora.export.choose import Choice, choose_base, sixteen_bit
+from twinlora.export.deployed import prove, require_match
 from twinlora.export.gguf_lora import write_gguf_lora
 from twinlora.export.llama_cpp import LlamaCpp, require_llama_cpp
 from twinlora.export.merged import save_16bit
@@ -61,9 +62,9 @@ def _ship(options: ArtefactOptions, kind: str, reporter: Reporter) -> dict[str, 
     subject = open_subject(options, reporter)
     if subject.adapter is None and kind in ("peft", "gguf-lora"):
         raise AdapterError(f"{options.run}: all weights were trained, there is no adapter; export --to merged or gguf")
+    if subject.deployed is not None:
+        require_match(options, subject.deployed)
     quantized, choice = choose_base(subject, reporter)
-    if choice is None and kind == "gguf-lora" and subject.trained_on and options.base == "16bit":
-        quantized = None
     with atomic.write_directory(options.output) as directory:
         reporter.note(f"writing {kind}: {options.output}")
         artefact = _WRITERS[kind](subject, quantized, directory)
@@ -71,6 +72,8 @@ def _ship(options: ArtefactOptions, kind: str, reporter: Reporter) -> dict[str, 
             reporter.note(line)
         parity = _gate(subject, quantized, artefact, reporter) if options.gate else None
         record = _record(subject, kind, quantized, choice, artefact, parity)
+        if subject.deployed is not None and subject.digests:
+            record["deploy"] = prove(subject.merged(quantized), subject.deployed, subject.digests)
         if isinstance(options, ExportOptions) and options.edge:
             record["edge"] = _edge(subject, quantized, directory, options)
         name = "parity.json" if parity else "export.json"
@@ -136,7 +139,7 @@ def _transformers(directory: Path, subject: Subject, dtype: torch.dtype | None) 
 
 
 def _merged(subject: Subject, quantized: NF4Format | None, directory: Path) -> Artefact:
-    weights = Merged(subject.checkpoint, subject.adapter, quantized)
+    weights = subject.merged(quantized)
     save_16bit(weights, directory, subject.tokenizer, sixteen_bit(subject))
     dtype = getattr(torch, subject.options.dtype)
     return Artefact(
@@ -151,7 +154,7 @@ def _bnb(subject: Subject, quantized: NF4Format | None, directory: Path) -> Arte
     options = subject.options
     assert isinstance(options, ExportOptions)
     fmt = NF4Format(options.block_size, 256 if options.double_quant else 0)
-    weights = Merged(subject.checkpoint, subject.adapter, quantized)
+    weights = subject.merged(quantized)
     bnb.save_bnb(weights, directory, subject.tokenizer, sixteen_bit(subject), fmt)
     return Artefact(
         lambda: _stock("bitsandbytes", lambda: _transformers(directory, subject, None), directory, subject),
@@ -164,7 +167,7 @@ def _bnb(subject: Subject, quantized: NF4Format | None, directory: Path) -> Arte
 def _gguf(subject: Subject, quantized: NF4Format | None, directory: Path) -> Artefact:
     options = subject.options
     assert isinstance(options, ExportOptions)
-    weights = Merged(subject.checkpoint, subject.adapter, quantized)
+    weights = subject.merged(quantized)
     notes = families.caveats(subject.checkpoint.config)
     path = directory / f"{subject.name}-{options.quant}.gguf"
     ours = options.quant in gguf_files.OURS
@@ -251,7 +254,7 @@ def _edge(
     if options.quant != "f16":
         with tempfile.TemporaryDirectory(prefix=".f16.", dir=directory) as scratch:
             wide = Path(scratch) / "f16.gguf"
-            weights = Merged(subject.checkpoint, subject.adapter, quantized)
+            weights = subject.merged(quantized)
             gguf_files.write_gguf(
                 weights, wide, subject.tokenizer, quant="f16", name=subject.name, stop=subject.stop
             )

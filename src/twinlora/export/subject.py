@@ -12,6 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twinlora.adapters import files, passport
+from twinlora.adapters.deploy import Storage, deploy
+from twinlora.adapters.merge import Merged
 from twinlora.adapters.read import AdapterFile
 from twinlora.config import ArtefactOptions
 from twinlora.data import sources
@@ -43,6 +45,24 @@ class Subject:
     trained_on: NF4Format | None
     tokenizer: PreTrainedTokenizerBase
     rows: list[Row]
+    digests: dict[str, str]  # of the deployed layers, by run.json
+
+    @property
+    def deployed(self) -> Storage | None:
+        """The format with whose rounding it was trained."""
+        return Storage(self.passport.deploy) if self.passport and self.passport.deploy else None
+
+    def merged(self, quantized: NF4Format | None) -> Merged:
+        """The tensors with the adapter folded in."""
+        return Merged(self.checkpoint, self.adapter, quantized, self._rounded)
+
+    @property
+    def _rounded(self) -> torch.dtype | None:
+        """The type that the base was rounded to while training counted on its bits."""
+        if self.deployed is None or self.passport is None:
+            return None
+        names = [name for name in self.passport.base_precision if not name.startswith("nf4-")]
+        return getattr(torch, names[0]) if names else None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -71,6 +91,7 @@ class Subject:
         ends = generation_values(self.source, self.checkpoint.config, self.tokenizer)["eos_token_id"]
         return set(ends if isinstance(ends, list) else [ends])
 
+    @torch.no_grad()
     def model(self, quantized: NF4Format | None) -> PreTrainedModel:
         """The trained model with its adapter beside the base, which is in 16 bits or `quantized`."""
         model = load_model(
@@ -81,6 +102,11 @@ class Subject:
         )
         if self.adapter is not None:
             files.load_adapter(model, self.adapter)
+        if self.deployed is not None:
+            for parameter in model.parameters() if self._rounded else ():
+                if not parameter.requires_grad and parameter.is_floating_point():
+                    parameter.copy_(parameter.to(self._rounded))
+            deploy(model, self.deployed)
         return model.eval()
 
 
@@ -106,16 +132,16 @@ def open_subject(options: ArtefactOptions, reporter: Reporter) -> Subject:
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     trained_on = _trained_on(paper)
     chooses = options.base == "auto" and trained_on is not None
-    rows = _rows(options, record, reporter) if options.gate or chooses else []
-    return Subject(options, source, adapter, paper, trained_on, tokenizer, rows)
+    rows = _rows(options, record.get("options", {}), reporter) if options.gate or chooses else []
+    return Subject(options, source, adapter, paper, trained_on, tokenizer, rows, record.get("deployed", {}))
 
 
 def _record(run: Path) -> dict[str, Any]:
-    """run.json's options, of the run's directory or of the one above `adapter`."""
+    """run.json, of the run's directory or of the one above `adapter`."""
     for directory in (run, run.parent):
         if (directory / "run.json").is_file():
-            options: dict[str, Any] = json.loads((directory / "run.json").read_text(encoding="utf-8"))["options"]
-            return options
+            record: dict[str, Any] = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+            return record
     return {}
 
 
@@ -131,16 +157,16 @@ def _trained_on(paper: passport.Passport | None) -> NF4Format | None:
     return NF4Format.from_name(names[0]) if names else None
 
 
-def _rows(options: ArtefactOptions, record: dict[str, Any], reporter: Reporter) -> list[Row]:
+def _rows(options: ArtefactOptions, used_options: dict[str, Any], reporter: Reporter) -> list[Row]:
     """The rows to compare on: given, or the run's own."""
     given, columns = list(options.data), list(options.columns)
     if not given:
-        used = record.get("eval") or [sources.split_weight(source)[0] for source in record.get("data", [])]
+        used = used_options.get("eval") or [sources.split_weight(source)[0] for source in used_options.get("data", [])]
         given = [source for source in used if not sources.is_stream(source)]
-        columns = columns or record.get("columns", [])
+        columns = columns or used_options.get("columns", [])
         if not given:
             raise DataError(f"{options.run}: no rows to compare on are known; give some with --data")
-        kind = "evaluation" if record.get("eval") else "training"
+        kind = "evaluation" if used_options.get("eval") else "training"
         reporter.note(f"comparing on {kind} rows of the run: {', '.join(given)}")
     try:
         return sources.read(given, columns=columns, limit=options.rows, note=reporter.detail).rows

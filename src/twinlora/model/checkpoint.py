@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from twinlora.errors import ModelError
 from twinlora.model import bnb4
 from twinlora.model.linear import is_linear
-from twinlora.model.load import Source, load_model, quantizable
+from twinlora.model.load import Source, load_model, quantizable, skeleton
 from twinlora.numerics.ops import NF4Tensor
 
 __all__ = ["Checkpoint"]
@@ -31,7 +31,6 @@ class Checkpoint:
         self.source = source
         self._loaded: dict[str, Tensor] = {}
         self._places: dict[str, tuple[Any, str]] = {}  # name of a parameter: its file and its key there
-        trust = {"trust_remote_code": trust_remote_code}
         if source.is_gguf:
             model: Any = load_model(source, dtype=torch.bfloat16)
             self.config: PretrainedConfig = model.config
@@ -39,11 +38,9 @@ class Checkpoint:
             self.names = list(self._loaded)
             self._inspect(model)
             return
-        self.config = AutoConfig.from_pretrained(source.path, **trust)
-        if bnb4.is_stored(source.path, source.given):
-            del self.config.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, **trust)
+        bnb4.is_stored(source.path, source.given)
+        model = skeleton(source, trust_remote_code=trust_remote_code)
+        self.config = model.config
         self._inspect(model)
         self._find(model)
 

@@ -46,6 +46,7 @@ __all__ = [
     "pick_dtype",
     "precision_by_layer",
     "resolve",
+    "skeleton",
     "weight_bytes",
 ]
 
@@ -289,12 +290,9 @@ def _load_by_tensor(
     pretrained_model_name_or_path: str, *, trust_remote_code: bool, stored: _Config | None = None, **arguments: Any
 ) -> Any:
     """What AutoModelForCausalLM.from_pretrained does, over Lazy tensors. `stored` takes in what is in 4 bits."""
-    path, trust = Path(pretrained_model_name_or_path), {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(path, **trust)
-    if stored is not None:
-        del config.quantization_config
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config, **trust))
+    path = Path(pretrained_model_name_or_path)
+    model = skeleton(Source(path, str(path)), trust_remote_code=trust_remote_code)
+    kind, config = type(model), model.config
     tensors: dict[str, Lazy] = {}
     for name in Source(path, str(path)).weight_files():
         with safe_open(name, framework="pt") as file:
@@ -342,6 +340,20 @@ def _refuse_incomplete(source: Source, info: dict[str, Any], problems: list[str]
     if problems:
         shown = "\n  ".join(problems[:20])
         raise ModelError(f"model {source.given}: {len(problems)} tensor(s) could not be loaded\n  {shown}")
+
+
+def skeleton(source: Source, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of `source` without its weights: modules and shapes on the meta device. Raises ModelError."""
+    trust = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(**source.load_arguments, **trust)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **trust)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"model {source.given}: could not be loaded: {error}") from error
+    return model
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -16,7 +16,9 @@ __all__ = ["identity", "require_same"]
 
 _FORMAT = 2  # of the checkpoint
 # Options that may change between a run and its continuation; of files the content counts, not the path.
-_FREE = {"output", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "json_output", "report_to", "device"}
+_FREE = {"output", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "json_output", "report_to", "device",
+    "program",
+}  # fmt: skip
 _FILES = {"model", "data", "eval", "init_adapter"}
 
 

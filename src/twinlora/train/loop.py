@@ -28,6 +28,7 @@ from twinlora.model.load import pick_device, pick_dtype
 from twinlora.numerics import ops
 from twinlora.reporter import Reporter
 from twinlora.train import checkpoint, rehearsal
+from twinlora.train.compatible import require_loadable
 from twinlora.train.identity import identity, require_same
 from twinlora.train.inputs import Inputs, read_inputs
 from twinlora.train.notes import Notes
@@ -86,6 +87,7 @@ def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResul
     notes = Notes(reporter or Reporter())
     device = pick_device(options.device)
     inputs = read_inputs(options, notes)
+    require_loadable(options, inputs.source, notes)
     try:
         with RunDirectory(options.output, resume=options.resume, overwrite=options.overwrite) as run:
             return _train(options, inputs, run, notes, device)
