@@ -1,6 +1,13 @@
 """Every option, once. Flags, recipe files and run records derive from these models; unknown keys are errors."""
 
-from twinlora.config.export import ArtefactOptions, ExportOptions, MergeOptions
+from twinlora.config.export import (
+    AdapterCombineOptions,
+    AdapterCompressOptions,
+    ArtefactOptions,
+    ExportOptions,
+    MergeOptions,
+    RankOptions,
+)
 from twinlora.config.groups import (
     AdapterOptions,
     DataOptions,
@@ -26,6 +33,8 @@ from twinlora.config.verbs import (
 )
 
 __all__ = [
+    "AdapterCombineOptions",
+    "AdapterCompressOptions",
     "AdapterInspectOptions",
     "AdapterOptions",
     "ArtefactOptions",
@@ -43,6 +52,7 @@ __all__ = [
     "ModelOptions",
     "OptimizerOptions",
     "Options",
+    "RankOptions",
     "SourceOptions",
     "TokenizerOptions",
     "TrainOptions",

@@ -11,7 +11,14 @@ from pydantic import Field, model_validator
 from twinlora.config.groups import Options
 from twinlora.config.values import HeldOut, Positive
 
-__all__ = ["ArtefactOptions", "ExportOptions", "MergeOptions"]
+__all__ = [
+    "AdapterCombineOptions",
+    "AdapterCompressOptions",
+    "ArtefactOptions",
+    "ExportOptions",
+    "MergeOptions",
+    "RankOptions",
+]
 
 
 class ArtefactOptions(Options):
@@ -45,6 +52,49 @@ class ArtefactOptions(Options):
         "float32", description="Type in which the trained model is asked; bfloat16 halves the memory and adds noise."
     )
     overwrite: bool = Field(False, description="Replace the output directory if it exists.")
+
+
+class RankOptions(Options):
+    """Adapters rewritten without training, and measured on rows."""
+
+    output: Path = Field(description="Directory of the new adapter.")
+    data: HeldOut = Field([], description="Held-out rows: the loss of what is given and of the result is measured.")
+    columns: list[str] = Field([], description="FIELD=COLUMN for columns of other names, as in train.")
+    rows: Positive | None = Field(None, description="Only the first rows.")
+    model: str | None = Field(None, description="Base model for measuring; default: the one that the adapters name.")
+    overwrite: bool = Field(False, description="Replace the output directory if it exists.")
+
+
+class AdapterCombineOptions(RankOptions):
+    """Several adapters as one: `twinlora adapter combine DIR DIR …`."""
+
+    adapters: list[Path] = Field(min_length=2, description="PEFT adapter directories or runs, for the same base.")
+    weights: list[float] = Field([], description="What each counts, in the order of the adapters; default: 1 for all.")
+    method: Literal[
+        "svd", "linear", "cat", "ties", "dare_linear", "dare_ties", "ties_svd", "dare_linear_svd", "dare_ties_svd"
+    ] = Field(
+        "svd",
+        description="PEFT's methods. svd: the nearest of a rank to the sum of updates; cat: the sum itself, ranks add up; "
+        "linear, ties and dare_… work on A and B apart; …_svd on the updates.",
+    )
+    rank: Positive | None = Field(None, description="Rank of svd methods; default: the highest there is.")
+    density: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="Share of entries that ties and dare keep.")
+    seed: int = Field(0, description="Seed of what dare keeps.")
+
+    @model_validator(mode="after")
+    def _weighted(self) -> Self:
+        if self.weights and len(self.weights) != len(self.adapters):
+            raise ValueError(f"weights: {len(self.weights)} for {len(self.adapters)} adapters")
+        return self
+
+
+class AdapterCompressOptions(RankOptions):
+    """An adapter in a lower rank: `twinlora adapter compress DIR --rank 8`."""
+
+    directory: Annotated[Path, tyro.conf.Positional] = Field(
+        description="PEFT adapter directory, or a run's directory."
+    )
+    rank: Positive = Field(description="The new rank; the nearest update of that rank is taken (SVD).")
 
 
 class MergeOptions(ArtefactOptions):
