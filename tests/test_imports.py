@@ -12,7 +12,7 @@ ORDER = [
     {"data"},
     {"train.step", "train.optim", "train.checkpoint", "train.rng", "train.run", "evaluate.metrics", "evaluate.stats"},
     {"train"},
-    {"evaluate"},
+    {"evaluate", "export"},
     {"api"},
     {"demo"},
     {"cli"},

@@ -91,7 +91,15 @@ def test_everything_a_file_stores_in_few_bits_is_rounded(base):
 def test_what_is_exported_is_what_was_trained(option, method, base, tmp_path):
     pytest.importorskip("xllamacpp")
     data = write_jsonl(tmp_path / "d.jsonl", [chat(f"say {i}", f"word {i}") for i in range(16)])
-    options = {"model": str(base), "data": data, "eval": data, "rank": 4, "lr": 1e-2, "warmup_steps": 0, "batch_size": 8}
+    options = {
+        "model": str(base),
+        "data": data,
+        "eval": data,
+        "rank": 4,
+        "lr": 1e-2,
+        "warmup_steps": 0,
+        "batch_size": 8,
+    }
     done = train(TrainOptions(**options, method=method, deploy=option, output=tmp_path / "run", epochs=3))
     losses = [json.loads(line).get("loss") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-2] < 0.8 * losses[0]
@@ -129,12 +137,16 @@ def test_other_artefacts_and_other_weights_are_refused(base, tmp_path):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     record["deployed"]["model.layers.1.mlp.up_proj"] = "0" * 16
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
-    with pytest.raises(ParityError, match=r"1 of 14 layers are not, to the bit.*the first is model.layers.1.mlp.up_proj"):
+    with pytest.raises(
+        ParityError, match=r"1 of 14 layers are not, to the bit.*the first is model.layers.1.mlp.up_proj"
+    ):
         ship.export(ExportOptions(run=tmp_path / "run", output=tmp_path / "out", to="gguf", quant="q8_0"))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("change", [{"dora": True}, {"dropout": 0.1}, {"modules_to_save": ["lm_head"]}, {"method": "full"}])
+@pytest.mark.parametrize(
+    "change", [{"dora": True}, {"dropout": 0.1}, {"modules_to_save": ["lm_head"]}, {"method": "full"}]
+)
 def test_what_cannot_be_folded_is_refused_before_training(change, tmp_path):
     with pytest.raises(ValidationError, match="deploy folds plain LoRA"):
         TrainOptions(**({"model": "m", "data": "d", "output": tmp_path, "method": "lora", "deploy": "q4_0"} | change))

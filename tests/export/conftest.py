@@ -17,7 +17,9 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", [chat(f"say {i}", f"word {i}") for i in range(24)])
+    return write_jsonl(
+        tmp_path_factory.mktemp("rows") / "rows.jsonl", [chat(f"say {i}", f"word {i}") for i in range(24)]
+    )
 
 
 def run(base: Path, rows: Path, out: Path, **options) -> Path:

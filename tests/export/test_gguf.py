@@ -79,9 +79,16 @@ def test_llama_cpp_cuts_texts_as_the_tokenizer_does(make, tmp_path):
 
 def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
     config = FAMILIES["gemma3"].to_dict() | {"layer_types": ["full_attention"] * 7, "query_pre_attn_scalar": 16}
-    with pytest.raises(ModelError, match=r"scalar 16 is not head_dim 32; its layers are not five local ones and a global"):
+    with pytest.raises(
+        ModelError, match=r"scalar 16 is not head_dim 32; its layers are not five local ones and a global"
+    ):
         families.add_hyperparameters(None, type(FAMILIES["gemma3"])(**config))
-    config = type(FAMILIES["llama"])(**(FAMILIES["llama"].to_dict() | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}))
+    config = type(FAMILIES["llama"])(
+        **(
+            FAMILIES["llama"].to_dict()
+            | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+        )
+    )
     with pytest.raises(ModelError, match="rope_type 'dynamic' is not supported"):
         families._add_scaling(None, config, families.rotation(config))
     with pytest.raises(ModelError, match="gpt2 models are not supported; expected one of llama, mistral"):
@@ -98,7 +105,7 @@ def test_caveats_name_the_window():
 
 def test_k_quants_need_llama_quantize(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(BackendError, match="llama-quantize, which is not on PATH: install llama.cpp"):
+    with pytest.raises(BackendError, match=r"llama-quantize, which is not on PATH: install llama\.cpp"):
         gguf.llama_quantize(tmp_path / "a", tmp_path / "b", "q4_k_m")
     program = tmp_path / "llama-quantize"
     program.write_text('#!/bin/sh\n/bin/echo "$3" > "$2"\n')

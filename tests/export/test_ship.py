@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.export.conftest import run
 from twinlora.adapters.files import read_adapter
+from twinlora.adapters.merge import Merged
 from twinlora.config import EvalOptions, ExportOptions, MergeOptions
 from twinlora.errors import AdapterError, ConfigError, DataError, ParityError
 from twinlora.evaluate.evaluate import evaluate
 from twinlora.export import families, gguf_lora, ship
 from twinlora.export.llama_cpp import LlamaCpp
+from twinlora.export.subject import Subject
 from twinlora.reporter import Reporter
 
 pytest.importorskip("xllamacpp")
@@ -62,7 +64,12 @@ def _rows(run_directory):
 
 @pytest.mark.parametrize(
     "options",
-    [{"dora": True}, {"init": "pissa"}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens", "norm"]}],
+    [
+        {"dora": True},
+        {"init": "pissa"},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens", "norm"]},
+    ],
     ids=str,
 )
 def test_variants_are_folded_as_peft_computes_them(options, base, rows, tmp_path):
@@ -183,8 +190,8 @@ def test_a_swapped_adapter_does_not_pass(to, lora, other, tmp_path, monkeypatch)
         write = gguf_lora.write_gguf_lora
         monkeypatch.setattr(ship, "write_gguf_lora", lambda adapter, *rest: write(read_adapter(other), *rest))
     else:
-        merged = ship.Merged
-        monkeypatch.setattr(ship, "Merged", lambda base, adapter, fmt: merged(base, read_adapter(other), fmt))
+        swapped = read_adapter(other)
+        monkeypatch.setattr(Subject, "merged", lambda self, fmt: Merged(self.checkpoint, swapped, fmt))
     message = trapped(lora, tmp_path / "out", to)
     assert "first at" in message
     assert "trained" in message
@@ -238,7 +245,6 @@ def test_the_edge_report_measures_both_files(lora, tmp_path):
 def test_a_gguf_lora_is_pefts_model_in_llama_cpp(lora, base, tmp_path):
     """Swapped on and off by the server, over a GGUF of the bare base."""
     export(lora, tmp_path / "out", "gguf-lora")
-    from twinlora.adapters.merge import Merged
     from twinlora.export.gguf import write_gguf
     from twinlora.export.probes import Probe
     from twinlora.model.checkpoint import Checkpoint

@@ -87,7 +87,13 @@ def test_a_4bit_base_trains_and_evaluates(written, tmp_path):
     """With qlora on its own codes; with lora on what they stand for."""
     directory, fmt = written
     data = write_jsonl(tmp_path / "data.jsonl", [chat(f"say {i}", f"word {i}") for i in range(8)])
-    options = {"model": str(directory), "data": data, "eval": data, "lr": 1e-2, "double_quant": bool(fmt.nested_block_size)}
+    options = {
+        "model": str(directory),
+        "data": data,
+        "eval": data,
+        "lr": 1e-2,
+        "double_quant": bool(fmt.nested_block_size),
+    }
     losses = {}
     for method in ("qlora", "lora"):
         record = train(TrainOptions(**options, method=method, output=tmp_path / method)).record

@@ -11,6 +11,7 @@ from twinlora.adapters import files
 from twinlora.adapters.lora import attach, lora_layers
 from twinlora.adapters.targets import LoraConfig
 from twinlora.cli.main import main
+from twinlora.config import AdapterCombineOptions, validated
 from twinlora.errors import AdapterError, ConfigError
 from twinlora.model.load import load_model, resolve
 
@@ -109,9 +110,25 @@ def test_the_verbs(tiny, tmp_path, data_file, capsys):
 
     for name in ("one", "two"):
         seed = len(name) + ord(name[0])
-        train(TrainOptions(model=str(tiny), data=data_file, method="lora", rank=4, lr=1e-2, seed=seed, output=tmp_path / name))
+        train(
+            TrainOptions(
+                model=str(tiny), data=data_file, method="lora", rank=4, lr=1e-2, seed=seed, output=tmp_path / name
+            )
+        )
     one, two, mix = (str(tmp_path / name) for name in ("one", "two", "mix"))
-    arguments = ["adapter", "combine", one, two, "--weights", "0.5,0.5", "--output", mix, "--data", str(data_file), "--json"]
+    arguments = [
+        "adapter",
+        "combine",
+        one,
+        two,
+        "--weights",
+        "0.5,0.5",
+        "--output",
+        mix,
+        "--data",
+        str(data_file),
+        "--json",
+    ]
     assert main(arguments) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["ranks"] == [4]
@@ -134,6 +151,4 @@ def test_the_verbs(tiny, tmp_path, data_file, capsys):
     assert main(["adapter", "combine", one, two, "--output", str(tmp_path / "no")]) == 2
     assert "were trained with other base models" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="weights: 1 for 2 adapters"):
-        from twinlora.config import AdapterCombineOptions, validated
-
         validated(AdapterCombineOptions, {"adapters": [one, two], "weights": [1.0], "output": "x"})

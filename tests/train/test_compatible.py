@@ -21,7 +21,12 @@ def options(tiny, data_file, tmp_path, **changes) -> TrainOptions:
         ("vllm", {"modules_to_save": ["lm_head"]}, "no modules_to_save (lm_head)", "without --modules-to-save"),
         ("vllm", {"rank": 600}, "rank 600 is above its limit of 512", "with --rank 512"),
         ("vllm", {"rank": 300, "init": "pissa"}, "rank 600 is above its limit of 512", "with --rank 256"),
-        ("vllm", {"rank_pattern": ["q_proj=8"]}, "would scale 2 of 14 layers wrongly", "with --alpha-pattern q_proj=16"),
+        (
+            "vllm",
+            {"rank_pattern": ["q_proj=8"]},
+            "would scale 2 of 14 layers wrongly",
+            "with --alpha-pattern q_proj=16",
+        ),
         ("vllm", {"alpha_pattern": ["q_proj=16"]}, "would scale 2 of 14 layers wrongly", "without --alpha-pattern"),
         ("vllm", {"rslora": True, "rank_pattern": ["q_proj=16"]}, "would scale 2", "with --alpha-pattern q_proj=16"),
         ("llama.cpp", {"dora": True, "modules_to_save": ["norm"]}, "no DoRA", "without --dora, --modules-to-save"),
@@ -37,7 +42,11 @@ def test_refused_with_the_nearest(tiny, data_file, tmp_path, program, changes, r
     assert not (tmp_path / "run").exists()
     found = re.search(r"nearest that it loads: (.*)", message)[1]
     left = {flag.replace("-", "_") for flag in re.findall(r"--([a-z-]+)", found.partition("with --")[0])}
-    given = {name.replace("-", "_"): value for name, value in re.findall(r"--([a-z-]+) (\S+)", found) if "=" in value or value.isdigit()}
+    given = {
+        name.replace("-", "_"): value
+        for name, value in re.findall(r"--([a-z-]+) (\S+)", found)
+        if "=" in value or value.isdigit()
+    }
     better = {name: value for name, value in changes.items() if name not in left}
     better |= {name: [value] if "=" in value else int(value) for name, value in given.items()}
     if changes.get("init") == "pissa":  # this base has no 256 components
@@ -56,4 +65,8 @@ def test_what_loads_is_said(tiny, data_file, tmp_path, program):
 
 
 def test_peft_takes_everything(tiny, data_file, tmp_path):
-    train(options(tiny, data_file, tmp_path, program="peft", dora=True, modules_to_save=["norm"], rank_pattern=["q_proj=8"]))
+    train(
+        options(
+            tiny, data_file, tmp_path, program="peft", dora=True, modules_to_save=["norm"], rank_pattern=["q_proj=8"]
+        )
+    )

@@ -37,6 +37,11 @@ class _Part(NamedTuple):
     weight: float
 
 
+def _part(adapter: AdapterFile, name: str, weight: float) -> _Part:
+    a, b = adapter.tensors[name]
+    return _Part(a.float(), b.float(), adapter.configs[name].scale, weight)
+
+
 def combine(
     adapters: Sequence[AdapterFile],
     weights: Sequence[float],
@@ -58,7 +63,7 @@ def combine(
     found: dict[str, Factors] = {}
     for name in names:
         parts = [
-            _Part(*(t.float() for t in adapter.tensors[name]), adapter.configs[name].scale, weight)
+            _part(adapter, name, weight)
             for adapter, weight in zip(adapters, weights, strict=True)
             if name in adapter.tensors
         ]
@@ -95,9 +100,7 @@ def _layer(
     return a, _mix(method, [part.b for part in parts], roots, density, generator)
 
 
-def _mix(
-    method: str, tensors: list[Tensor], weights: Tensor, density: float, generator: torch.Generator
-) -> Tensor:
+def _mix(method: str, tensors: list[Tensor], weights: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Σ weight · tensor, of what pruning and electing leave."""
     if method.startswith("dare"):
         kept = [_random(tensor, density, generator) for tensor in tensors]

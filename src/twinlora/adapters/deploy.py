@@ -35,7 +35,7 @@ class Stored:
         """16 hex digits of the SHA-256 of what is stored."""
         sha = hashlib.sha256()
         for tensor in self.tensors:
-            sha.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return sha.hexdigest()[:16]
 
 
@@ -73,7 +73,8 @@ class _Deployed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: DeployedLora, a: Tensor, b: Tensor) -> Tensor:
         ctx.layer, ctx.stored = layer, layer.stored()
         ctx.save_for_backward(x, a, b)
-        return x @ ctx.stored.dequantize(x.dtype).T
+        weight: Tensor = ctx.stored.dequantize(x.dtype)
+        return x @ weight.T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,6 +13,7 @@ from twinlora.adapters.read import CONFIG, WEIGHTS, AdapterFile
 
 __all__ = ["Inspection", "Layer", "Loader", "inspect"]
 
+
 @dataclass(frozen=True)
 class Layer:
     """One adapted layer. Norms are Frobenius norms; `update_norm` is that of scale · B·A."""

@@ -22,8 +22,10 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class Traits:
-    """What the rules look at. `told`: the one scale that r and lora_alpha of the configuration stand for; `unsaid`: keys
-    that the configuration lacks."""
+    """What the rules look at.
+
+    `told`: the one scale that r and lora_alpha of the configuration stand for; `unsaid`: keys that it lacks.
+    """
 
     ranks: dict[str, int]
     scales: dict[str, float]

@@ -23,7 +23,8 @@ def folded(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor
     updated = torch.addmm(weight, b, a, alpha=scale)
     if magnitude is None:
         return updated
-    return updated * (magnitude / updated.norm(dim=1).clamp_(min=1e-6))[:, None]
+    gain: Tensor = magnitude / torch.linalg.vector_norm(updated, dim=1).clamp_(min=1e-6)
+    return updated * gain[:, None]
 
 
 class Merged:
@@ -69,9 +70,7 @@ class Merged:
             if name not in self.names:
                 problems.append(f"{name}: the model has no such parameter")
             elif name != self._retied and self.base.shape(name) != tuple(tensor.shape):
-                problems.append(
-                    f"{name}: adapter has {list(tensor.shape)}, the model {list(self.base.shape(name))}"
-                )
+                problems.append(f"{name}: adapter has {list(tensor.shape)}, the model {list(self.base.shape(name))}")
         if problems:
             shown = "\n  ".join(problems[:20])
             raise AdapterError(f"adapter {adapter.directory}: {len(problems)} part(s) do not fit this model\n  {shown}")

@@ -88,7 +88,9 @@ def check(directory: Path, *, fingerprint: str, base: str, precision: dict[str, 
         )
     lines = []
     if passport.base_precision != precision:
-        lines.append(f"adapter {directory}: trained on {_named(passport.base_precision)}, running on {_named(precision)}")
+        lines.append(
+            f"adapter {directory}: trained on {_named(passport.base_precision)}, running on {_named(precision)}"
+        )
     if passport.deploy:
         lines.append(f"adapter {directory}: trained to be deployed as {passport.deploy}, running beside its base")
     return lines

@@ -60,7 +60,9 @@ def _parity(parity: dict[str, Any] | None) -> Table | None:
     if parity is None:
         return None
     limits = parity["limits"]
-    table = _table(f"{parity['runtime']}, {parity['positions']} tokens of {parity['rows']} rows", "mean", "limit", "worst")
+    table = _table(
+        f"{parity['runtime']}, {parity['positions']} tokens of {parity['rows']} rows", "mean", "limit", "worst"
+    )
     table.add_row("KL, nats", f"{parity['kl_mean']:.3g}", f"{limits['kl']:g}", f"{parity['kl_max']:.3g}")
     error, worst = parity["log_prob_error_mean"], parity["log_prob_error_max"]
     table.add_row("log p error, nats", f"{error:.3g}", f"{limits['log_prob']:g}", f"{worst:.3g}")

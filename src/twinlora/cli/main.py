@@ -38,7 +38,11 @@ _VERBS = {
         "An adapter in a lower rank, and what that costs.",
     ),
     "merge": ("twinlora.cli.merge", "MergeOptions", "Fold an adapter into its base, and prove that it answers alike."),
-    "export": ("twinlora.cli.export", "ExportOptions", "Write it for llama.cpp, bitsandbytes or PEFT, behind the same gate."),
+    "export": (
+        "twinlora.cli.export",
+        "ExportOptions",
+        "Write it for llama.cpp, bitsandbytes or PEFT, behind the same gate.",
+    ),
     "chat": ("twinlora.cli.chat", "ChatOptions", "Talk to a model and switch adapters."),
 }
 

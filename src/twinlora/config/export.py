@@ -36,8 +36,8 @@ class ArtefactOptions(Options):
     )
     base: Literal["auto", "16bit", "dequantised"] = Field(
         "auto",
-        description="For an adapter trained on NF4, the weights it is folded into: the original 16bit ones, or those it "
-        "was trained on, dequantised; auto builds both, measures them on held-out rows and takes the better one.",
+        description="For an adapter trained on NF4, the weights it is folded into: the original 16bit ones, or those "
+        "it was trained on, dequantised; auto builds both, measures them on held-out rows and takes the better one.",
     )
     data: HeldOut = Field(
         [], description="Held-out rows for the comparison; default: the run's evaluation rows, else its training rows."
@@ -74,8 +74,8 @@ class AdapterCombineOptions(RankOptions):
         "svd", "linear", "cat", "ties", "dare_linear", "dare_ties", "ties_svd", "dare_linear_svd", "dare_ties_svd"
     ] = Field(
         "svd",
-        description="PEFT's methods. svd: the nearest of a rank to the sum of updates; cat: the sum itself, ranks add up; "
-        "linear, ties and dare_… work on A and B apart; …_svd on the updates.",
+        description="PEFT's methods. svd: the nearest of a rank to the sum of updates; cat: the sum itself, ranks add "
+        "up; linear, ties and dare_… work on A and B apart; …_svd on the updates.",
     )
     rank: Positive | None = Field(None, description="Rank of svd methods; default: the highest there is.")
     density: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="Share of entries that ties and dare keep.")

@@ -78,8 +78,8 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, DataOptions, Optimizer
     )
     deploy: Literal["nf4", "q4_0", "q8_0"] | None = Field(
         None,
-        description="Train with the merged weights as this format stores them, so that the exported low-bit model is what "
-        "was trained: nf4 for export --to bnb, q4_0 and q8_0 for --to gguf.",
+        description="Train with the merged weights as this format stores them, so that the exported low-bit model is "
+        "what was trained: nf4 for export --to bnb, q4_0 and q8_0 for --to gguf.",
     )
     program: Annotated[Literal["vllm", "llama.cpp", "transformers", "peft"] | None, tyro.conf.arg(name="for")] = Field(
         None, description="Stop before training if this program could not load what would be trained."

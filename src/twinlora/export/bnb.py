@@ -26,7 +26,9 @@ def save_bnb(
     Raises ModelError for a model whose weights are transposed.
     """
     if weights.base.transposed:
-        raise ModelError(f"bnb: layers stored as [in, out] (Conv1D of {weights.base.config.model_type}) are not supported")
+        raise ModelError(
+            f"bnb: layers stored as [in, out] (Conv1D of {weights.base.config.model_type}) are not supported"
+        )
     parts = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", bnb4.MARK)
     keys = [f"{name}{part}" for name in weights.names for part in (parts if weights.low_bit(name) else ("",))]
     states: dict[str, Tensor] = {}  # of odd lengths: behind the others, which stay aligned

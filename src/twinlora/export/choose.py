@@ -106,9 +106,7 @@ def _candidate(subject: Subject, fmt: NF4Format | None) -> PreTrainedModel:
         with tempfile.TemporaryDirectory(prefix=".candidate.", dir=options.output.parent) as directory:
             save_16bit(weights, Path(directory), subject.tokenizer, sixteen_bit(subject))
             trust = options.trust_remote_code
-            return load_model(
-                resolve(directory), dtype=getattr(torch, options.dtype), trust_remote_code=trust
-            )
+            return load_model(resolve(directory), dtype=getattr(torch, options.dtype), trust_remote_code=trust)
 
 
 def sixteen_bit(subject: Subject) -> torch.dtype:

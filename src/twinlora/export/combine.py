@@ -88,7 +88,12 @@ def _result(
         if not base:
             raise ConfigError(f"adapter {path} names no base model: give --model")
         asked = EvalOptions(
-            model=str(base), adapter=path, data=options.data, columns=options.columns, rows=options.rows, metric=["loss"]
+            model=str(base),
+            adapter=path,
+            data=options.data,
+            columns=options.columns,
+            rows=options.rows,
+            metric=["loss"],
         )
         losses[str(path)] = evaluate(asked, reporter)["loss"]
     return {

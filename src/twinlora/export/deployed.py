@@ -1,4 +1,4 @@
-"""Adapters trained with `--deploy`: the only artefact they belong in, and the proof that its weights are those trained."""
+"""Adapters trained with `--deploy`: the one artefact they belong in, and the proof that it has the weights trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an artefact costs where it runs: bytes on disk, memory, tokens per second; measured here, estimated for a phone."""
+"""What an artefact costs where it runs: bytes, memory, tokens per second; measured here, estimated for a phone."""
 
 from __future__ import annotations
 

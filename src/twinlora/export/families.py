@@ -124,7 +124,8 @@ def add_hyperparameters(writer: GGUFWriter, config: Any) -> None:
 def rotation(config: Any) -> dict[str, Any]:
     """The parameters of the (full-attention) rotary embedding."""
     rope: dict[str, Any] = config.rope_parameters
-    return rope["full_attention"] if "full_attention" in rope else rope
+    full: dict[str, Any] = rope.get("full_attention", rope)
+    return full
 
 
 def caveats(config: Any) -> list[str]:
@@ -134,10 +135,15 @@ def caveats(config: Any) -> list[str]:
     if rope.get("rope_type") == "longrope":
         trained = rope["original_max_position_embeddings"]
         lines.append(
-            f"llama.cpp takes this model's long rotary factors for every prompt once its context (-c) is above {trained:,}"
+            "llama.cpp takes this model's long rotary factors for every prompt once its context (-c) is above "
+            f"{trained:,} tokens"
         )
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window and config.model_type in ("mistral", "qwen2", "qwen3", "phi3") and window < config.max_position_embeddings:
+    if (
+        window
+        and config.model_type in ("mistral", "qwen2", "qwen3", "phi3")
+        and window < config.max_position_embeddings
+    ):
         lines.append(f"llama.cpp has no sliding window for {config.model_type}: beyond {window:,} tokens it sees more")
     return lines
 

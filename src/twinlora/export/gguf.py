@@ -58,7 +58,7 @@ def encode(weight: Tensor, kind: GGMLQuantizationType, name: str) -> Tensor:
         if not bool(torch.isfinite(half).all()):
             raise ModelError(f"GGUF: {name} has values that F16 cannot hold; choose --quant bf16")
         return half
-    return ggml.quantize(weight, kind.name.lower(), name=name)  # type: ignore[arg-type]
+    return ggml.quantize(weight, kind.name.lower(), name=name)
 
 
 def write_gguf(
@@ -99,7 +99,12 @@ def write_gguf(
 
 
 def _announce(
-    writer: GGUFWriter, name: str, shape: tuple[int, ...], stored: tuple[int, ...], size: int, kind: GGMLQuantizationType
+    writer: GGUFWriter,
+    name: str,
+    shape: tuple[int, ...],
+    stored: tuple[int, ...],
+    size: int,
+    kind: GGMLQuantizationType,
 ) -> None:
     import numpy as np
 

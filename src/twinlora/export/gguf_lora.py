@@ -1,7 +1,7 @@
 """GGUF LoRA adapters, which llama-server swaps while it runs.
 
-llama.cpp adds (alpha / r) · B·A with one alpha a file; scales of layers that differ go into B. Rows of B for q and k are
-paired where the family's weights are.
+llama.cpp adds (alpha / r) · B·A with one alpha a file; scales of layers that differ go into B. Rows of B for q and k
+are paired where the family's weights are.
 """
 
 from __future__ import annotations

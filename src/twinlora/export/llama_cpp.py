@@ -45,7 +45,7 @@ class LlamaCpp:
     def __init__(self, model: Path, *, lora: Path | None = None, context: int = 4096) -> None:
         settings = {"model": str(model), "lora": str(lora) if lora else None, "context": context}
         settings["threads"] = torch.get_num_threads()
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "twinlora.export.llama_server", json.dumps(settings)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
@@ -146,5 +146,3 @@ class LlamaCpp:
     def peak_rss_bytes(self) -> int:
         """Largest resident set of its process."""
         return machine.peak_rss_bytes(self._process.pid)
-
-

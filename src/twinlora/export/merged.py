@@ -17,7 +17,15 @@ from twinlora.model.load import Source
 __all__ = ["generation_values", "save_16bit", "write_companions"]
 
 # What belongs to a model beside its weights, configuration and generation settings.
-_COMPANIONS = ("*.jinja", "*.txt", "*.model", "tokenizer*", "special_tokens_map.json", "vocab.json", "added_tokens.json")
+_COMPANIONS = (
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.json",
+    "added_tokens.json",
+)
 
 
 def save_16bit(weights: Merged, directory: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
@@ -59,7 +67,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 def generation_values(source: Source, config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """generation_config.json, with the tokenizer's end token among those that end an answer."""
     if not source.is_gguf and (source.path / "generation_config.json").is_file():
-        values = json.loads((source.path / "generation_config.json").read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads((source.path / "generation_config.json").read_text(encoding="utf-8"))
     else:
         values = json.loads(GenerationConfig.from_model_config(config).to_json_string())
     told = values.get("eos_token_id")

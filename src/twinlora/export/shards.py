@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor, so that a checkpoint of any size needs the memory of its largest tensor."""
+"""Safetensors files written tensor by tensor: a checkpoint of any size needs the memory of its largest tensor."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ShardWriter:
             "shape": list(tensor.shape),
             "data_offsets": [self._size, end],
         }
-        self._file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         self._places[name] = len(self._files) - 1
         self._size = end
         self.total += tensor.nbytes

@@ -30,6 +30,7 @@ from twinlora.export.parity import LIMITS, Limits, Parity, Runtime, compare
 from twinlora.export.probes import model_answers
 from twinlora.export.stock import Stock
 from twinlora.export.subject import Subject, open_subject
+from twinlora.model.load import quiet
 from twinlora.numerics.nf4 import NF4Format
 from twinlora.reporter import Reporter
 
@@ -53,7 +54,7 @@ def merge(options: MergeOptions, reporter: Reporter | None = None) -> dict[str, 
 
 def export(options: ExportOptions, reporter: Reporter | None = None) -> dict[str, Any]:
     """Write an artefact of any kind. Raises InputError, ParityError, BackendError."""
-    if options.gate and options.to in ("gguf", "gguf-lora") or options.edge:
+    if (options.gate and options.to in ("gguf", "gguf-lora")) or options.edge:
         require_llama_cpp()
     return _ship(options, options.to, reporter or Reporter())
 
@@ -111,18 +112,17 @@ def _gate(subject: Subject, quantized: NF4Format | None, artefact: Artefact, rep
     del model
     limits = artefact.limits
     if options.max_kl is not None:
-        limits = Limits(options.max_kl, limits.log_prob * options.max_kl / limits.kl, limits.top1, "given by --max-kl")
+        wider = (options.max_kl / limits.kl) ** 0.5  # a divergence goes with the square of what log p is off by
+        limits = Limits(options.max_kl, limits.log_prob * wider, 0.0, "given by --max-kl")
     reporter.note(f"comparing on {len(subject.probes)} rows, {len(trained)} tokens")
     with artefact.run() as runtime:
-        parity = compare(
-            trained, runtime, subject.probes, subject.rows, subject.tokenizer, subject.stop, limits
-        )
+        parity = compare(trained, runtime, subject.probes, subject.rows, subject.tokenizer, subject.stop, limits)
     tensor = artefact.differing()
     if parity.passed and tensor is None:
         return parity
     listed = "\n  ".join([*([tensor] if tensor else []), *parity.problems])
     raise ParityError(
-        f"{options.output}: the artefact does not answer as the trained model does in {parity.runtime}; it was deleted\n"
+        f"{options.output}: in {parity.runtime} it does not answer as the trained model does, and was deleted\n"
         f"  {listed}\nlimits: {limits.reason}; --max-kl sets another one, --no-gate writes it uncompared"
     )
 
@@ -135,7 +135,8 @@ def _stock(name: str, load: Callable[[], Any], directory: Path | None, subject: 
 
 def _transformers(directory: Path, subject: Subject, dtype: torch.dtype | None) -> Any:
     trust = subject.options.trust_remote_code
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto", trust_remote_code=trust)
+    arguments = {"dtype": dtype or "auto", "trust_remote_code": trust}
+    return quiet(AutoModelForCausalLM.from_pretrained, pretrained_model_name_or_path=directory, **arguments)
 
 
 def _merged(subject: Subject, quantized: NF4Format | None, directory: Path) -> Artefact:
@@ -244,9 +245,7 @@ def _context(subject: Subject) -> int:
     return max(512, 64 + max(len(probe.ids) for probe in subject.probes)) if subject.options.gate else 512
 
 
-def _edge(
-    subject: Subject, quantized: NF4Format | None, directory: Path, options: ExportOptions
-) -> dict[str, Any]:
+def _edge(subject: Subject, quantized: NF4Format | None, directory: Path, options: ExportOptions) -> dict[str, Any]:
     """The artefact beside the same model in F16."""
     ids = subject.tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]
     path = next(directory.glob("*.gguf"))
@@ -255,8 +254,6 @@ def _edge(
         with tempfile.TemporaryDirectory(prefix=".f16.", dir=directory) as scratch:
             wide = Path(scratch) / "f16.gguf"
             weights = subject.merged(quantized)
-            gguf_files.write_gguf(
-                weights, wide, subject.tokenizer, quant="f16", name=subject.name, stop=subject.stop
-            )
+            gguf_files.write_gguf(weights, wide, subject.tokenizer, quant="f16", name=subject.name, stop=subject.stop)
             found["f16"] = edge.measure(wide, ids)
     return {"measured": found, "phones": edge.phones(path.stat().st_size)}

@@ -21,9 +21,7 @@ class Stock:
     `stop`: tokens that end an answer; default: those of the generation settings, which `generate` goes by.
     """
 
-    def __init__(
-        self, name: str, model: Any, tokenizer: PreTrainedTokenizerBase, stop: set[int] | None = None
-    ) -> None:
+    def __init__(self, name: str, model: Any, tokenizer: PreTrainedTokenizerBase, stop: set[int] | None = None) -> None:
         self.name, self._model, self._tokenizer = name, model.eval(), tokenizer
         told = model.generation_config.eos_token_id
         self._stop = stop if stop is not None else set(told if isinstance(told, list) else [told])

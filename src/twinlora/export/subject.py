@@ -124,9 +124,7 @@ def open_subject(options: ArtefactOptions, reporter: Reporter) -> Subject:
         source = resolve(_base_name(options, adapter, paper))
         if paper is not None:
             found = fingerprint(source, reporter.note)
-            passport.check(
-                adapter.directory, fingerprint=found, base=source.given, precision=paper.base_precision
-            )
+            passport.check(adapter.directory, fingerprint=found, base=source.given, precision=paper.base_precision)
         else:
             reporter.note(f"adapter {options.run}: no passport (not written by twinlora); taken as trained on 16 bit")
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)

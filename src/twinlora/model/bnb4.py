@@ -1,7 +1,8 @@
 """bitsandbytes' 4-bit checkpoints: the tensors of one NF4 weight by their keys, in and out, to the bit.
 
-Beside `P.weight` (codes) lie `.absmax`, `.quant_map`, with double quantisation `.nested_absmax` and `.nested_quant_map`,
-and `.quant_state.bitsandbytes__nf4`: the bytes of a JSON object with block sizes, types, shape and offset.
+Beside `P.weight` (codes) lie `.absmax`, `.quant_map`, with double quantisation `.nested_absmax` and
+`.nested_quant_map`, and `.quant_state.bitsandbytes__nf4`: the bytes of a JSON object with block sizes, types, shape and
+offset.
 """
 
 from __future__ import annotations

@@ -45,6 +45,8 @@ __all__ = [
     "pick_device",
     "pick_dtype",
     "precision_by_layer",
+    "quantizable",
+    "quiet",
     "resolve",
     "skeleton",
     "weight_bytes",
@@ -269,9 +271,9 @@ def load_model(
     stored = not source.is_gguf and bnb4.is_stored(source.path, source.given)
     try:
         if source.is_gguf or (quantize is None and not stored):
-            model, info = _quiet(AutoModelForCausalLM.from_pretrained, **arguments)
+            model, info = quiet(AutoModelForCausalLM.from_pretrained, **arguments)
         else:
-            model, info = _quiet(_load_by_tensor, **arguments, stored=config if stored else None)
+            model, info = quiet(_load_by_tensor, **arguments, stored=config if stored else None)
     except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model {source.given}: could not be loaded: {error}") from error
     unread = [f"{name}: its 4-bit weight fits no layer" for name in config.stored or ()] if quantize else []
@@ -316,7 +318,7 @@ def _gguf_arguments() -> dict[str, Any]:
     return {"quantization_config": config(dequantize=True)} if config else {}
 
 
-def _quiet(function: Any, **arguments: Any) -> Any:
+def quiet(function: Any, **arguments: Any) -> Any:
     """Run without transformers' own progress bars and warnings; what they would say, we raise."""
     from transformers.utils import logging as hf_logging
 
@@ -359,7 +361,7 @@ def skeleton(source: Source, *, trust_remote_code: bool = False) -> PreTrainedMo
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of `source`, with a pad token (the end-of-text token where the model names none)."""
     try:
-        tokenizer = _quiet(AutoTokenizer.from_pretrained, **source.load_arguments, trust_remote_code=trust_remote_code)
+        tokenizer = quiet(AutoTokenizer.from_pretrained, **source.load_arguments, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
         raise ModelError(f"model {source.given}: its tokenizer could not be loaded: {error}") from error
     if tokenizer.pad_token_id is None:

@@ -57,10 +57,7 @@ def dequantize(stored: Tensor, fmt: BlockFormat, dtype: torch.dtype = torch.floa
         levels = codes.view(torch.int8).float()
     else:
         nibbles = torch.cat([codes & 15, codes >> 4], dim=1)
-        if fmt == "q4_0":
-            levels = nibbles.float() - 8
-        else:
-            levels = _iq4_levels(stored.device)[nibbles.int()]
+        levels = nibbles.float() - 8 if fmt == "q4_0" else _iq4_levels(stored.device)[nibbles.int()]
     return (scales * levels).to(dtype).view(*stored.shape[:-1], -1)
 
 

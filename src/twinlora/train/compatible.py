@@ -42,4 +42,6 @@ def _as_flags(changes: dict[str, Any]) -> str:
         if value
     ]
     left = [f"--{name.replace('_', '-')}" for name, value in changes.items() if not value]
-    return "; ".join([*([f"without {', '.join(left)}"] if left else []), *([f"with {' '.join(given)}"] if given else [])])
+    return "; ".join(
+        [*([f"without {', '.join(left)}"] if left else []), *([f"with {' '.join(given)}"] if given else [])]
+    )
