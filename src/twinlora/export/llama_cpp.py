@@ -133,6 +133,11 @@ class LlamaCpp:
         stopped: bool = self._ask("/completion", body)["stop_type"] == "eos"
         return stopped
 
+    def complete(self, ids: list[int], new: int) -> str:
+        """The greedy answer of at most `new` tokens to a prompt."""
+        text: str = self._ask("/completion", {"prompt": ids, "n_predict": new, "temperature": 0.0})["content"]
+        return text
+
     def rates(self, ids: list[int], new: int) -> tuple[float, float]:
         """Tokens per second reading a prompt, and writing `new` tokens behind it."""
         best = [0.0, 0.0]
