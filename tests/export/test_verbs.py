@@ -29,7 +29,18 @@ def test_export_prints_json_and_the_edge_report(lora, tmp_path, capsys):
 
 
 def test_a_failed_gate_is_one_message_and_status_1(lora, tmp_path, capsys):
-    command = ["export", str(lora), "--to", "gguf", "--quant", "q4_0", "--output", str(tmp_path / "m"), "--max-kl", "1e-9"]
+    command = [
+        "export",
+        str(lora),
+        "--to",
+        "gguf",
+        "--quant",
+        "q4_0",
+        "--output",
+        str(tmp_path / "m"),
+        "--max-kl",
+        "1e-9",
+    ]
     assert main(command) == 1
     error = capsys.readouterr().err
     assert "in llama.cpp it does not answer as the trained model does, and was deleted" in error

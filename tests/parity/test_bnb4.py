@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.conftest import chat, write_jsonl
 from twinlora.adapters.merge import Merged
-from twinlora.config import EvalOptions, TrainOptions
+from twinlora.config import EvalOptions, MergeOptions, TrainOptions
 from twinlora.errors import ModelError
 from twinlora.evaluate.evaluate import evaluate
 from twinlora.export.bnb import save_bnb
+from twinlora.export.ship import merge
 from twinlora.model.checkpoint import Checkpoint
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import load_model, precision_by_layer, resolve
@@ -98,6 +99,8 @@ def test_a_4bit_base_trains_and_evaluates(written, tmp_path):
     for method in ("qlora", "lora"):
         record = train(TrainOptions(**options, method=method, output=tmp_path / method)).record
         losses[method] = record["eval_loss"]
+        notes = json.loads((tmp_path / method / "run.json").read_text())["notes"]
+        assert any("4-bit weights were dequantised" in line for line in notes) == (method == "lora")
     assert losses["lora"] == pytest.approx(losses["qlora"], rel=0.02)
     found = evaluate(
         EvalOptions(
@@ -106,6 +109,22 @@ def test_a_4bit_base_trains_and_evaluates(written, tmp_path):
         )
     )  # fmt: skip
     assert found["loss"] == pytest.approx(losses["qlora"], rel=0.01)
+
+
+def test_an_adapter_on_a_4bit_base_is_merged(tokenizer, tmp_path):
+    """Into the only weights there are; nothing is chosen."""
+    from tests.export.models import bytes_tokenizer, write_family
+
+    words = bytes_tokenizer()
+    write_family("llama", tmp_path / "wide", words)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_bnb(Merged(Checkpoint(resolve(str(tmp_path / "wide"))), None), base, words, torch.bfloat16, NF4Format())
+    data = write_jsonl(tmp_path / "data.jsonl", [chat(f"say {i}", f"word {i}") for i in range(8)])
+    train(TrainOptions(model=str(base), data=data, lr=1e-2, method="qlora", output=tmp_path / "run"))
+    record = merge(MergeOptions(run=tmp_path / "run", output=tmp_path / "merged", rows=4))
+    assert (record["base"], record["choice"]) == ("dequantised", None)
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
 def test_another_format_is_refused_by_name(written):

@@ -12,7 +12,7 @@ from twinlora import machine
 from twinlora.adapters import files, passport
 from twinlora.adapters.bank import AdapterBank
 from twinlora.config import ModelOptions
-from twinlora.model import swap
+from twinlora.model import bnb4, swap
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import load_model, load_tokenizer, pick_device, pick_dtype, precision_by_layer, resolve
 from twinlora.numerics.nf4 import NF4Format
@@ -63,6 +63,8 @@ def open_model(
         device=device,
         trust_remote_code=options.trust_remote_code,
     )
+    if fmt is None and not source.is_gguf and bnb4.is_stored(source.path, source.given):
+        reporter.note("the base's 4-bit weights were dequantised; --precision nf4 computes with them as they are")
     stored = precision_by_layer(model)
     bank = AdapterBank(model)
     for name, adapter in read.items():

@@ -57,10 +57,14 @@ class Choice:
 def choose_base(subject: Subject, reporter: Reporter) -> tuple[NF4Format | None, Choice | None]:
     """The format that the base goes through before it is merged, None for its own 16 bits. Measured if both can be."""
     wanted = subject.options.base
-    if subject.trained_on is None or (wanted == "16bit" and subject.deployed is None):
+    exact = subject.deployed is None and not subject.checkpoint.has_4bit
+    if subject.trained_on is None or (wanted == "16bit" and exact):
         if wanted == "dequantised":
             reporter.note("base dequantised: this adapter was trained on 16 bit; they are taken as they are")
         return None, None
+    if subject.checkpoint.has_4bit:
+        reporter.note(f"base {subject.source.given} has no weights but its 4-bit ones: folded into these")
+        return subject.trained_on, None
     if wanted == "dequantised" or subject.deployed is not None:
         return subject.trained_on, None
     choice = _measure(subject, reporter)

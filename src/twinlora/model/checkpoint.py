@@ -80,6 +80,11 @@ class Checkpoint:
             return None
         return bnb4.unpack(name, self._tensor)
 
+    @property
+    def has_4bit(self) -> bool:
+        """Whether linear layers are stored in bitsandbytes' NF4."""
+        return any(name.endswith(bnb4.MARK) for name in self._places)
+
     def read(self, name: str) -> Tensor:
         """The parameter, on the CPU: as it is stored, float32 where it was stored in 4 bits."""
         stored = self.stored(name)

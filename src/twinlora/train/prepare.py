@@ -14,7 +14,7 @@ from twinlora.adapters import deploy, files, init
 from twinlora.adapters.lora import attach
 from twinlora.adapters.targets import LoraConfig
 from twinlora.config import TrainOptions
-from twinlora.model import forward, swap
+from twinlora.model import bnb4, forward, swap
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import load_model, precision_by_layer, weight_bytes
 from twinlora.numerics import ops
@@ -65,6 +65,9 @@ def prepare(options: TrainOptions, inputs: Inputs, dtype: torch.dtype, device: t
         f"base {options.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M stored elements, "
         f"{size / 1e6:.0f} MB, backend {ops.backend(device)}"
     )
+    source = inputs.source
+    if options.method != "qlora" and not source.is_gguf and bnb4.is_stored(source.path, source.given):
+        notes.add("the base's 4-bit weights were dequantised; --method qlora trains on them as they are")
     _make_trainable(model, options, lora, initial)
     replaced = swap.replace_blocks(model, notes.add) if options.fused else {}
     packed = options.packing == "auto"
