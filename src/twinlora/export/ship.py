@@ -65,7 +65,7 @@ def _ship(options: ArtefactOptions, kind: str, reporter: Reporter) -> dict[str, 
         raise AdapterError(f"{options.run}: all weights were trained, there is no adapter; export --to merged or gguf")
     if subject.deployed is not None:
         require_match(options, subject.deployed)
-    quantized, choice = choose_base(subject, reporter)
+    quantized, choice = _base_of(subject, kind, reporter)
     with atomic.write_directory(options.output) as directory:
         reporter.note(f"writing {kind}: {options.output}")
         artefact = _WRITERS[kind](subject, quantized, directory)
@@ -82,6 +82,19 @@ def _ship(options: ArtefactOptions, kind: str, reporter: Reporter) -> dict[str, 
     if not options.gate:
         reporter.note("NOT compared with the trained model (--no-gate)")
     return record | {"output": str(options.output), "peak_rss_bytes": machine.peak_rss_bytes()}
+
+
+def _base_of(subject: Subject, kind: str, reporter: Reporter) -> tuple[NF4Format | None, Choice | None]:
+    """The base of the artefact. An adapter that stays one is compared on a base that it will meet: for PEFT the one it
+    was trained on, in llama.cpp the 16-bit one unless `--base dequantised` says otherwise."""
+    if kind == "peft":
+        return subject.trained_on, None
+    if kind == "gguf-lora":
+        quantized = subject.trained_on if subject.options.base == "dequantised" else None
+        if subject.trained_on is not None and quantized is None:
+            reporter.note(f"trained on {subject.trained_on.name}; compared on the 16-bit base (--base dequantised)")
+        return quantized, None
+    return choose_base(subject, reporter)
 
 
 def _record(
