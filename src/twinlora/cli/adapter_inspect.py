@@ -54,9 +54,9 @@ def _effect(adapter: AdapterFile, name: str) -> float:
     reporter = ConsoleReporter()
     origin = passport.read(adapter.directory)
     opened = open_model(ModelOptions(model=name), {}, precision="auto", reporter=reporter, origin=origin)
-    who = {"fingerprint": fingerprint(resolve(name)), "base": name}
+    who, precision = fingerprint(resolve(name)), precision_by_layer(opened.model)
     layers = origin.layer_precision if origin is not None else None
-    for line in passport.check(adapter.directory, **who, precision=precision_by_layer(opened.model), layers=layers):
+    for line in passport.check(adapter.directory, fingerprint=who, base=name, precision=precision, layers=layers):
         reporter.note(line)
     return mean_kl(opened.model, opened.tokenizer, lambda: files.load_adapter(opened.model, adapter))
 
