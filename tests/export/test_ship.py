@@ -58,6 +58,21 @@ def test_a_merged_checkpoint_is_pefts_model(lora, base, tmp_path):
     assert theirs["loss"] == pytest.approx(ours["loss"], rel=0.02)
 
 
+def test_small_updates_vanish_in_bfloat16_and_are_kept_in_float16(base, rows, tmp_path):
+    """Three small steps: what they add is below the last place of many weights."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
+    trained = run(tmp_path / "base", rows, tmp_path / "run", method="lora", lr=5e-4)
+    kls = {}
+    for weights in ("bfloat16", "float16", "float32"):
+        options = MergeOptions(run=trained, output=tmp_path / weights, rows=6, weights=weights, max_kl=1.0)
+        record = ship.merge(options)
+        kls[weights] = record["parity"]["kl_mean"]
+        assert record["dtype"] == weights
+    assert kls["float32"] <= kls["float16"] < 0.1 * kls["bfloat16"]
+
+
 def _rows(run_directory):
     return json.loads((run_directory / "run.json").read_text())["options"]["data"]
 

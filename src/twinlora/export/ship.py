@@ -21,7 +21,7 @@ from twinlora.config import ArtefactOptions, ExportOptions, MergeOptions
 from twinlora.errors import AdapterError, ConfigError, ParityError
 from twinlora.export import bnb, edge, families, readback
 from twinlora.export import gguf as gguf_files
-from twinlora.export.choose import Choice, choose_base, sixteen_bit
+from twinlora.export.choose import Choice, choose_base, weight_type
 from twinlora.export.deployed import prove, require_match
 from twinlora.export.gguf_lora import write_gguf_lora
 from twinlora.export.llama_cpp import LlamaCpp, require_llama_cpp
@@ -35,6 +35,9 @@ from twinlora.numerics.nf4 import NF4Format
 from twinlora.reporter import Reporter
 
 __all__ = ["export", "merge"]
+
+
+_LIMIT_NAMES = {torch.float32: "float32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass
@@ -154,13 +157,13 @@ def _transformers(directory: Path, subject: Subject, dtype: torch.dtype | None) 
 
 def _merged(subject: Subject, quantized: NF4Format | None, directory: Path) -> Artefact:
     weights = subject.merged(quantized)
-    save_16bit(weights, directory, subject.tokenizer, sixteen_bit(subject))
+    save_16bit(weights, directory, subject.tokenizer, weight_type(subject))
     dtype = getattr(torch, subject.options.dtype)
     return Artefact(
         lambda: _stock("transformers", lambda: _transformers(directory, subject, dtype), directory, subject),
-        LIMITS["f16" if sixteen_bit(subject) == torch.float16 else "bf16"],
+        LIMITS[_LIMIT_NAMES[weight_type(subject)]],
         lambda: readback.checkpoint_difference(directory, weights),
-        {"dtype": str(sixteen_bit(subject)).removeprefix("torch.")},
+        {"dtype": str(weight_type(subject)).removeprefix("torch.")},
     )
 
 
@@ -169,7 +172,7 @@ def _bnb(subject: Subject, quantized: NF4Format | None, directory: Path) -> Arte
     assert isinstance(options, ExportOptions)
     fmt = NF4Format(options.block_size, 256 if options.double_quant else 0)
     weights = subject.merged(quantized)
-    bnb.save_bnb(weights, directory, subject.tokenizer, sixteen_bit(subject), fmt)
+    bnb.save_bnb(weights, directory, subject.tokenizer, weight_type(subject), fmt)
     return Artefact(
         lambda: _stock("bitsandbytes", lambda: _transformers(directory, subject, None), directory, subject),
         LIMITS["4bit"],
