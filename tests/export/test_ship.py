@@ -14,7 +14,7 @@ from tests.export.conftest import run
 from twinlora.adapters.files import read_adapter
 from twinlora.adapters.merge import Merged
 from twinlora.config import EvalOptions, ExportOptions, MergeOptions
-from twinlora.errors import AdapterError, ConfigError, DataError, ParityError
+from twinlora.errors import AdapterError, BackendError, ConfigError, DataError, ModelError, ParityError
 from twinlora.evaluate.evaluate import evaluate
 from twinlora.export import families, gguf_lora, ship
 from twinlora.export.llama_cpp import LlamaCpp
@@ -216,6 +216,16 @@ def test_an_adapter_that_llama_cpp_cannot_add_is_refused(base, rows, tmp_path):
     trained = run(base, rows, tmp_path / "run", method="lora", dora=True, modules_to_save=["lm_head"])
     with pytest.raises(AdapterError, match=r"no DoRA and no modules_to_save \(lm_head\).*\ntwinlora export|fold it in"):
         export(trained, tmp_path / "out", "gguf-lora")
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(qlora, tmp_path, monkeypatch):
+    monkeypatch.setattr(ship, "choose_base", None)  # it would take long
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BackendError, match="llama-quantize, which is not on PATH"):
+        export(qlora, tmp_path / "out", "gguf", quant="q4_k_m")
+    monkeypatch.delitem(families.FAMILIES, "llama")
+    with pytest.raises(ModelError, match="llama models are not supported"):
+        export(qlora, tmp_path / "out", "gguf")
 
 
 def test_all_weights_of_a_full_run_are_exported(base, rows, tmp_path):

@@ -59,6 +59,10 @@ def export(options: ExportOptions, reporter: Reporter | None = None) -> dict[str
     """Write an artefact of any kind. Raises InputError, ParityError, BackendError."""
     if (options.gate and options.to in ("gguf", "gguf-lora")) or options.edge:
         require_llama_cpp()
+    if options.to == "gguf" and options.quant not in gguf_files.OURS:
+        gguf_files.find_llama_quantize()
+    if options.to == "gguf-lora" and options.quant not in gguf_files.OURS:
+        raise ConfigError(f"quant {options.quant}: the base for comparing is one of {', '.join(gguf_files.OURS)}")
     return _ship(options, options.to, reporter or Reporter())
 
 
@@ -68,6 +72,8 @@ def _ship(options: ArtefactOptions, kind: str, reporter: Reporter) -> dict[str, 
         raise AdapterError(f"{options.run}: all weights were trained, there is no adapter; export --to merged or gguf")
     if subject.deployed is not None:
         require_match(options, subject.deployed)
+    if kind in ("gguf", "gguf-lora"):
+        families.family_of(subject.checkpoint.config)
     quantized, choice = _base_of(subject, kind, reporter)
     with atomic.write_directory(options.output) as directory:
         reporter.note(f"writing {kind}: {options.output}")
@@ -208,8 +214,6 @@ def _gguf_lora(subject: Subject, quantized: NF4Format | None, directory: Path) -
     options, adapter = subject.options, subject.adapter
     assert isinstance(options, ExportOptions)
     assert adapter is not None
-    if options.quant not in gguf_files.OURS:
-        raise ConfigError(f"quant {options.quant}: the base for comparing is one of {', '.join(gguf_files.OURS)}")
     path = directory / f"{subject.name}-lora.gguf"
     write_gguf_lora(adapter, subject.checkpoint.config, path, subject.name)
 
