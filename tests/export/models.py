@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers as t
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.conftest import TEMPLATE
@@ -55,13 +55,18 @@ def write_family(name: str, directory: Path, tokenizer: PreTrainedTokenizerFast)
     return directory
 
 
-def bytes_tokenizer(end: str = "<|im_end|>") -> PreTrainedTokenizerFast:
-    """Byte-level BPE with some merges, and ChatML whose turns end with `end`."""
+def bytes_tokenizer(end: str = "<|im_end|>", cuts: str = "words") -> PreTrainedTokenizerFast:
+    """Byte-level BPE with some merges, and ChatML whose turns end with `end`. `cuts`: words, digits, or a pattern."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("a", "b"), ("o", "r"), ("w", "or"), ("Ġ", "wor"), ("Ġwor", "d"), ("s", "a"), ("sa", "y")]
+    merges += [("1", "2"), ("12", "3"), ("123", "4"), ("'", "S"), ("Ċ", "Ċ")]  # that the rules allow or part
     words = [*alphabet, *(left + right for left, right in merges)]
     backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cuts in ("words", "digits"))
+    first = pre_tokenizers.Digits(individual_digits=True) if cuts == "digits" else None
+    if cuts not in ("words", "digits"):
+        first = pre_tokenizers.Split(Regex(cuts), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([first, bytes_only]) if first else bytes_only
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(word, special=True) for word in ("<|im_start|>", end, "<|pad|>")])
     return PreTrainedTokenizerFast(

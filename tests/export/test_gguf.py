@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
 
+from tests.conftest import tiny_tokenizer
 from tests.export.models import FAMILIES, bytes_tokenizer, pieces_tokenizer, write_family
 from twinlora.adapters.merge import Merged
 from twinlora.data.formats import Row
 from twinlora.data.template import encode_prompt
 from twinlora.errors import BackendError, ModelError
-from twinlora.export import families, gguf
+from twinlora.export import families, gguf, vocabulary
 from twinlora.export.llama_cpp import LlamaCpp
 from twinlora.export.probes import Probe, model_answers
 from twinlora.export.readback import gguf_difference
@@ -75,6 +76,31 @@ def test_llama_cpp_cuts_texts_as_the_tokenizer_does(make, tmp_path):
         assert running.prompt(row)[1] == encode_prompt(tokenizer, row)
         assert running.stops(tokenizer.eos_token_id, IDS[:4])
         assert not running.stops(70, IDS[:4])
+
+
+@pytest.mark.parametrize("cuts", vocabulary._NAMES, ids=list(vocabulary._NAMES.values()))
+def test_texts_are_cut_by_the_rules_of_the_name(cuts, tmp_path):
+    tokenizer = bytes_tokenizer(cuts="digits" if cuts[0] == "digits" else cuts[0])
+    write_family("llama", tmp_path, tokenizer)
+    write(tmp_path, tmp_path / "m.gguf", tokenizer)
+    fields = GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.ggml.pre"].contents() == vocabulary._NAMES[cuts]
+    texts = ["say 1234 word 12345", "it'S word's 天气12 Größe", "a\n\n  b\t c ", "🙂 x/y wordWORD"]
+    with LlamaCpp(tmp_path / "m.gguf", context=256) as running:
+        for text in texts:
+            assert running.tokens(text) == tokenizer(text)["input_ids"], text
+
+
+def test_other_rules_and_other_tokenizers_are_refused():
+    writer = GGUFWriter(None, "llama")
+    with pytest.raises(
+        ModelError, match=r"cuts texts by rules that have no name here: \['abc'\]; known: gpt-2, smollm"
+    ):
+        vocabulary.add_vocabulary(writer, bytes_tokenizer(cuts="abc"), 320, set())
+    with pytest.raises(ModelError, match="the embedding 10 rows"):
+        vocabulary.add_vocabulary(writer, bytes_tokenizer(), 10, set())
+    with pytest.raises(ModelError, match="the tokenizer has no merges"):
+        vocabulary.add_vocabulary(writer, tiny_tokenizer(), 320, set())
 
 
 def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):

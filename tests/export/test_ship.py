@@ -14,7 +14,7 @@ from tests.export.conftest import run
 from twinlora.adapters.files import read_adapter
 from twinlora.adapters.merge import Merged
 from twinlora.config import EvalOptions, ExportOptions, MergeOptions
-from twinlora.errors import AdapterError, ConfigError, DataError, ParityError
+from twinlora.errors import AdapterError, BackendError, ConfigError, DataError, ModelError, ParityError
 from twinlora.evaluate.evaluate import evaluate
 from twinlora.export import families, gguf_lora, ship
 from twinlora.export.llama_cpp import LlamaCpp
@@ -56,6 +56,21 @@ def test_a_merged_checkpoint_is_pefts_model(lora, base, tmp_path):
     ours = evaluate(EvalOptions(model=str(base), adapter=lora, data=_rows(lora), metric=["loss"]))
     theirs = evaluate(EvalOptions(model=str(tmp_path / "m"), data=_rows(lora), metric=["loss"]))
     assert theirs["loss"] == pytest.approx(ours["loss"], rel=0.02)
+
+
+def test_small_updates_vanish_in_bfloat16_and_are_kept_in_float16(base, rows, tmp_path):
+    """Three small steps: what they add is below the last place of many weights."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
+    trained = run(tmp_path / "base", rows, tmp_path / "run", method="lora", lr=5e-4)
+    kls = {}
+    for weights in ("bfloat16", "float16", "float32"):
+        options = MergeOptions(run=trained, output=tmp_path / weights, rows=6, weights=weights, max_kl=1.0)
+        record = ship.merge(options)
+        kls[weights] = record["parity"]["kl_mean"]
+        assert record["dtype"] == weights
+    assert kls["float32"] <= kls["float16"] < 0.1 * kls["bfloat16"]
 
 
 def _rows(run_directory):
@@ -201,6 +216,16 @@ def test_an_adapter_that_llama_cpp_cannot_add_is_refused(base, rows, tmp_path):
     trained = run(base, rows, tmp_path / "run", method="lora", dora=True, modules_to_save=["lm_head"])
     with pytest.raises(AdapterError, match=r"no DoRA and no modules_to_save \(lm_head\).*\ntwinlora export|fold it in"):
         export(trained, tmp_path / "out", "gguf-lora")
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(qlora, tmp_path, monkeypatch):
+    monkeypatch.setattr(ship, "choose_base", None)  # it would take long
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BackendError, match="llama-quantize, which is not on PATH"):
+        export(qlora, tmp_path / "out", "gguf", quant="q4_k_m")
+    monkeypatch.delitem(families.FAMILIES, "llama")
+    with pytest.raises(ModelError, match="llama models are not supported"):
+        export(qlora, tmp_path / "out", "gguf")
 
 
 def test_all_weights_of_a_full_run_are_exported(base, rows, tmp_path):

@@ -40,6 +40,11 @@ class ArtefactOptions(Options):
         "ones, or those it was trained on, dequantised; auto builds both, measures them on held-out rows and takes the "
         "better one.",
     )
+    weights: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="Type of weights that are not quantised. auto: the base's own. In bfloat16 an update that is small "
+        "beside the weight vanishes; float16 has three more bits.",
+    )
     data: HeldOut = Field(
         [], description="Held-out rows for the comparison; default: the run's evaluation rows, else its training rows."
     )

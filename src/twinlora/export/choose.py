@@ -27,7 +27,7 @@ from twinlora.model.load import load_model, resolve
 from twinlora.numerics.formats import Precision
 from twinlora.reporter import Reporter
 
-__all__ = ["Candidate", "Choice", "choose_base", "sixteen_bit"]
+__all__ = ["Candidate", "Choice", "choose_base", "weight_type"]
 
 _NAMES = ("16bit", "dequantised")
 
@@ -109,13 +109,16 @@ def _candidate(subject: Subject, fmt: Precision | None) -> PreTrainedModel:
     with atomic.writing(options.output):
         atomic.make_directory(options.output.parent)
         with tempfile.TemporaryDirectory(prefix=".candidate.", dir=options.output.parent) as directory:
-            save_16bit(weights, Path(directory), subject.tokenizer, sixteen_bit(subject))
+            save_16bit(weights, Path(directory), subject.tokenizer, weight_type(subject))
             trust = options.trust_remote_code
             return load_model(resolve(directory), dtype=getattr(torch, options.dtype), trust_remote_code=trust)
 
 
-def sixteen_bit(subject: Subject) -> torch.dtype:
-    """The base's own type if it has 16 bits, else bfloat16."""
+def weight_type(subject: Subject) -> torch.dtype:
+    """The type that was asked for; else the base's own if it has 16 bits, else bfloat16."""
+    if subject.options.weights != "auto":
+        asked: torch.dtype = getattr(torch, subject.options.weights)
+        return asked
     dtype = subject.checkpoint.dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
 

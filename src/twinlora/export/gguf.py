@@ -18,7 +18,7 @@ from twinlora.export import families
 from twinlora.export.vocabulary import add_vocabulary
 from twinlora.numerics import ggml
 
-__all__ = ["OURS", "llama_quantize", "tensor_type", "write_gguf"]
+__all__ = ["OURS", "find_llama_quantize", "llama_quantize", "tensor_type", "write_gguf"]
 
 OURS = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -115,11 +115,17 @@ def _announce(
         writer.add_tensor_info(name, stored, np.dtype(np.uint8), size, raw_dtype=kind)
 
 
-def llama_quantize(source: Path, target: Path, quant: str) -> None:
-    """Let llama-quantize make a K-quant of an F16 or BF16 file. Raises BackendError if it is missing or fails."""
+def find_llama_quantize() -> str:
+    """Where llama-quantize is. Raises BackendError if it is not there."""
     program = shutil.which("llama-quantize")
     if program is None:
         raise BackendError(_HINT)
+    return program
+
+
+def llama_quantize(source: Path, target: Path, quant: str) -> None:
+    """Let llama-quantize make a K-quant of an F16 or BF16 file. Raises BackendError if it is missing or fails."""
+    program = find_llama_quantize()
     done = subprocess.run([program, str(source), str(target), quant.upper()], capture_output=True, text=True)
     if done.returncode:
         raise BackendError(f"llama-quantize failed ({done.returncode}): {(done.stderr or done.stdout)[-400:].strip()}")

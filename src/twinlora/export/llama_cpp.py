@@ -32,7 +32,7 @@ def require_llama_cpp() -> None:
     """Raises BackendError if there is no llama.cpp to run an artefact in."""
     if importlib.util.find_spec("xllamacpp") is None:
         raise BackendError(
-            "comparing a GGUF file needs llama.cpp: pip install 'twinlora[export]' (xllamacpp), "
+            "comparing a GGUF file needs llama.cpp: pip install xllamacpp, "
             "or give --no-gate to write it without a comparison"
         )
 

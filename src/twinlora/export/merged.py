@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from twinlora.adapters.merge import Merged
+from twinlora.errors import ModelError
 from twinlora.export.shards import ShardWriter
 from twinlora.model.load import Source
 
@@ -29,11 +30,17 @@ _COMPANIONS = (
 
 
 def save_16bit(weights: Merged, directory: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
-    """Write a checkpoint that transformers loads; floating-point tensors in `dtype`, one in memory at a time."""
+    """Write a checkpoint that transformers loads; floating-point tensors in `dtype`, one in memory at a time.
+
+    Raises ModelError for values that float16 cannot hold.
+    """
     with ShardWriter(directory, weights.names) as out:
         for name in weights.names:
             tensor = weights.read(name)
-            out.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            if dtype == torch.float16 and not bool(torch.isfinite(stored).all()):
+                raise ModelError(f"{name} has values that float16 cannot hold; give --weights bfloat16 or float32")
+            out.add(name, stored)
     write_companions(weights, directory, tokenizer, dtype)
 
 

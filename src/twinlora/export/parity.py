@@ -44,7 +44,13 @@ class Limits:
 LIMITS = {
     "float32": Limits(1e-4, 0.005, 0.99, "the same arithmetic in another program"),
     "f16": Limits(0.001, 0.02, 0.98, "float16 weights and activations: 11 bits of precision"),
-    "bf16": Limits(0.005, 0.05, 0.97, "bfloat16 weights: 8 bits of precision"),
+    "bf16": Limits(
+        0.005,
+        0.05,
+        0.97,
+        "bfloat16 weights: 8 bits of precision, in which small updates vanish (--weights float16, or "
+        "--to gguf --quant f16, keeps them)",
+    ),
     "q8_0": Limits(0.02, 0.1, 0.95, "8-bit weights and activations"),
     "4bit": Limits(0.4, 0.6, 0.7, "4-bit weights: the error that every 4-bit model has"),
 }

@@ -21,7 +21,7 @@ from twinlora.config import ArtefactOptions, ExportOptions, MergeOptions
 from twinlora.errors import AdapterError, ConfigError, ParityError
 from twinlora.export import bnb, edge, families, readback
 from twinlora.export import gguf as gguf_files
-from twinlora.export.choose import Choice, choose_base, sixteen_bit
+from twinlora.export.choose import Choice, choose_base, weight_type
 from twinlora.export.deployed import prove, require_match
 from twinlora.export.gguf_lora import write_gguf_lora
 from twinlora.export.llama_cpp import LlamaCpp, require_llama_cpp
@@ -35,6 +35,9 @@ from twinlora.numerics.formats import NF4Format, Precision
 from twinlora.reporter import Reporter
 
 __all__ = ["export", "merge"]
+
+
+_LIMIT_NAMES = {torch.float32: "float32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass
@@ -56,6 +59,10 @@ def export(options: ExportOptions, reporter: Reporter | None = None) -> dict[str
     """Write an artefact of any kind. Raises InputError, ParityError, BackendError."""
     if (options.gate and options.to in ("gguf", "gguf-lora")) or options.edge:
         require_llama_cpp()
+    if options.to == "gguf" and options.quant not in gguf_files.OURS:
+        gguf_files.find_llama_quantize()
+    if options.to == "gguf-lora" and options.quant not in gguf_files.OURS:
+        raise ConfigError(f"quant {options.quant}: the base for comparing is one of {', '.join(gguf_files.OURS)}")
     return _ship(options, options.to, reporter or Reporter())
 
 
@@ -65,6 +72,8 @@ def _ship(options: ArtefactOptions, kind: str, reporter: Reporter) -> dict[str, 
         raise AdapterError(f"{options.run}: all weights were trained, there is no adapter; export --to merged or gguf")
     if subject.deployed is not None:
         require_match(options, subject.deployed)
+    if kind in ("gguf", "gguf-lora"):
+        families.family_of(subject.checkpoint.config)
     quantized, choice = _base_of(subject, kind, reporter)
     with atomic.write_directory(options.output) as directory:
         reporter.note(f"writing {kind}: {options.output}")
@@ -154,13 +163,13 @@ def _transformers(directory: Path, subject: Subject, dtype: torch.dtype | None) 
 
 def _merged(subject: Subject, quantized: Precision | None, directory: Path) -> Artefact:
     weights = subject.merged(quantized)
-    save_16bit(weights, directory, subject.tokenizer, sixteen_bit(subject))
+    save_16bit(weights, directory, subject.tokenizer, weight_type(subject))
     dtype = getattr(torch, subject.options.dtype)
     return Artefact(
         lambda: _stock("transformers", lambda: _transformers(directory, subject, dtype), directory, subject),
-        LIMITS["f16" if sixteen_bit(subject) == torch.float16 else "bf16"],
+        LIMITS[_LIMIT_NAMES[weight_type(subject)]],
         lambda: readback.checkpoint_difference(directory, weights),
-        {"dtype": str(sixteen_bit(subject)).removeprefix("torch.")},
+        {"dtype": str(weight_type(subject)).removeprefix("torch.")},
     )
 
 
@@ -169,7 +178,7 @@ def _bnb(subject: Subject, quantized: Precision | None, directory: Path) -> Arte
     assert isinstance(options, ExportOptions)
     fmt = NF4Format(options.block_size, 256 if options.double_quant else 0)
     weights = subject.merged(quantized)
-    bnb.save_bnb(weights, directory, subject.tokenizer, sixteen_bit(subject), fmt)
+    bnb.save_bnb(weights, directory, subject.tokenizer, weight_type(subject), fmt)
     return Artefact(
         lambda: _stock("bitsandbytes", lambda: _transformers(directory, subject, None), directory, subject),
         LIMITS["4bit"],
@@ -205,8 +214,6 @@ def _gguf_lora(subject: Subject, quantized: Precision | None, directory: Path) -
     options, adapter = subject.options, subject.adapter
     assert isinstance(options, ExportOptions)
     assert adapter is not None
-    if options.quant not in gguf_files.OURS:
-        raise ConfigError(f"quant {options.quant}: the base for comparing is one of {', '.join(gguf_files.OURS)}")
     path = directory / f"{subject.name}-lora.gguf"
     write_gguf_lora(adapter, subject.checkpoint.config, path, subject.name)
 
