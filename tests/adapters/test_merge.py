@@ -78,6 +78,21 @@ def test_the_dequantised_base_is_what_qlora_computes_with(tiny, tmp_path):
     assert not torch.allclose(plain.read(f"{name}.weight"), expected, atol=1e-3)
 
 
+def test_a_base_of_several_formats_is_what_hybrid_computes_with(tiny, tmp_path):
+    kinds = ("nf3-64-dq256", "nf4-64-dq256", "int8-64", "16bit")
+    names = [name for name in Checkpoint(resolve(str(tiny))).linears if name != "lm_head"]
+    layers = {name: kinds[i % 4] for i, name in enumerate(names)}
+    adapter, model = adapted(tiny, tmp_path, quantize=layers)
+    weights = Merged(Checkpoint(resolve(str(tiny))), adapter, layers)
+    for name, layer in lora_layers(model).items():
+        assert layer.base.precision == layers[name].replace("16bit", "float32")
+        expected = layer.base.dense_weight(torch.float32) + layer.update()
+        assert torch.allclose(weights.read(f"{name}.weight"), expected, atol=1e-6), name
+    left_out = {name: fmt for name, fmt in layers.items() if name != names[3]}
+    with pytest.raises(ModelError, match=f"{names[3]}: has no precision"):
+        Merged(Checkpoint(resolve(str(tiny))), adapter, left_out)
+
+
 def test_a_gguf_base(smollm2_like_gguf, tmp_path):
     source = resolve(str(smollm2_like_gguf))
     adapter, model = adapted(smollm2_like_gguf, tmp_path)

@@ -1,5 +1,6 @@
 """Adapters trained for a moment on a tiny random llama, whose turns end with a token that llama.cpp cannot guess."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from tests.conftest import chat, write_jsonl
 from tests.export.models import bytes_tokenizer, write_family
 from twinlora.config import TrainOptions
+from twinlora.model.load import load_model, quantizable, resolve
 from twinlora.train.loop import train
 
 
@@ -44,3 +46,13 @@ def other(base, rows, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def qlora(base, rows, tmp_path_factory) -> Path:
     return run(base, rows, tmp_path_factory.mktemp("qlora") / "run", method="qlora")
+
+
+@pytest.fixture(scope="session")
+def hybrid(base, rows, tmp_path_factory) -> Path:
+    """On a base whose layers are in NF3, NF4, int8 and 16 bit by turns."""
+    directory = tmp_path_factory.mktemp("hybrid")
+    kinds = ("nf3-64-dq256", "nf4-64-dq256", "int8-64", "16bit")
+    names = quantizable(load_model(resolve(str(base))))
+    (directory / "layers.json").write_text(json.dumps({name: kinds[i % 4] for i, name in enumerate(names)}))
+    return run(base, rows, directory / "run", method="hybrid", layer_precision=directory / "layers.json")

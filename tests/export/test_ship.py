@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.export.conftest import run
-from twinlora.adapters.files import read_adapter
+from twinlora.adapters import passport
+from twinlora.adapters.files import load_adapter, read_adapter
 from twinlora.adapters.merge import Merged
 from twinlora.config import EvalOptions, ExportOptions, MergeOptions
 from twinlora.errors import AdapterError, BackendError, ConfigError, DataError, ModelError, ParityError
@@ -19,6 +21,7 @@ from twinlora.evaluate.evaluate import evaluate
 from twinlora.export import families, gguf_lora, ship
 from twinlora.export.llama_cpp import LlamaCpp
 from twinlora.export.subject import Subject
+from twinlora.model.load import load_model, resolve
 from twinlora.reporter import Reporter
 
 pytest.importorskip("xllamacpp")
@@ -121,6 +124,37 @@ def test_the_lower_loss_decides_where_it_is_clear_else_the_nearer_one():
     assert _decide(found, (-0.1, -0.2, -0.05))[0] == "16bit"
     assert _decide(found, (0.1, 0.05, 0.2))[0] == "dequantised"
     assert _decide(found, (-0.1, -0.2, 0.1))[0] == "dequantised"
+
+
+def test_both_bases_of_a_hybrid_run_are_measured(hybrid, base, tmp_path):
+    """The dequantised one is each layer's own format, and what it was trained on."""
+    record = ship.merge(MergeOptions(run=hybrid, output=tmp_path / "m", rows=24))
+    candidates = record["choice"]["candidates"]
+    assert 0 < candidates["dequantised"]["kl"] < 0.01 < candidates["16bit"]["kl"]
+    assert candidates["dequantised"]["loss"] == pytest.approx(record["choice"]["trained_loss"], rel=0.02)
+    ship.merge(MergeOptions(run=hybrid, output=tmp_path / "d", rows=6, base="dequantised"))
+    layers = passport.read(read_adapter(hybrid).directory).layer_precision
+    trained = load_model(resolve(str(base)), quantize=layers, dtype=torch.float32)
+    load_adapter(trained, read_adapter(hybrid))
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "d", dtype=torch.float32))
+    assert near(merged, logits(trained), 0.02)
+    assert not near(merged, peft_logits(base, hybrid), 0.02)
+
+
+@pytest.mark.parametrize("to", ["gguf", "gguf-lora", "peft"])
+def test_a_hybrid_run_is_exported(to, hybrid, tmp_path):
+    record = export(hybrid, tmp_path / "out", to, base="dequantised")
+    assert record["base"] == "dequantised"
+    assert record["parity"]["kl_mean"] < 1e-3
+
+
+def test_layers_of_unknown_formats_are_refused(hybrid, tmp_path):
+    """A passport of several formats that does not say which layer has which."""
+    shutil.copytree(read_adapter(hybrid).directory, tmp_path / "a")
+    paper = passport.read(tmp_path / "a")
+    (tmp_path / "a" / passport.FILE).write_text(paper.model_copy(update={"layer_precision": None}).model_dump_json())
+    with pytest.raises(AdapterError, match=r"trained on nf3-64-dq256 and .*does not say which layer had which"):
+        export(tmp_path / "a", tmp_path / "out", "merged", data=_rows(hybrid))
 
 
 @pytest.mark.parametrize("kind", ["16bit", "dequantised"])

@@ -19,7 +19,7 @@ from twinlora.model.checkpoint import Checkpoint
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import load_model, precision_by_layer, resolve
 from twinlora.numerics import ops
-from twinlora.numerics.formats import NF4Format
+from twinlora.numerics.formats import DENSE, NF4Format
 from twinlora.train.loop import train
 
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -101,6 +101,7 @@ def test_a_4bit_base_trains_and_evaluates(written, tmp_path):
         losses[method] = record["eval_loss"]
         notes = json.loads((tmp_path / method / "run.json").read_text())["notes"]
         assert any("4-bit weights were dequantised" in line for line in notes) == (method == "lora")
+        assert not any("no prediction" in line for line in notes)
     assert losses["lora"] == pytest.approx(losses["qlora"], rel=0.02)
     found = evaluate(
         EvalOptions(
@@ -125,6 +126,30 @@ def test_an_adapter_on_a_4bit_base_is_merged(tokenizer, tmp_path):
     record = merge(MergeOptions(run=tmp_path / "run", output=tmp_path / "merged", rows=4))
     assert (record["base"], record["choice"]) == ("dequantised", None)
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+def test_a_map_of_precisions_over_a_4bit_base(written):
+    """Layers in its own format keep their codes, those in 16 bit are dequantised, other formats are refused."""
+    directory, fmt = written
+    whole = load_model(resolve(str(directory)), quantize=fmt)
+    names = [name for name, module in whole.named_modules() if isinstance(module, QuantLinear)]
+    layers = dict.fromkeys(names, fmt.name) | {names[0]: DENSE}
+    model = load_model(resolve(str(directory)), quantize=layers)
+    assert precision_by_layer(model) == {fmt.name: 13, "bfloat16": 2}
+    for name in names:
+        ours, expected = model.get_submodule(name), whole.get_submodule(name).dense_weight(torch.bfloat16)
+        found = ours.weight if name == names[0] else ours.dense_weight(torch.bfloat16)
+        assert torch.equal(found, expected), name
+    with pytest.raises(ModelError, match=rf"{names[1]}.weight: stored as {fmt.name}, asked for int8-64"):
+        load_model(resolve(str(directory)), quantize=layers | {names[1]: "int8-64"})
+
+
+def test_hybrid_finds_no_weights_to_compare_in_a_4bit_base(written, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = write_jsonl(tmp_path / "data.jsonl", [chat("say", "word")])
+    options = TrainOptions(model=str(written[0]), data=data, method="hybrid", bits=5, output=tmp_path / "run")
+    with pytest.raises(ModelError, match="this checkpoint has 4-bit ones; give the model it was made of, or --method"):
+        train(options)
 
 
 def test_another_format_is_refused_by_name(written):
