@@ -145,8 +145,29 @@ def test_other_artefacts_and_other_weights_are_refused(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"dora": True}, {"dropout": 0.1}, {"modules_to_save": ["lm_head"]}, {"method": "full"}]
+    "change",
+    [
+        {"dora": True},
+        {"dropout": 0.1},
+        {"modules_to_save": ["lm_head"]},
+        {"method": "full"},
+        {"method": "hybrid", "bits": 4.5},
+    ],
+    ids=str,
 )
 def test_what_cannot_be_folded_is_refused_before_training(change, tmp_path):
     with pytest.raises(ValidationError, match="deploy folds plain LoRA"):
         TrainOptions(**({"model": "m", "data": "d", "output": tmp_path, "method": "lora", "deploy": "q4_0"} | change))
+
+
+def test_a_plan_and_a_prediction_would_be_of_another_run(tiny, tmp_path, monkeypatch):
+    """What deploying keeps in memory is not simulated: nothing is planned by it, and no run predicted."""
+    monkeypatch.setenv("TWINLORA_HISTORY", str(tmp_path / "history.jsonl"))
+    data = write_jsonl(tmp_path / "data.jsonl", [chat("say", "word")])
+    values = {"model": str(tiny), "data": data, "method": "lora", "deploy": "q8_0", "output": tmp_path / "run"}
+    with pytest.raises(ValidationError, match="plan auto does not know what deploy keeps in memory"):
+        TrainOptions(**values, plan="auto")
+    assert train(TrainOptions(**values)).record["predicted"] is None
+    notes = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
+    assert any("no prediction beside this run: what deploy keeps" in note for note in notes)
+    assert not (tmp_path / "history.jsonl").exists()
