@@ -165,6 +165,8 @@ def test_a_plan_and_a_prediction_would_be_of_another_run(tiny, tmp_path, monkeyp
     monkeypatch.setenv("TWINLORA_HISTORY", str(tmp_path / "history.jsonl"))
     data = write_jsonl(tmp_path / "data.jsonl", [chat("say", "word")])
     values = {"model": str(tiny), "data": data, "method": "lora", "deploy": "q8_0", "output": tmp_path / "run"}
+    with pytest.raises(ValidationError, match="dense_copies keep none"):
+        TrainOptions(**values | {"method": "qlora"}, dense_copies="auto")
     with pytest.raises(ValidationError, match="plan auto does not know what deploy keeps in memory"):
         TrainOptions(**values, plan="auto")
     assert train(TrainOptions(**values)).record["predicted"] is None

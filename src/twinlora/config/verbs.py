@@ -117,6 +117,10 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, HybridOptions, DataOpt
             raise ValueError("init_adapter and init exclude each other: leave one out")
         if self.dense_copies != "off" and self.method != "qlora":
             raise ValueError("dense_copies are of weights in 4 bit: leave it out or choose method qlora")
+        if self.deploy and self.dense_copies != "off":
+            raise ValueError(
+                "deploy multiplies by merged weights, of which dense_copies keep none: leave one of them out"
+            )
         if self.deploy and self.plan == "auto":
             raise ValueError("plan auto does not know what deploy keeps in memory: leave one of them out")
         if self.deploy and (self.method not in ("lora", "qlora") or self.dora or self.dropout or self.modules_to_save):
