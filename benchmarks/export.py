@@ -21,7 +21,18 @@ from typing import Any
 import harness  # puts src on the path
 
 TRAINING = {"rank": 16, "alpha": 32, "lr": 1e-3, "warmup_steps": 10, "batch_size": 16}
-ARTEFACTS = ["merged", "bnb", "gguf:f16", "gguf:bf16", "gguf:q8_0", "gguf:q4_0", "gguf:iq4_nl", "gguf-lora:f16", "peft"]
+ARTEFACTS = [
+    "merged",
+    "merged:float16",
+    "bnb",
+    "gguf:f16",
+    "gguf:bf16",
+    "gguf:q8_0",
+    "gguf:q4_0",
+    "gguf:iq4_nl",
+    "gguf-lora:f16",
+    "peft",
+]
 NEW_TOKENS = 24
 
 
@@ -95,6 +106,8 @@ def ship(args: argparse.Namespace, run: Path, spec: str, **options: Any) -> tupl
     out = args.scratch / "artefact"
     shutil.rmtree(out, ignore_errors=True)
     values = {"run": run, "output": out, "to": to, "quant": quant or "f16", "data": [str(args.data / "test.jsonl")]}
+    if to == "merged":
+        values |= {"quant": "f16", "weights": quant or "auto"}
     values |= {"max_kl": 10.0}  # figures are wanted, whatever they are
     record = export(ExportOptions(**(values | options)), ConsoleReporter(f"{run.name} {spec}"))
     if to == "gguf":
