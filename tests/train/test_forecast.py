@@ -67,10 +67,10 @@ def test_the_planner_sets_a_run_up_and_a_resumed_one_stays(tiny, data_file, tmp_
 
 
 def test_what_is_given_stays_as_it_is(tiny, data_file, tmp_path):
-    given = {"method": "qlora", "plan": "auto", "gradient_checkpointing": True, "max_steps": 1}
+    given = {"method": "qlora", "plan": "auto", "gradient_checkpointing": "on", "max_steps": 1}
     train(options(tiny, data_file, tmp_path / "r", **given))
     chosen = document(tmp_path / "r")["options"]
-    assert (chosen["method"], chosen["gradient_checkpointing"]) == ("qlora", True)
+    assert (chosen["method"], chosen["gradient_checkpointing"]) == ("qlora", "on")
 
 
 def test_what_fits_nowhere_is_said_before_a_weight_is_loaded(tiny, data_file, tmp_path, monkeypatch):
