@@ -186,7 +186,7 @@ def edge(args: argparse.Namespace, results: dict) -> None:
 
         def one(quant: str = quant) -> dict:
             options = ExportOptions(
-                run=run, output=args.scratch / "edge", to="gguf", quant=quant, edge=True, overwrite=True,
+                run=run, output=args.scratch / "edge", to="gguf", quant=quant, edge=True, overwrite=True, max_kl=10.0,
                 data=[str(args.data / "test.jsonl")],
             )  # fmt: skip
             measured: dict = export(options)["edge"]
