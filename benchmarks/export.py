@@ -89,9 +89,9 @@ def in_llama_cpp(args: argparse.Namespace, model: Path, lora: Path | None) -> di
         for row, probe in zip(rows, probes, strict=True):
             text = running.complete(encode_prompt(tokenizer, row), NEW_TOKENS)
             hits += text.strip() == row.answer.strip()
-            for answer, position in zip(running.answers([probe], tokenizer), probe.positions, strict=True):
-                place = (answer.ids == probe.ids[position]).nonzero()
-                total -= float(answer.log_probs[place[0, 0]] if len(place) else answer.log_probs.min())
+            answers = running.answers([probe], tokenizer, listed=len(tokenizer))  # right answers may be unlikely
+            for answer, position in zip(answers, probe.positions, strict=True):
+                total -= float(answer.log_probs[(answer.ids == probe.ids[position]).nonzero()[0, 0]])
                 tokens += 1
     return {"loss": total / tokens, "exact_match": hits / len(rows)}
 
@@ -186,7 +186,7 @@ def edge(args: argparse.Namespace, results: dict) -> None:
 
         def one(quant: str = quant) -> dict:
             options = ExportOptions(
-                run=run, output=args.scratch / "edge", to="gguf", quant=quant, edge=True, overwrite=True,
+                run=run, output=args.scratch / "edge", to="gguf", quant=quant, edge=True, overwrite=True, max_kl=10.0,
                 data=[str(args.data / "test.jsonl")],
             )  # fmt: skip
             measured: dict = export(options)["edge"]

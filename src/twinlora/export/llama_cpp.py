@@ -92,8 +92,10 @@ class LlamaCpp:
         except OSError as error:
             raise BackendError(f"llama.cpp stopped ({error}):\n{self._complaint()}") from None
 
-    def answers(self, probes: Sequence[Probe], tokenizer: PreTrainedTokenizerBase) -> list[Answer]:
-        """The distribution at every position of every probe: its likeliest tokens, best first.
+    def answers(
+        self, probes: Sequence[Probe], tokenizer: PreTrainedTokenizerBase, listed: int = LISTED
+    ) -> list[Answer]:
+        """The distribution at every position of every probe: its `listed` likeliest tokens, best first.
 
         The server keeps back what is no whole character, and its figures with it: it is made to say a letter. The
         figures are those before that.
@@ -102,7 +104,7 @@ class LlamaCpp:
         found = []
         for probe in probes:
             for position in probe.positions:
-                body = {"prompt": probe.ids[:position], "n_predict": 1, "n_probs": LISTED, "temperature": 0.0}
+                body = {"prompt": probe.ids[:position], "n_predict": 1, "n_probs": listed, "temperature": 0.0}
                 reply = self._ask("/completion", body | {"cache_prompt": True, "logit_bias": [[letter, 1e4]]})
                 top = reply["completion_probabilities"][0]["top_logprobs"]
                 ids = torch.tensor([entry["id"] for entry in top])
