@@ -12,7 +12,7 @@ ORDER = [
     {"data"},
     {"train.step", "train.optim", "train.checkpoint", "train.rng", "train.run", "evaluate.metrics", "evaluate.stats"},
     {"train", "plan"},
-    {"evaluate", "serve"},
+    {"evaluate", "serve", "export"},
     {"api"},
     {"demo"},
     {"cli"},

@@ -11,6 +11,7 @@
     ├── BackendError                     a kernel or a device that is missing   exit status 1
     ├── OutOfMemory                      a batch that does not fit              exit status 1
     ├── StorageError                     a file that cannot be written          exit status 1
+    ├── ParityError                      an artefact that answers otherwise     exit status 1
     └── Interrupted                      SIGINT or SIGTERM, after saving        exit status 130 / 143
 
 A message says what is wrong, where, what was expected, and what to type next.
@@ -28,6 +29,7 @@ __all__ = [
     "Interrupted",
     "ModelError",
     "OutOfMemory",
+    "ParityError",
     "StorageError",
     "TrainingDiverged",
     "TwinloraError",
@@ -80,6 +82,10 @@ class OutOfMemory(TwinloraError):
 
 class StorageError(TwinloraError):
     """A file or directory cannot be written; what was there before is whole."""
+
+
+class ParityError(TwinloraError):
+    """An exported artefact does not answer as the trained model does; it was deleted."""
 
 
 class Interrupted(TwinloraError):

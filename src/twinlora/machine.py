@@ -102,10 +102,15 @@ def rss_bytes() -> int:
     return _proc_kib("/proc/self/status", "VmRSS")
 
 
-def peak_rss_bytes() -> int:
-    """Largest resident set of this process since its start or `reset_peaks` (VmHWM; getrusage counts a parent too)."""
-    if peak := _proc_kib("/proc/self/status", "VmHWM"):
+def peak_rss_bytes(pid: int | None = None) -> int:
+    """Largest resident set of this process since its start or `reset_peaks` (VmHWM; getrusage counts a parent too).
+
+    Of another process by `pid`; 0 where the system does not tell.
+    """
+    if peak := _proc_kib(f"/proc/{pid or 'self'}/status", "VmHWM"):
         return peak
+    if pid is not None:
+        return 0
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

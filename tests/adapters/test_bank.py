@@ -11,7 +11,7 @@ from twinlora.errors import AdapterError
 from twinlora.model import swap
 from twinlora.model.attention import NO_MASK_SHAPE, Layout
 from twinlora.model.load import load_model, resolve
-from twinlora.numerics.nf4 import NF4Format
+from twinlora.numerics.formats import NF4Format
 
 LENGTHS = [3, 1, 7, 4, 2]
 

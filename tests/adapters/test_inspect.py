@@ -58,14 +58,14 @@ def test_whether_it_does_anything(tiny, tmp_path):
 @pytest.mark.parametrize(
     "options, vllm, llama",
     [
-        ({"rank": 9}, "yes --max-lora-rank 16", "yes as GGUF, by convert_lora_to_gguf.py"),
+        ({"rank": 9}, "yes --max-lora-rank 16", "yes as GGUF, by twinlora export --to gguf-lora"),
         ({"rank": 300}, "yes --max-lora-rank 320", "yes as GGUF"),
         ({"rank": 600}, "no rank 600 is above its limit of 512", "yes as GGUF"),
         ({"dora": True}, "no no DoRA", "no no DoRA"),
         ({"modules_to_save": ["lm_head"]}, "no no modules_to_save (lm_head)", "no no modules_to_save (lm_head)"),
-        ({"alpha_pattern": ["q_proj=8"]}, "no would scale 2 of 14 layers wrongly", "no would scale 2 of 14 layers wrongly"),
+        ({"alpha_pattern": ["q_proj=8"]}, "no would scale 2 of 14 layers wrongly", "yes as GGUF"),
         ({"rank_pattern": ["q_proj=8"]}, "no would scale 2 of 14 layers wrongly", "yes as GGUF"),
-        ({"rank_pattern": ["q_proj=8"], "alpha_pattern": ["q_proj=64"]}, "yes --max-lora-rank 8", "no would scale 2"),
+        ({"rank_pattern": ["q_proj=8"], "alpha_pattern": ["q_proj=64"]}, "yes --max-lora-rank 8", "yes as GGUF"),
     ],
 )  # fmt: skip
 def test_what_loads_it(tiny, tmp_path, options, vllm, llama):
@@ -81,7 +81,7 @@ def test_rslora_as_peft_writes_it(tiny, tmp_path):
     (tmp_path / files.CONFIG).write_text(json.dumps(config | {"use_rslora": True}))
     found = loaders(inspected(tmp_path))
     assert found["vLLM"].loads
-    assert not found["llama.cpp"].loads
+    assert found["llama.cpp"].loads
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True, "modules_to_save": ["lm_head"], "rank_pattern": ["q_proj=8"]}])

@@ -35,7 +35,9 @@ __all__ = [
     "read_adapter",
     "require_fit",
     "save_adapter",
+    "save_factors",
     "set_weights",
+    "usual",
     "write_into",
 ]
 
@@ -80,13 +82,46 @@ def _write(model: nn.Module, directory: Path, base: str, passport: passports.Pas
         (directory / passports.FILE).write_text(passport.model_dump_json(indent=2), encoding="utf-8")
 
 
+def save_factors(
+    directory: Path,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    targets: list[str],
+    base: str,
+    passport: passports.Passport | None,
+) -> None:
+    """Write A [r, in] and B [out, r] of each layer as a LoRA of scale 1, replacing `directory` whole or not at all."""
+    rank, ranks = usual({name: len(a) for name, (a, _) in factors.items()})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+    }
+    stored = {f"{PREFIX}{name}.lora_{part}.weight": tensor.contiguous()
+              for name, pair in factors.items() for part, tensor in zip("AB", pair, strict=True)}  # fmt: skip
+    with atomic.write_directory(directory) as temporary:
+        save_file(stored, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        if passport is not None:
+            (temporary / passports.FILE).write_text(passport.model_dump_json(indent=2), encoding="utf-8")
+
+
 def _peft_config(layers: dict[str, LoraLinear], whole: list[str], base: str, model: nn.Module) -> dict[str, Any]:
     """The keys of PEFT's LoraConfig that say something; PEFT fills in its defaults for the others."""
     names = list(layers)
     ranks = {name: layer.factors()[0].shape[0] for name, layer in layers.items()}
     alphas = {name: _number(layer.scale * ranks[name]) for name, layer in layers.items()}
-    rank, rank_pattern = _usual(ranks)
-    alpha, alpha_pattern = _usual(alphas)
+    rank, rank_pattern = usual(ranks)
+    alpha, alpha_pattern = usual(alphas)
     kinds = sorted({name.rpartition(".")[2] for name in names})
     left = [n for n, m in model.named_modules() if n not in layers and (is_linear(m) or isinstance(m, FrozenLinear))]
     left = [n for n in left if not n.endswith(".base") and not any(n == w or n.startswith(w + ".") for w in whole)]
@@ -116,7 +151,7 @@ def _number(value: float) -> float | int:
     return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, abs(value)) else value
 
 
-def _usual(values: Mapping[str, T]) -> tuple[T | None, dict[str, T]]:
+def usual(values: Mapping[str, T]) -> tuple[T | None, dict[str, T]]:
     """The value that most layers have, and patterns for the others: by kind where all of a kind agree."""
     if not values:
         return None, {}

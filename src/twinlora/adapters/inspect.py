@@ -6,14 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from twinlora.adapters.loaders import Traits, refused, setting
 from twinlora.adapters.passport import Passport
 from twinlora.adapters.passport import read as read_passport
 from twinlora.adapters.read import CONFIG, WEIGHTS, AdapterFile
 
 __all__ = ["Inspection", "Layer", "Loader", "inspect"]
-
-# The values that vLLM's --max-lora-rank takes.
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -93,33 +91,19 @@ def _product_norm(a: Tensor, b: Tensor) -> float:
 
 
 def _loaders(adapter: AdapterFile, layers: list[Layer]) -> list[Loader]:
-    """What loads it, by the rules of each program (vLLM 0.3x, llama.cpp's convert_lora_to_gguf)."""
-    o, dora, saved = adapter.options, bool(adapter.magnitudes), list(adapter.modules)
-    ranks = {layer.rank for layer in layers}
+    o = adapter.options
     alpha, rank = o.get("lora_alpha", 8), o.get("r", 8)
-    told = alpha / (rank**0.5 if o.get("use_rslora") else rank)
-    vllm, llama = [f"{CONFIG} lacks {key}" for key in ("r", "lora_alpha", "target_modules") if key not in o], []
-    if dora:
-        vllm.append("no DoRA")
-        llama.append("no DoRA")
-    if saved:
-        vllm.append(f"no modules_to_save ({', '.join(saved)})")
-        llama.append(f"no modules_to_save ({', '.join(saved)})")
-    if any(layer.name.rpartition(".")[2] == "lm_head" for layer in layers):
-        vllm.append("no adapter on lm_head")
-    if ranks and max(ranks) > _VLLM_RANKS[-1]:
-        vllm.append(f"rank {max(ranks)} is above its limit of {_VLLM_RANKS[-1]}")
-    off = sum(abs(layer.scale - told) > 1e-6 * told for layer in layers)
-    if off:  # it takes r and lora_alpha alone, and says nothing
-        vllm.append(f"would scale {off} of {len(layers)} layers wrongly: it ignores rank_pattern and alpha_pattern")
-    off = sum(abs(layer.scale * layer.rank - alpha) > 1e-6 * alpha for layer in layers)
-    if off:  # one alpha a file, divided by each tensor's own rank
-        llama.append(f"would scale {off} of {len(layers)} layers wrongly: it knows one alpha, divided by the rank")
-    limit = next((step for step in _VLLM_RANKS if step >= max(ranks, default=1)), 0)
-    return [
-        Loader("twinlora", True),
-        Loader("peft", True),
-        Loader("transformers", True, "with peft installed"),
-        Loader("vLLM", not vllm, "; ".join(vllm) or f"--max-lora-rank {limit}"),
-        Loader("llama.cpp", not llama, "; ".join(llama) or "as GGUF, by convert_lora_to_gguf.py"),
-    ]
+    traits = Traits(
+        ranks={layer.name: layer.rank for layer in layers},
+        scales={layer.name: layer.scale for layer in layers},
+        told=alpha / (rank**0.5 if o.get("use_rslora") else rank),
+        dora=bool(adapter.magnitudes),
+        saved=list(adapter.modules),
+        unsaid=[key for key in ("r", "lora_alpha", "target_modules") if key not in o],
+    )
+    found = []
+    for name, program in (("twinlora", None), ("peft", "peft"), ("transformers", "transformers"), ("vLLM", "vllm"),
+                          ("llama.cpp", "llama.cpp")):  # fmt: skip
+        refusals = [] if program is None else [refusal.reason for refusal in refused(program, traits)]
+        found.append(Loader(name, not refusals, "; ".join(refusals) or setting(program, traits)))
+    return found

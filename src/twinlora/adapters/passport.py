@@ -39,6 +39,7 @@ class Passport(BaseModel):
     system: str | None = None
     data_sha256: dict[str, str] = {}
     method: str
+    deploy: str | None = None  # the format whose rounding was trained with
     seed: int | None = None
     steps: int | None = None  # None: trained by a loop that is not ours
     versions: dict[str, str]
@@ -100,6 +101,8 @@ def check(
             f"give --model {passport.base_model}, or delete {directory / FILE} if you know better"
         )
     lines = _tokenizer_lines(directory, passport, tokenizer) if tokenizer else []
+    if passport.deploy:
+        lines.append(f"adapter {directory}: trained to be deployed as {passport.deploy}, running beside its base")
     if passport.base_precision != precision:
         return [
             *lines,

@@ -26,7 +26,7 @@ _OPTIONAL = {
     "wandb": "--report-to wandb",
     "mlflow": "--report-to mlflow",
     "trackio": "--report-to trackio",
-    "xllamacpp": "llama.cpp, to measure against it",
+    "xllamacpp": "export --to gguf, compared in llama.cpp",
 }
 _LITTLE_DISK = 10 * 10**9  # bytes; a checkpoint of a 7B model alone has 14 GB
 

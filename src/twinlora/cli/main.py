@@ -29,9 +29,28 @@ _VERBS = {
         "AdapterInspectOptions",
         "What an adapter is, what it does, and what can load it.",
     ),
+    "adapter combine": (
+        "twinlora.cli.adapter_combine",
+        "AdapterCombineOptions",
+        "Several adapters as one: DIR DIR … --output DIR.",
+    ),
+    "adapter compress": (
+        "twinlora.cli.adapter_compress",
+        "AdapterCompressOptions",
+        "An adapter in a lower rank, and what that costs.",
+    ),
+    "merge": ("twinlora.cli.merge", "MergeOptions", "Fold an adapter into its base, and prove that it answers alike."),
+    "export": (
+        "twinlora.cli.export",
+        "ExportOptions",
+        "Write it for llama.cpp, bitsandbytes or PEFT, behind the same gate.",
+    ),
     "chat": ("twinlora.cli.chat", "ChatOptions", "Talk to a model and switch adapters."),
     "serve": ("twinlora.cli.serve", "ServeOptions", "One base and many adapters over HTTP."),
 }
+
+# The list that takes what stands before any flag.
+_FIRST = {"data check": "data", "adapter combine": "adapters"}
 
 
 def _usage() -> str:
@@ -52,9 +71,7 @@ def parse_options(verb: str, arguments: list[str]) -> Any:
     cls: Any = getattr(config, _VERBS[verb][1])
     lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
     switches = {name for name, field in cls.model_fields.items() if {"on", "off"} <= set(get_args(field.annotation))}
-    recipe, arguments = _normalise(
-        _switched(arguments, switches), lists, first="data" if verb == "data check" else None
-    )
+    recipe, arguments = _normalise(_switched(arguments, switches), lists, first=_FIRST.get(verb))
     values = config.read_recipe(recipe, cls) if recipe else {}
     fields: list[tuple[str, Any, Any]] = []
     for name, field in sorted(cls.model_fields.items(), key=lambda item: not item[1].is_required()):

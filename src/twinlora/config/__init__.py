@@ -1,5 +1,13 @@
 """Every option, once. Flags, recipe files and run records derive from these models; unknown keys are errors."""
 
+from twinlora.config.export import (
+    AdapterCombineOptions,
+    AdapterCompressOptions,
+    ArtefactOptions,
+    ExportOptions,
+    MergeOptions,
+    RankOptions,
+)
 from twinlora.config.groups import (
     AdapterOptions,
     DataOptions,
@@ -30,8 +38,11 @@ from twinlora.config.verbs import (
 )
 
 __all__ = [
+    "AdapterCombineOptions",
+    "AdapterCompressOptions",
     "AdapterInspectOptions",
     "AdapterOptions",
+    "ArtefactOptions",
     "AttachOptions",
     "ChatOptions",
     "CompareOptions",
@@ -40,16 +51,19 @@ __all__ = [
     "DemoOptions",
     "DoctorOptions",
     "EvalOptions",
+    "ExportOptions",
     "ExtentOptions",
     "Goal",
     "HybridOptions",
     "LoadOptions",
     "MemoryOptions",
+    "MergeOptions",
     "Method",
     "ModelOptions",
     "OptimizerOptions",
     "Options",
     "PlanOptions",
+    "RankOptions",
     "ServeOptions",
     "SourceOptions",
     "TokenizerOptions",

@@ -91,6 +91,14 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, HybridOptions, DataOpt
     report_to: list[Tracker] = Field(
         [], description="Also send metrics to tensorboard, wandb, mlflow or trackio, through their own packages."
     )
+    deploy: Literal["nf4", "q4_0", "q8_0"] | None = Field(
+        None,
+        description="Train with the merged weights as this format stores them, so that the exported low-bit model is "
+        "what was trained: nf4 for export --to bnb, q4_0 and q8_0 for --to gguf.",
+    )
+    program: Annotated[Literal["vllm", "llama.cpp", "transformers", "peft"] | None, tyro.conf.arg(name="for")] = Field(
+        None, description="Stop before training if this program could not load what would be trained."
+    )
     fused: bool = Field(True, description="Replace blocks by our own where a numeric probe admits them.")
     seed: int = Field(0, description="Seed of the initial adapter, the order of rows and the dropout.")
 
@@ -109,6 +117,14 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, HybridOptions, DataOpt
             raise ValueError("init_adapter and init exclude each other: leave one out")
         if self.dense_copies != "off" and self.method != "qlora":
             raise ValueError("dense_copies are of weights in 4 bit: leave it out or choose method qlora")
+        if self.deploy and self.dense_copies != "off":
+            raise ValueError(
+                "deploy multiplies by merged weights, of which dense_copies keep none: leave one of them out"
+            )
+        if self.deploy and self.plan == "auto":
+            raise ValueError("plan auto does not know what deploy keeps in memory: leave one of them out")
+        if self.deploy and (self.method not in ("lora", "qlora") or self.dora or self.dropout or self.modules_to_save):
+            raise ValueError("deploy folds plain LoRA: leave out dora, dropout and modules_to_save, with lora or qlora")
         if self.patience and not (self.eval and self.eval_every):
             raise ValueError("patience counts evaluations: it needs eval and eval_every")
         return self

@@ -12,7 +12,7 @@ from twinlora import machine
 from twinlora.adapters import files, passport
 from twinlora.adapters.bank import AdapterBank
 from twinlora.config import ModelOptions
-from twinlora.model import swap
+from twinlora.model import bnb4, swap
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import load_model, load_tokenizer, pick_device, pick_dtype, precision_by_layer, resolve
 from twinlora.numerics.formats import Format, NF4Format
@@ -61,6 +61,8 @@ def open_model(
         device=device,
         trust_remote_code=options.trust_remote_code,
     )
+    if quantize is None and not source.is_gguf and bnb4.is_stored(source.path, source.given):
+        reporter.note("the base's 4-bit weights were dequantised; --precision nf4 computes with them as they are")
     stored = precision_by_layer(model)
     layers = None if quantize is None or isinstance(quantize, Format) else quantize
     bank = AdapterBank(model)

@@ -6,9 +6,10 @@ by tensor: a weight is read, quantised and dropped before the next one is touche
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from twinlora import machine
 from twinlora.errors import ModelError
-from twinlora.model import attention
+from twinlora.model import attention, bnb4
+from twinlora.model.lazy import Lazy, Stored
 from twinlora.model.linear import FrozenLinear, QuantLinear, is_linear
-from twinlora.numerics.formats import DENSE, Format, parse
+from twinlora.numerics.formats import Format, Precision, by_layer
+from twinlora.numerics.ops import QuantTensor
 
 __all__ = [
     "Source",
@@ -43,12 +46,13 @@ __all__ = [
     "pick_dtype",
     "precision_by_layer",
     "quantizable",
+    "quiet",
     "resolve",
+    "skeleton",
     "weight_bytes",
 ]
 
 _METHOD = "twinlora"
-_SMALL = 1 << 20  # bytes; a mapping each would be hundreds for the norms
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -149,10 +153,13 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str | None
 
 @register_quantization_config(_METHOD)
 class _Config(QuantizationConfigMixin):  # type: ignore[misc]
-    def __init__(self, quantize: Format | Mapping[str, str] | None = None, on_quantized: Any = None, **_: Any) -> None:
+    def __init__(self, quantize: Precision | None = None, on_quantized: Any = None, **_: Any) -> None:
         self.quant_method = _METHOD
         self.quantize, self.on_quantized = quantize, on_quantized
         self.formats: dict[str, Format] = {}  # of the layers that are quantised
+        self.stored: dict[str, Callable[[], QuantTensor]] | None = (
+            None  # weights that the checkpoint has in NF4 already
+        )
         self.problems: list[str] = []  # transformers keeps only a summary of what its loop raises
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Config:
@@ -163,16 +170,14 @@ class _Config(QuantizationConfigMixin):  # type: ignore[misc]
 
     def look_at(self, model: nn.Module) -> None:
         """Find out which layers of `model` are quantised, and how. Raises ModelError if a map is not of its layers."""
-        names = quantizable(model)
-        if self.quantize is None or isinstance(self.quantize, Format):
-            self.formats = dict.fromkeys(names, self.quantize) if self.quantize else {}
+        self.formats = by_layer(self.quantize, quantizable(model))
+        if self.stored is None:
             return
-        wrong = [f"{name}: no such layer" for name in self.quantize if name not in names]
-        wrong += [f"{name}: has no precision" for name in names if name not in self.quantize]
-        if wrong:
-            shown = "\n  ".join(wrong[:20])
-            raise ModelError(f"precision by layer: {len(wrong)} name(s) do not fit this model\n  {shown}")
-        self.formats = {name: parse(kept) for name, kept in self.quantize.items() if kept != DENSE}
+        if isinstance(self.quantize, Format):  # what the checkpoint has in 16 bit stays so
+            self.formats = {name: fmt for name, fmt in self.formats.items() if f"{name}.weight" in self.stored}
+        elif self.quantize is not None:  # what is to have 16 bit is dequantised by transformers' own loop
+            dense = {f"{name}.weight" for name in self.quantize if name not in self.formats}
+            self.stored = {name: read for name, read in self.stored.items() if name not in dense}
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]
@@ -232,7 +237,16 @@ def _quantize_layer(model: nn.Module, name: str, weight: Tensor, config: _Config
         raise ModelError(
             f"{name}.weight: checkpoint has {tuple(weight.shape)}, the model expects {tuple(module.weight.shape)}"
         )
-    replacement = QuantLinear.from_dense(module, weight, config.formats[name], f"{name}.weight")
+    stored = config.stored.pop(f"{name}.weight", None) if config.stored else None
+    if stored is None:
+        replacement = QuantLinear.from_dense(module, weight, config.formats[name], f"{name}.weight")
+    else:
+        replacement = QuantLinear(stored(), module.bias)
+        if replacement.format != config.formats[name]:
+            raise ModelError(
+                f"{name}.weight: stored as {replacement.format.name}, asked for {config.formats[name].name}; choose "
+                "block size and double quantisation as the checkpoint has them"
+            )
     owner = model.get_submodule(parent)
     owns = [*owner.parameters(recurse=False), *owner.buffers(recurse=False)]
     # transformers must not initialise it anew, nor look for its weight in order to do so, as GPT-2's blocks do.
@@ -246,7 +260,7 @@ def _quantize_layer(model: nn.Module, name: str, weight: Tensor, config: _Config
 def load_model(
     source: Source,
     *,
-    quantize: Format | Mapping[str, str] | None = None,
+    quantize: Precision | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
@@ -256,8 +270,9 @@ def load_model(
 
     With `quantize`, linear layers become QuantLinear while the checkpoint streams by, all in one format, or as a map
     says that names each layer's format or "16bit"; embeddings, norms and head keep `dtype`. A GGUF file is dequantised
-    to `dtype` first. `on_quantized` sees each such layer's name, its weight before, and what it became. Raises
-    ModelError, with the tensors that are wrong.
+    to `dtype` first. The codes of a bitsandbytes NF4 checkpoint are taken as they are; without `quantize`, or where the
+    map says "16bit", they are dequantised. `on_quantized` sees each such layer's name, its weight before, and what it
+    became. Raises ModelError, with the tensors that are wrong.
     """
     attention.register()
     arguments: dict[str, Any] = source.load_arguments | {"dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -267,13 +282,16 @@ def load_model(
         arguments |= _gguf_arguments()
     elif quantize is not None:
         arguments["quantization_config"] = config
-    by_tensor = quantize is not None and not source.is_gguf
-    load = _load_by_tensor if by_tensor else AutoModelForCausalLM.from_pretrained
+    stored = not source.is_gguf and bnb4.is_stored(source.path, source.given)
     try:
-        model, info = _quiet(load, **arguments)
+        if source.is_gguf or (quantize is None and not stored):
+            model, info = quiet(AutoModelForCausalLM.from_pretrained, **arguments)
+        else:
+            model, info = quiet(_load_by_tensor, **arguments, stored=config if stored else None)
     except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model {source.given}: could not be loaded: {error}") from error
-    _refuse_incomplete(source, info, config.problems)
+    unread = [f"{name}: its 4-bit weight fits no layer" for name in config.stored or ()] if quantize else []
+    _refuse_incomplete(source, info, config.problems + unread)
     if source.is_gguf:
         config.look_at(model)
         for name in config.formats:
@@ -284,33 +302,23 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-class _Lazy:
-    """A tensor of a checkpoint, mapped when it is asked for and unmapped with its last use.
-
-    transformers keeps every shard mapped while it loads, and one tensor that lives on keeps its shard mapped: each page
-    ever read would count as this process's memory.
-    """
-
-    def __init__(self, file: Path, name: str) -> None:
-        self.file, self.name = file, name
-
-    def __getitem__(self, index: Any) -> Tensor:
-        with safe_open(self.file, framework="pt") as file:
-            tensor: Tensor = file.get_slice(self.name)[index]
-        return tensor.clone() if tensor.nbytes < _SMALL else tensor
-
-
-def _load_by_tensor(pretrained_model_name_or_path: str, *, trust_remote_code: bool, **arguments: Any) -> Any:
-    """What AutoModelForCausalLM.from_pretrained does, over _Lazy tensors."""
-    path, trust = Path(pretrained_model_name_or_path), {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(path, **trust)
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config, **trust))
-    tensors: dict[str, _Lazy] = {}
+def _load_by_tensor(
+    pretrained_model_name_or_path: str, *, trust_remote_code: bool, stored: _Config | None = None, **arguments: Any
+) -> Any:
+    """What AutoModelForCausalLM.from_pretrained does, over Lazy tensors. `stored` takes in what is in 4 bits."""
+    path = Path(pretrained_model_name_or_path)
+    model = skeleton(Source(path, str(path)), trust_remote_code=trust_remote_code)
+    kind, config = type(model), model.config
+    tensors: dict[str, Lazy] = {}
     for name in Source(path, str(path)).weight_files():
         with safe_open(name, framework="pt") as file:
-            tensors |= {key: _Lazy(name, key) for key in file.keys()}  # noqa: SIM118  # not a dict
-    loaded = kind.from_pretrained(None, config=config, state_dict=tensors, **arguments)
+            tensors |= {key: Lazy(name, key) for key in file.keys()}  # noqa: SIM118  # not a dict
+    state: dict[str, Any] = {key: tensor for key, tensor in tensors.items() if not bnb4.is_part(key)}
+    if stored is not None:
+        names = [name.removesuffix(bnb4.MARK) for name in tensors if name.endswith(bnb4.MARK)]
+        stored.stored = {n: functools.partial(bnb4.unpack, n, lambda key: tensors[key][...]) for n in names}
+        state |= {name: Stored(read) for name, read in stored.stored.items()}
+    loaded = kind.from_pretrained(None, config=config, state_dict=state, **arguments)
     if (path / "generation_config.json").is_file():
         loaded[0].generation_config = GenerationConfig.from_pretrained(path)
     return loaded
@@ -324,7 +332,7 @@ def _gguf_arguments() -> dict[str, Any]:
     return {"quantization_config": config(dequantize=True)} if config else {}
 
 
-def _quiet(function: Any, **arguments: Any) -> Any:
+def quiet(function: Any, **arguments: Any) -> Any:
     """Run without transformers' own progress bars and warnings; what they would say, we raise."""
     from transformers.utils import logging as hf_logging
 
@@ -350,10 +358,24 @@ def _refuse_incomplete(source: Source, info: dict[str, Any], problems: list[str]
         raise ModelError(f"model {source.given}: {len(problems)} tensor(s) could not be loaded\n  {shown}")
 
 
+def skeleton(source: Source, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of `source` without its weights: modules and shapes on the meta device. Raises ModelError."""
+    trust = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(**source.load_arguments, **trust)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **trust)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"model {source.given}: could not be loaded: {error}") from error
+    return model
+
+
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of `source`, with a pad token (the end-of-text token where the model names none)."""
     try:
-        tokenizer = _quiet(AutoTokenizer.from_pretrained, **source.load_arguments, trust_remote_code=trust_remote_code)
+        tokenizer = quiet(AutoTokenizer.from_pretrained, **source.load_arguments, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
         raise ModelError(f"model {source.given}: its tokenizer could not be loaded: {error}") from error
     if tokenizer.pad_token_id is None:

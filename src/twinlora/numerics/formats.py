@@ -14,13 +14,14 @@ their own; int8 leaves them as they are unless told otherwise.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from twinlora.errors import ConfigError
+from twinlora.errors import ConfigError, ModelError
 from twinlora.numerics.nf4 import BLOCK_SIZES
 
-__all__ = ["DENSE", "Format", "Int8Format", "NF3Format", "NF4Format", "parse"]
+__all__ = ["DENSE", "Format", "Int8Format", "NF3Format", "NF4Format", "Precision", "by_layer", "is_format", "parse"]
 
 DENSE = "16bit"  # the name of a layer that is not quantised, in maps from layers to formats
 
@@ -86,12 +87,32 @@ class Int8Format(Format):
     nested_block_size: int = 0
 
 
+Precision = Format | Mapping[str, str]  # one format for all linear layers, or for each a format's name or DENSE
+
 _KINDS: dict[str, type[Format]] = {cls.kind: cls for cls in (NF4Format, NF3Format, Int8Format)}
+_NAME = re.compile(rf"({'|'.join(_KINDS)})-(\d+)(?:-dq(\d+))?")
+
+
+def is_format(name: str) -> bool:
+    """Whether `name`, as passports have it, is a format's and not a type's such as bfloat16."""
+    return _NAME.fullmatch(name) is not None
 
 
 def parse(name: str) -> Format:
     """`nf4-64-dq256` -> its format. Raises ConfigError."""
-    match = re.fullmatch(rf"({'|'.join(_KINDS)})-(\d+)(?:-dq(\d+))?", name)
+    match = _NAME.fullmatch(name)
     if not match:
         raise ConfigError(f"format {name!r}: expected a name such as nf4-64-dq256, nf3-64-dq256 or int8-64")
     return _KINDS[match[1]](int(match[2]), int(match[3] or 0))
+
+
+def by_layer(precision: Precision | None, names: Collection[str]) -> dict[str, Format]:
+    """The formats of those of the linear layers `names` that are quantised. Raises ModelError for a map of others."""
+    if precision is None or isinstance(precision, Format):
+        return dict.fromkeys(names, precision) if precision else {}
+    wrong = [f"{name}: no such layer" for name in precision if name not in names]
+    wrong += [f"{name}: has no precision" for name in names if name not in precision]
+    if wrong:
+        shown = "\n  ".join(wrong[:20])
+        raise ModelError(f"precision by layer: {len(wrong)} name(s) do not fit this model\n  {shown}")
+    return {name: parse(kept) for name, kept in precision.items() if kept != DENSE}

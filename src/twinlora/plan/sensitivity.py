@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 from twinlora import atomic
 from twinlora.data.template import Example
-from twinlora.errors import StorageError
+from twinlora.errors import ModelError, StorageError
+from twinlora.model import bnb4
 from twinlora.model.fingerprint import cache_directory
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import Source, load_model, weight_bytes
@@ -80,7 +81,15 @@ def measure(
     note: Note,
     trust_remote_code: bool = False,
 ) -> Sensitivity:
-    """The sensitivity of every linear layer of `source`, from the cache if it was measured before."""
+    """The sensitivity of every linear layer of `source`, from the cache if it was measured before.
+
+    Raises ModelError for a checkpoint in 4 bits: there are no weights to compare formats with.
+    """
+    if not source.is_gguf and bnb4.is_stored(source.path, source.given):
+        raise ModelError(
+            f"model {source.given}: hybrid chooses formats by the 16-bit weights, and this checkpoint has 4-bit ones; "
+            "give the model it was made of, or --method qlora, which trains on its codes as they are"
+        )
     facts = [_VERSION, fingerprint, [list(row) for row in rows], [fmt.name for fmt in formats], str(dtype), device.type]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     file = cache_directory() / "sensitivity" / f"{key[:32]}.json"

@@ -34,6 +34,9 @@ class Forecast:
 
         if not predict.wanted():
             return None
+        if self.options.deploy:
+            self.notes.add("no prediction beside this run: what deploy keeps in memory is not simulated")
+            return None
         try:
             return predict.predict(
                 describe(str(self.inputs.source.path), trust_remote_code=self.options.trust_remote_code).config,

@@ -20,7 +20,7 @@ _FORMAT = 3  # of the checkpoint
 # Those of memory compute the same bits; micro-batches that were halved are part of the checkpoint.
 _FREE = {
     "output", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "json_output", "report_to", "device",
-    "gradient_checkpointing", "on_oom", "offload", "dense_copies", "plan", "goal",
+    "gradient_checkpointing", "on_oom", "offload", "dense_copies", "plan", "goal", "program",
 }  # fmt: skip
 _FILES = {"model", "data", "eval", "init_adapter", "layer_precision"}
 

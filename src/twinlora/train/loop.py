@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twinlora import atomic, machine
 from twinlora.adapters import files, hf
+from twinlora.adapters.deploy import digests
 from twinlora.adapters.lora import trainable_parameters
 from twinlora.config import TrainOptions
 from twinlora.data.packing import Batch, make_batch
@@ -28,6 +29,7 @@ from twinlora.model.load import pick_device, pick_dtype
 from twinlora.numerics import ops
 from twinlora.reporter import Reporter
 from twinlora.train import checkpoint, rehearsal
+from twinlora.train.compatible import require_loadable
 from twinlora.train.forecast import Forecast
 from twinlora.train.hybrid import choose_precision
 from twinlora.train.identity import as_before, identity, require_same
@@ -72,6 +74,7 @@ def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResul
     notes = Notes(reporter or Reporter())
     device = pick_device(options.device)
     inputs = read_inputs(options, notes)
+    require_loadable(options, inputs.source, notes)
     try:
         with RunDirectory(options.output, resume=options.resume, overwrite=options.overwrite) as run:
             return _train(options, inputs, run, notes, device)
@@ -367,6 +370,8 @@ class _Trainer:
         document: dict[str, Any] = {"options": options.model_dump(mode="json")}
         document |= {"base_fingerprint": self.inputs.fingerprint, "data_sha256": self.inputs.digests}
         document |= {"machine": machine.describe(self.device), "notes": self.notes.lines}
+        if options.deploy:
+            document["deployed"] = digests(self.model)
         document |= {"replaced": prepared.replaced, "packed": prepared.packed, "plain_head": prepared.plain_head}
         document |= {"memory": self.memory.record()}
         atomic.write_json(self.run.path / "run.json", document | {"result": record})

@@ -12,10 +12,11 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from twinlora.adapters import files, init
+from twinlora.adapters.deploy import Storage, deploy, storage_named
 from twinlora.adapters.lora import attach
 from twinlora.adapters.targets import LoraConfig
 from twinlora.config import TrainOptions
-from twinlora.model import forward, swap
+from twinlora.model import bnb4, forward, swap
 from twinlora.model.linear import QuantLinear, bits_per_weight
 from twinlora.model.load import load_model, precision_by_layer, weight_bytes
 from twinlora.numerics import ops
@@ -23,7 +24,7 @@ from twinlora.numerics.formats import Format, NF4Format
 from twinlora.train.inputs import Inputs
 from twinlora.train.notes import Notes
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "prepare", "storage_of"]
 
 
 @dataclass
@@ -76,6 +77,9 @@ def prepare(
         f"of the whole model, backend {ops.backend(device)}"
     )
     stored, layers = precision_by_layer(model), dict(precision) if precision is not None else None
+    source = inputs.source
+    if options.method in ("lora", "full") and not source.is_gguf and bnb4.is_stored(source.path, source.given):
+        notes.add("the base's 4-bit weights were dequantised; --method qlora trains on them as they are")
     _make_trainable(model, options, lora, initial)
     replaced = swap.replace_blocks(model, notes.add) if options.fused else {}
     packed = options.packing == "auto"
@@ -92,6 +96,12 @@ def _quantize(options: TrainOptions, precision: Mapping[str, str] | None) -> For
     return precision
 
 
+def storage_of(options: TrainOptions) -> Storage:
+    """The format of `deploy`."""
+    assert options.deploy is not None
+    return storage_named(options.deploy, NF4Format(options.block_size, 256 if options.double_quant else 0))
+
+
 def _make_trainable(model: Any, options: TrainOptions, lora: LoraConfig, initial: dict[str, Any]) -> None:
     if options.method == "full":
         model.requires_grad_(True)
@@ -102,4 +112,6 @@ def _make_trainable(model: Any, options: TrainOptions, lora: LoraConfig, initial
             init.pissa(model)
         if options.init_adapter:
             files.set_weights(model, files.read_adapter(options.init_adapter))
+        if options.deploy:
+            deploy(model, storage_of(options))
     model.train()

@@ -6,7 +6,7 @@ from twinlora.adapters import passport
 from twinlora.config import TrainOptions
 from twinlora.data.formats import Row
 from twinlora.train.inputs import Inputs
-from twinlora.train.prepare import Prepared
+from twinlora.train.prepare import Prepared, storage_of
 
 __all__ = ["passport_of"]
 
@@ -22,6 +22,7 @@ def passport_of(options: TrainOptions, inputs: Inputs, prepared: Prepared, steps
         system=_common_system(inputs.rows),
         data_sha256=inputs.digests,
         method=options.method,
+        deploy=storage_of(options).name if options.deploy else None,
         seed=options.seed,
         steps=steps,
         versions=passport.versions(),

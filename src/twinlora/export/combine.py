@@ -1,0 +1,106 @@
+"""New adapters of old ones, on disk: read, checked to belong together, written with a passport, measured on rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from twinlora.adapters import combine as factors
+from twinlora.adapters import files, passport
+from twinlora.adapters.read import AdapterFile
+from twinlora.config import AdapterCombineOptions, AdapterCompressOptions, EvalOptions, RankOptions
+from twinlora.errors import AdapterError, ConfigError
+from twinlora.evaluate.evaluate import evaluate
+from twinlora.reporter import Reporter
+
+__all__ = ["combine", "compress"]
+
+
+def combine(options: AdapterCombineOptions, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Several adapters as one. Raises AdapterError if they do not belong together or cannot be combined."""
+    adapters = _opened(options.adapters, options)
+    weights = options.weights or [1.0] * len(adapters)
+    found = factors.combine(
+        adapters, weights, options.method, rank=options.rank, density=options.density, seed=options.seed
+    )
+    _save(options, adapters, found, f"combined ({options.method})")
+    return _result(options, options.adapters, found, reporter) | {"method": options.method, "weights": weights}
+
+
+def compress(options: AdapterCompressOptions, reporter: Reporter | None = None) -> dict[str, Any]:
+    """An adapter in a lower rank. Raises AdapterError for one that has no rank to cut."""
+    adapters = _opened([options.directory], options)
+    found = factors.compress(adapters[0], options.rank)
+    _save(options, adapters, found, f"compressed to rank {options.rank}")
+    lost = factors.energy_lost(adapters[0], found)
+    return _result(options, [options.directory], found, reporter) | {"energy_lost": lost}
+
+
+def _opened(paths: list[Path], options: RankOptions) -> list[AdapterFile]:
+    if options.output.exists() and not options.overwrite:
+        raise ConfigError(f"output {options.output}: exists; give --overwrite to replace it, or another --output")
+    return [files.read_adapter(path) for path in paths]
+
+
+def _save(options: RankOptions, adapters: list[AdapterFile], found: dict[str, factors.Factors], how: str) -> None:
+    papers = [passport.read(adapter.directory) for adapter in adapters]
+    base = options.model or str(adapters[0].options.get("base_model_name_or_path") or "")
+    targets = [adapter.options.get("target_modules") for adapter in adapters]
+    kinds = sorted({kind for several in targets if isinstance(several, list) for kind in several})
+    listed = kinds if all(isinstance(several, list) for several in targets) else sorted(found)
+    files.save_factors(options.output, found, listed, base, _passport(adapters, papers, how))
+
+
+def _passport(
+    adapters: list[AdapterFile], papers: list[passport.Passport | None], how: str
+) -> passport.Passport | None:
+    """The first one's, where all agree on what counts; None if one has none."""
+    known = [paper for paper in papers if paper is not None]
+    for key, what in (("base_fingerprint", "other base models"), ("base_precision", "bases of other precision"),
+                      ("layer_precision", "layers of other precision"),
+                      ("tokenizer_sha256", "other tokenizers"), ("chat_template_sha256", "other chat templates"),
+                      ("deploy", "other deployments")):  # fmt: skip
+        values = {str(getattr(paper, key)) for paper in known}
+        if len(values) > 1:
+            named = "\n  ".join(f"{a.directory}: {getattr(p, key)}" for a, p in zip(adapters, papers, strict=True) if p)
+            raise AdapterError(f"the adapters were trained with {what} ({key})\n  {named}")
+    if len(known) < len(papers):
+        return None
+    if known[0].deploy:
+        raise AdapterError(
+            f"{adapters[0].directory}: trained to be deployed as {known[0].deploy}; another update would be rounded "
+            "otherwise than it was trained"
+        )
+    systems = {paper.system for paper in known}
+    data = {name: digest for paper in known for name, digest in paper.data_sha256.items()}
+    changes = {"method": how, "steps": None, "seed": None, "data_sha256": data, "versions": passport.versions()}
+    return known[0].model_copy(update=changes | {"system": systems.pop() if len(systems) == 1 else None})
+
+
+def _result(
+    options: RankOptions, given: list[Path], found: dict[str, factors.Factors], reporter: Reporter | None
+) -> dict[str, Any]:
+    """Ranks, sizes, and with rows the loss of each adapter that was given and of the new one."""
+    losses: dict[str, float] = {}
+    for path in [*given, options.output] if options.data else []:
+        adapter = files.read_adapter(path)
+        paper = passport.read(adapter.directory)
+        base = options.model or (paper and paper.base_model) or adapter.options.get("base_model_name_or_path")
+        if not base:
+            raise ConfigError(f"adapter {path} names no base model: give --model")
+        asked = EvalOptions(
+            model=str(base),
+            adapter=path,
+            data=options.data,
+            columns=options.columns,
+            rows=options.rows,
+            metric=["loss"],
+        )
+        losses[str(path)] = evaluate(asked, reporter)["loss"]
+    return {
+        "adapter": str(options.output),
+        "layers": len(found),
+        "ranks": sorted({len(a) for a, _ in found.values()}),
+        "parameters": sum(t.numel() for pair in found.values() for t in pair),
+        "losses": losses,
+    }
