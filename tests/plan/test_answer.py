@@ -176,3 +176,9 @@ def test_the_real_simulation_of_a_tiny_model(tiny, monkeypatch, tmp_path):
     assert qlora.by_cause["weights"] < lora.by_cause["weights"]
     assert lora.seconds > 0
     assert found.command is None
+
+
+def test_memory_without_a_unit_is_refused_and_the_least_memory_is_planned_for(simulated, capsys):
+    assert main(["plan", "llama-7b", "--memory", "3"]) == 2
+    assert "'3' is less than a MiB: give a unit, for example 24GiB" in capsys.readouterr().err
+    assert plan(memory="1MiB").choice.reason == "nothing fits"

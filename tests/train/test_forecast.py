@@ -81,7 +81,7 @@ def test_what_fits_nowhere_is_said_before_a_weight_is_loaded(tiny, data_file, tm
 
 
 def test_a_method_is_asked_for(tiny, data_file, tmp_path):
-    with pytest.raises(ValueError, match="choose lora, qlora or full, or plan auto"):
+    with pytest.raises(ValueError, match="choose lora, qlora, hybrid or full, or plan auto"):
         options(tiny, data_file, tmp_path / "r", method=None)
 
 

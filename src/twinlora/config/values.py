@@ -95,8 +95,8 @@ def _unweighted(sources: list[str]) -> list[str]:
 
 
 def _size(text: str) -> str:
-    if parse_size(text) <= 0:
-        raise ValueError("expected more than nothing")
+    if parse_size(text) < 2**20:
+        raise ValueError(f"{text!r} is less than a MiB: give a unit, for example 24GiB")
     return text
 
 

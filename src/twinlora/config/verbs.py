@@ -105,7 +105,7 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, HybridOptions, DataOpt
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.method is None and self.plan == "off":
-            raise ValueError("method is missing: choose lora, qlora or full, or plan auto")
+            raise ValueError("method is missing: choose lora, qlora, hybrid or full, or plan auto")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: leave one out")
         self._budget_for([self.method] if self.method else [])

@@ -171,7 +171,7 @@ def _below(memory: int) -> list[int]:
 
 
 def _geometric(start: int, factor: float) -> itertools.accumulate[int]:
-    return itertools.accumulate(itertools.repeat(factor), lambda size, f: int(size * f), initial=start)
+    return itertools.accumulate(itertools.repeat(factor), lambda size, f: int(size * f) + (f > 1), initial=start)
 
 
 def _first_change(points: Sequence[int], method: Callable[[int], str | None], now: str | None) -> int | None:
