@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from twinlora.cli.console import out, print_json
+from twinlora.cli.console import figures_table, out, print_json
 from twinlora.config import AdapterInspectOptions, ModelOptions
 from twinlora.reporter import ConsoleReporter
 
@@ -110,9 +110,7 @@ def _megabytes(size: int) -> str:
 
 def _norms(layers: list[Layer]) -> Table:
     """A line for each kind of layer: the median, and the range of the update."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 3, 0, 0))
-    for title in ("norms", "layers", "rank", "|A|", "|B|", "|scale · B·A|", "least", "most"):
-        table.add_column(title, justify="left" if title == "norms" else "right", no_wrap=True)
+    table = figures_table("norms", "layers", "rank", "|A|", "|B|", "|scale · B·A|", "least", "most")
     kinds: dict[str, list[Layer]] = {}
     for layer in layers:
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)

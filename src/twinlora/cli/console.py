@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["as_typed", "err", "out", "print_json", "print_table"]
+from twinlora.config import Options
+from twinlora.reporter import ConsoleReporter
 
+__all__ = ["as_typed", "carry_out", "err", "figures_table", "out", "print_json", "print_table"]
+
+Given = TypeVar("Given", bound=Options)
 _WIDEST = 200  # columns of a table, also where stdout is no terminal and rich would cut it at 80
 
 out = Console(highlight=False, soft_wrap=True)
@@ -36,3 +41,26 @@ def print_json(document: Any) -> None:
 def print_table(table: Table) -> None:
     """A table as wide as it is; nothing is cut."""
     Console(width=_WIDEST, highlight=False).print(table)
+
+
+def figures_table(*titles: str) -> Table:
+    """An empty table without lines; all columns but the first hold figures."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 3, 0, 0))
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def carry_out(
+    options: Given, work: Callable[[Given, ConsoleReporter], dict[str, Any]], show: Callable[[dict[str, Any]], None]
+) -> None:
+    """Do the `work` of a verb with progress on stderr, then print its record as JSON or `show` it."""
+    reporter = ConsoleReporter()
+    try:
+        record = work(options, reporter)
+    finally:
+        reporter.close()
+    if options.json_output:
+        print_json(record)
+    else:
+        show(record)

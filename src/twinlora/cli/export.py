@@ -6,24 +6,15 @@ from typing import Any
 
 from rich.table import Table
 
-from twinlora.cli.console import out, print_json, print_table
+from twinlora.cli.console import carry_out, figures_table, out, print_table
 from twinlora.config import ExportOptions
-from twinlora.reporter import ConsoleReporter
 
 
 def run(options: ExportOptions) -> None:
     """Write an artefact, then print how it compares with the trained model."""
     from twinlora.export.ship import export
 
-    reporter = ConsoleReporter()
-    try:
-        record = export(options, reporter)
-    finally:
-        reporter.close()
-    if options.json_output:
-        print_json(record)
-    else:
-        show(record)
+    carry_out(options, export, show)
 
 
 def show(record: dict[str, Any]) -> None:
@@ -38,17 +29,10 @@ def show(record: dict[str, Any]) -> None:
     out.print(f"written: {record['output']}", markup=False)
 
 
-def _table(*titles: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 3, 0, 0))
-    for number, title in enumerate(titles):
-        table.add_column(title, justify="right" if number else "left", no_wrap=True)
-    return table
-
-
 def _candidates(choice: dict[str, Any] | None) -> Table | None:
     if choice is None:
         return None
-    table = _table("folded into", "held-out loss", "mean KL", "")
+    table = figures_table("folded into", "held-out loss", "mean KL", "")
     table.add_row("(trained)", f"{choice['trained_loss']:.4f}", "0", "")
     for name, found in choice["candidates"].items():
         kept = "kept" if name == choice["base"] else ""
@@ -60,7 +44,7 @@ def _parity(parity: dict[str, Any] | None) -> Table | None:
     if parity is None:
         return None
     limits = parity["limits"]
-    table = _table(
+    table = figures_table(
         f"{parity['runtime']}, {parity['positions']} tokens of {parity['rows']} rows", "mean", "limit", "worst"
     )
     table.add_row("KL, nats", f"{parity['kl_mean']:.3g}", f"{limits['kl']:g}", f"{parity['kl_max']:.3g}")
@@ -75,7 +59,7 @@ def _parity(parity: dict[str, Any] | None) -> Table | None:
 def _edge(edge: dict[str, Any] | None) -> Table | None:
     if edge is None:
         return None
-    table = _table("in llama.cpp here", "file", "peak memory", "reading", "writing")
+    table = figures_table("in llama.cpp here", "file", "peak memory", "reading", "writing")
     for name, cost in edge["measured"].items():
         table.add_row(
             name,
