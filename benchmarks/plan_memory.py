@@ -18,7 +18,6 @@ A cell that the machine's free memory does not hold is skipped, and said so.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import gc
 import json
@@ -38,25 +37,6 @@ BILLION = {
 }  # fmt: skip
 
 
-class _Mallinfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in
-                ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
-
-
-def bytes_in_use() -> int:
-    """What this thread's heap and glibc's mappings have handed out."""
-    c = ctypes.CDLL(None)
-    c.mallinfo2.restype = _Mallinfo
-    info = c.mallinfo2()
-    return info.uordblks + info.hblkhd
-
-
-def resident() -> int:
-    from twinlora import machine
-
-    return machine._proc_kib("/proc/self/status", "VmRSS")
-
-
 def live_tensor_bytes() -> int:
     """Storages of all tensors that Python knows, once each."""
     storages = {}
@@ -69,6 +49,7 @@ def live_tensor_bytes() -> int:
 
 def kernel_bytes(config: Any, lengths: tuple[int, ...]) -> int:
     """What the attention kernels keep after calls at the shapes of a cell: in use after them, less before."""
+    from twinlora import machine
     from twinlora.numerics import ops
 
     heads, shared = config.num_attention_heads, config.num_key_value_heads
@@ -85,11 +66,11 @@ def kernel_bytes(config: Any, lengths: tuple[int, ...]) -> int:
     k = torch.ones(starts[-1], shared, size).bfloat16()
     torch.zeros(8, requires_grad=True).sum().backward()
     gc.collect()
-    before = bytes_in_use()
+    before = machine.heap_bytes()
     call(q, k, starts)
     q.grad = None
     gc.collect()
-    return bytes_in_use() - before
+    return machine.heap_bytes() - before
 
 
 def largest_sum(profile: Any) -> int:
@@ -107,6 +88,7 @@ def ready(source: Any, cell: Any) -> tuple[Any, bool, bool]:
     from twinlora.adapters.lora import attach
     from twinlora.model import forward, swap
     from twinlora.model.load import load_model
+    from twinlora.model.recompute import recompute_activations
     from twinlora.numerics.formats import NF4Format
 
     model = load_model(source, quantize=NF4Format() if cell.method == "qlora" else None, dtype=cell.dtype)
@@ -115,7 +97,7 @@ def ready(source: Any, cell: Any) -> tuple[Any, bool, bool]:
     else:
         attach(model, cell.lora)
     if cell.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model, True)
     model.train()
     swap.replace_blocks(model)
     return model, forward.has_plain_head(model), forward.packing_refusal(model, 256) is None
@@ -163,7 +145,7 @@ def measure(connection: Any, directory: str, cell: Any) -> None:
         LlamaForCausalLM(small).bfloat16().save_pretrained(tiny)
         stepper(resolve(tiny), dataclasses.replace(cell, lengths=(64,), rank=4, micro_batches=1))()
     gc.collect()
-    before = resident()
+    before = machine.rss_bytes()
     step = stepper(resolve(directory), cell)
     step()
     gc.collect()

@@ -17,8 +17,8 @@ import transformers
 import twinlora
 
 __all__ = [
-    "available_bytes", "describe", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes", "product_rates",
-    "reset_peaks", "rss_bytes", "spare_bytes",
+    "available_bytes", "describe", "heap_bytes", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes",
+    "product_rates", "reset_peaks", "rss_bytes", "spare_bytes",
 ]  # fmt: skip
 
 
@@ -95,6 +95,25 @@ def _proc_kib(path: str, key: str) -> int:
     except OSError:
         return 0
     return int(match[1]) * 1024 if match else 0
+
+
+class _Heap(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    )  # fmt: skip
+
+
+def heap_bytes() -> int:
+    """Bytes that glibc has handed out to this thread and by mappings. Only where the C library is glibc."""
+    c = ctypes.CDLL(None)
+    c.mallinfo2.restype = _Heap
+    info = c.mallinfo2()
+    return int(info.uordblks + info.hblkhd)
 
 
 def rss_bytes() -> int:

@@ -17,6 +17,7 @@ from twinlora.data.template import Example
 from twinlora.errors import AdapterError, ConfigError, ModelError
 from twinlora.model import forward, swap
 from twinlora.model.load import load_model, resolve
+from twinlora.model.recompute import recompute_activations
 from twinlora.numerics import cpu, ops
 from twinlora.numerics.formats import NF4Format
 from twinlora.plan import build, simulate
@@ -48,7 +49,7 @@ def measured(directory, cell: Cell) -> int:
     else:
         attach(model, cell.lora)
     if cell.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model, True)
     model.train()
     swap.replace_blocks(model)
     packed = forward.packing_refusal(model, 250) is None

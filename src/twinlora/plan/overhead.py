@@ -1,21 +1,18 @@
 """What a training process takes beside the step: measured in a process of its own, once for each set of versions.
 
 On a CPU that is the interpreter with all libraries, and the products that oneDNN compiles: it keeps one for every shape
-of a 16-bit product that it has met. On a GPU it is the driver's context, which a GPU alone can tell.
+of a 16-bit product that it has met.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import platform
-import re
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
@@ -23,7 +20,7 @@ from twinlora import atomic, machine
 from twinlora.errors import BackendError
 from twinlora.model.fingerprint import cache_directory
 
-__all__ = ["Overhead", "context_bytes", "overhead"]
+__all__ = ["Overhead", "overhead"]
 
 
 @dataclass(frozen=True)
@@ -36,17 +33,6 @@ class Overhead:
     def total(self, products: int) -> int:
         """With so many shapes of products (`Simulated.products`)."""
         return self.process + self.product * products
-
-
-class _Heap(ctypes.Structure):
-    """glibc's `struct mallinfo2`."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
-        )
-    )  # fmt: skip
 
 
 def overhead() -> Overhead:
@@ -69,28 +55,6 @@ def overhead() -> Overhead:
     return found
 
 
-def context_bytes(device: torch.device) -> int:
-    """What a CUDA process takes of a GPU beside torch's own allocations: measured on `device`, in this process."""
-    torch.zeros(1, device=device) @ torch.zeros(1, 1, device=device)  # the context, and the library's handle
-    free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device)
-    return int(others)
-
-
-def _in_use() -> int:
-    """Bytes that glibc has handed out to this thread and by mappings."""
-    c = ctypes.CDLL(None)
-    c.mallinfo2.restype = _Heap
-    info = c.mallinfo2()
-    return int(info.uordblks + info.hblkhd)
-
-
-def _resident() -> int:
-    found = re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
-
-
 def _product_bytes() -> int:
     """What each further shape of a bfloat16 product adds to the heap."""
     if platform.libc_ver()[0] != "glibc":
@@ -98,10 +62,10 @@ def _product_bytes() -> int:
     x, w = torch.ones(512, 576).bfloat16(), torch.ones(1536, 576).bfloat16()
     torch.mm(x[:64], w[:64].T)
     gc.collect()
-    before, shapes = _in_use(), range(128, 513, 64)
+    before, shapes = machine.heap_bytes(), range(128, 513, 64)
     for rows in shapes:
         torch.mm(x[:rows], w[:rows].T)
-    return max(0, (_in_use() - before) // len(shapes))
+    return max(0, (machine.heap_bytes() - before) // len(shapes))
 
 
 def _measure() -> Overhead:
@@ -131,7 +95,7 @@ def _measure() -> Overhead:
     batch = make_batch([Example([5] * 64, [False] + [True] * 63, "")], 64, packed=True, pad_id=0)
     train_step(model, batch, optimizer, lr=1e-4, max_grad_norm=1.0, plain_head=True)
     gc.collect()
-    process = _resident()
+    process = machine.rss_bytes()
     return Overhead(process, _product_bytes())
 
 
