@@ -17,15 +17,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import harness  # puts src on the path
 import torch
 
-from twinlora import atomic, machine
-from twinlora.numerics import ops
+from twinlora import atomic
 
 DEFAULT = harness.ROOT / "benchmarks" / "results" / "gpu.json"
 PEERS = ("torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth", "liger-kernel")
@@ -50,14 +48,7 @@ def sections() -> dict[str, Callable[..., Any]]:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    versions = {}
-    for name in PEERS:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    found = {"machine": machine.describe(device), "versions": versions, "backend": ops.backend(device)}
-    return found | {"git_hash": harness.commit(), "date": time.strftime("%Y-%m-%d")}
+    return harness.facts(device, PEERS) | {"date": time.strftime("%Y-%m-%d")}
 
 
 def run_cell(work: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:

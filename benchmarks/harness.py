@@ -8,6 +8,7 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))  # runs without installing, too
@@ -24,18 +25,19 @@ PEER_WAYS = {
 OUR_WAYS = {"twinlora-lora": "lora", "twinlora-qlora": "qlora"}
 
 
-def facts() -> dict:
-    """The machine, the versions of what is compared, and the commit."""
+def facts(device: Any = "cpu", peers: tuple[str, ...] = PEERS) -> dict:
+    """The machine with the device in use, the versions of what is compared, and the commit."""
     from twinlora import machine
     from twinlora.numerics import ops
 
     versions = {}
-    for name in PEERS:
+    for name in peers:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return {"machine": machine.describe(), "versions": versions, "backend": ops.backend(), "git_hash": commit()}
+    found = {"machine": machine.describe(device), "versions": versions, "backend": ops.backend(device)}
+    return found | {"git_hash": commit()}
 
 
 def commit() -> str:
