@@ -126,7 +126,7 @@ def train_one(args: argparse.Namespace) -> dict:
         done.model, examples, micro_batch_tokens=2048, packed=done.packed, pad_id=done.tokenizer.pad_token_id or 0,
         plain_head=done.plain_head,
     )  # fmt: skip
-    kept = ("peak_rss_bytes", "tokens_per_second", "base_weight_bytes", "bits_per_linear_weight", "bits_per_weight")
+    kept = ("peak_rss_bytes", "base_weight_bytes", "bits_per_linear_weight", "bits_per_weight")
     rows = {"loss_rows": [row.total for row in losses], "loss_tokens": [row.tokens for row in losses]}
     return {key: done.record[key] for key in kept} | rows
 

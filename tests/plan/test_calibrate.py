@@ -2,13 +2,15 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from twinlora.errors import StorageError
-from twinlora.plan import calibrate
-from twinlora.plan.speed import computes
+from twinlora.plan import calibrate, probe
+from twinlora.plan.simulate import Cell, simulate
+from twinlora.plan.speed import Curve, Measured, computes
 from twinlora.plan.work import Counts
 from twinlora.reporter import Reporter
 
@@ -17,10 +19,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """Every piece once, and each takes a millisecond; a call's own overhead a microsecond."""
+    """Every piece once, and each takes a millisecond; a call's own overhead a microsecond, in a step, too."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibrate, "_time", lambda call, device: 1e-3)
-    monkeypatch.setattr(calibrate, "_overhead", lambda device: 1e-6)
+    monkeypatch.setattr(calibrate, "_dispatch", lambda device: 1e-6)
+    monkeypatch.setattr(calibrate, "_overhead", lambda device, rates: rates.overhead)
     monkeypatch.setattr(calibrate, "_ROTATING", 0)
     return tmp_path / "twinlora" / "rates.json"
 
@@ -76,7 +79,18 @@ def test_damaged_rates_are_an_error_and_not_a_guess(quick):
     assert calibrate.load(calibrate.hardware(CPU)) is None
 
 
-def test_the_fastest_calls_count(monkeypatch):
-    clock = itertools.accumulate(itertools.cycle([0.0, 5.0, 0.0, 1.0]))
+def test_a_call_takes_what_half_of_them_exceed(monkeypatch):
+    clock = itertools.accumulate([0.0, 0.0, 5.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 5.0, 0.0])
     monkeypatch.setattr(calibrate.time, "perf_counter", lambda: next(clock))
-    assert calibrate._time(lambda turn: None, CPU) < 2
+    assert calibrate._time(lambda turn: None, CPU) == 1
+
+
+def test_a_steps_overhead_is_what_its_work_does_not_explain(monkeypatch):
+    """With a curve that makes work free, all of the step's time is shared among its calls; nothing is below `rates`."""
+    monkeypatch.setattr(calibrate, "_time", lambda call, device: (call(0), 1.0)[1])
+    free = Measured("here", {"elementwise": Curve(((1.0, 1e30),)), "product float32": Curve(((1.0, 1e30),))}, 1e-6)
+    found = calibrate._overhead(CPU, free)
+    counts = simulate(probe.CONFIG, Cell(lengths=(probe.TOKENS,), rank=probe.RANK)).counts
+    assert replace(free, overhead=found).step_seconds(counts, probe.TOKENS) == pytest.approx(1.0)
+    slow = replace(free, curves={name: Curve(((1.0, 1.0),)) for name in free.curves})
+    assert calibrate._overhead(CPU, slow) == 1e-6

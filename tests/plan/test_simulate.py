@@ -249,13 +249,13 @@ def test_a_mix_of_precisions_lies_between(monkeypatch):
         of("hybrid", {"": "int9-64"})
 
 
-def test_a_gpu_does_the_same_products_on_either_base():
-    """There they go through other ops: the adapter rides in the base's products, which add to what is there."""
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_the_products_are_the_same_on_either_base(target):
+    """They go through other ops; on a GPU the adapter rides in the base's products, which add to what is there."""
     flops = [
-        simulate.simulate(llama(5), Cell(method=method, lengths=(512,), target="cuda")).counts.flops
+        simulate.simulate(llama(5), Cell(method=method, lengths=(512,), target=target)).counts.flops
         for method in ("lora", "qlora")
     ]
     products = [sum(size for name, size in each.items() if "product" in name) for each in flops]
     assert products[0] == products[1]
-    assert flops[1]["nf4 product bfloat16"] > flops[1]["product bfloat16"]
-    assert flops[1]["attention"] > 0
+    assert flops[1]["nf4 product bfloat16"] > 0

@@ -8,8 +8,10 @@ that a weight comes from memory as it does in a model.
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,8 @@ from twinlora import atomic, machine
 from twinlora.errors import StorageError
 from twinlora.model.fingerprint import cache_directory
 from twinlora.numerics import ops
-from twinlora.plan import work
+from twinlora.plan import probe, work
+from twinlora.plan.simulate import Cell, simulate
 from twinlora.plan.speed import Curve, Measured, computes, launches
 from twinlora.reporter import Reporter
 
@@ -47,20 +50,21 @@ def calibrate(device: torch.device, reporter: Reporter) -> Measured:
 def measure(device: torch.device, reporter: Reporter) -> Measured:
     """The rates of `device`, which should have nothing else to do."""
     found: dict[str, list[tuple[float, float]]] = {}
-    overhead = _overhead(device)
+    dispatch = _dispatch(device)
     with torch.no_grad():
         pieces = list(_pieces(device))
         for number, (curve, make) in enumerate(pieces):
             call = make()
             kinds = _main(_count(call))
             seconds = _time(call, device)
-            seconds = max(seconds - overhead * sum(map(launches, kinds)), seconds / 4)
+            seconds = max(seconds - dispatch * sum(map(launches, kinds)), seconds / 4)
             flops, size = sum(k.flops for k in kinds), sum(k.read + k.written for k in kinds)
-            point = (flops / size, flops / seconds) if computes(curve) else (size / len(kinds), size / seconds)
+            point = (flops / size, flops / seconds) if computes(kinds[0].name) else (size / len(kinds), size / seconds)
             found.setdefault(curve, []).append(point)
             reporter.progress("calibrating", number + 1, len(pieces), curve)
     curves = {name: Curve(tuple(sorted(points))) for name, points in found.items()}
-    return Measured(f"measured on this machine, {date.today().isoformat()}", curves, overhead)
+    rates = Measured(f"measured on this machine, {date.today().isoformat()}", curves, dispatch)
+    return replace(rates, overhead=_overhead(device, rates))
 
 
 class _Counter(TorchDispatchMode):
@@ -92,7 +96,7 @@ def _main(kinds: list[work.Kind]) -> list[work.Kind]:
 
 
 def _time(call: Callable[[int], Any], device: torch.device) -> float:
-    """Seconds of a call: the mean of the fastest quarter, since other load only adds."""
+    """Seconds of a call: the median, as that of a step's calls adds up to a step."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     call(0)
     wait()
@@ -103,12 +107,11 @@ def _time(call: Callable[[int], Any], device: torch.device) -> float:
         call(len(times))
         wait()
         times.append(time.perf_counter() - start)
-    fastest = sorted(times)[: (len(times) + 3) // 4]
-    return sum(fastest) / len(fastest)
+    return statistics.median(times)
 
 
-def _overhead(device: torch.device) -> float:
-    """Seconds that a call takes where there is next to nothing to do, autograd and Python around it included."""
+def _dispatch(device: torch.device) -> float:
+    """Seconds that a call of an op takes where there is next to nothing to do, its part of autograd included."""
     x = torch.ones(8, device=device, requires_grad=True)
 
     def chain(_: int) -> None:
@@ -119,6 +122,18 @@ def _overhead(device: torch.device) -> float:
         x.grad = None
 
     return _time(chain, device) / len(_count(chain))
+
+
+def _overhead(device: torch.device, rates: Measured) -> float:
+    """Seconds that a step takes for each call beside its work, modules, hooks and our own functions in Python included:
+    a tiny model's step, less its work at these rates. At least those of `rates`."""
+    cell = Cell(lengths=(probe.TOKENS,), rank=probe.RANK, target="cuda" if device.type == "cuda" else "cpu")
+    counts = simulate(probe.CONFIG, cell).counts
+    step = probe.tiny_step(device)
+    step()
+    beside = _time(lambda _: step(), device) - replace(rates, overhead=0.0).step_seconds(counts, probe.TOKENS)
+    calls = sum(calls * launches(kind) for kind, calls in counts.calls_of.items())
+    return max(rates.overhead, beside / calls)
 
 
 def _rotate(make: Callable[[], Tensor]) -> list[Tensor]:
@@ -133,6 +148,8 @@ def _pieces(device: torch.device) -> Iterator[Piece]:
             yield f"product {name}", partial(_product, *shape, dtype, device)
         for rows in (64, 256, 1024)[::every]:
             yield f"nf4 product {name}", partial(_nf4, rows, 1024, dtype, device)
+    for inner in (16, 48):
+        yield "addmm_", partial(_added, 1024, inner, 1024, device)
     for length in (32, 128, 512, 2048):
         yield "attention", partial(_attention, length, device, backward=False)
         yield "attention_backward", partial(_attention, length, device, backward=True)
@@ -156,9 +173,16 @@ _PRODUCTS = (
 
 
 def _product(rows: int, inner: int, outer: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], Any]:
-    x = torch.randn(rows, inner, dtype=dtype, device=device)
+    xs = _rotate(lambda: torch.randn(rows, inner, dtype=dtype, device=device))
     weights = _rotate(lambda: torch.randn(outer, inner, dtype=dtype, device=device))
-    return lambda turn: x @ weights[turn % len(weights)].T
+    return lambda turn: xs[turn % len(xs)] @ weights[turn % len(weights)].T
+
+
+def _added(rows: int, inner: int, outer: int, device: torch.device) -> Callable[[int], Any]:
+    """A product that is added to what is there, as that of an adapter's B is."""
+    ys = _rotate(lambda: torch.zeros(rows, outer, dtype=torch.bfloat16, device=device))
+    x, weight = (torch.randn(size, inner, dtype=torch.bfloat16, device=device) for size in (rows, outer))
+    return lambda turn: ys[turn % len(ys)].addmm_(x, weight.T)
 
 
 def _nf4(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], Any]:

@@ -11,7 +11,6 @@ import json
 import platform
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 
 import torch
@@ -70,30 +69,11 @@ def _product_bytes() -> int:
 
 def _measure() -> Overhead:
     """A process with everything imported, after a step of a tiny model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from twinlora.adapters.lora import attach, trainable_parameters
-    from twinlora.adapters.targets import LoraConfig
-    from twinlora.config import OptimizerOptions
-    from twinlora.data.packing import make_batch
-    from twinlora.data.template import Example
-    from twinlora.model import swap
-    from twinlora.model.load import load_model, resolve
+    from twinlora.plan.probe import tiny_step
     from twinlora.train import loop  # noqa: F401  # what a run imports
-    from twinlora.train.optim import MasterAdamW
-    from twinlora.train.step import train_step
 
-    small = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, vocab_size=320
-    )
-    with tempfile.TemporaryDirectory() as directory:
-        LlamaForCausalLM(small).bfloat16().save_pretrained(directory)
-        model = load_model(resolve(directory))
-    attach(model, LoraConfig(rank=4))
-    swap.replace_blocks(model.train())
-    optimizer = MasterAdamW(trainable_parameters(model), OptimizerOptions())
-    batch = make_batch([Example([5] * 64, [False] + [True] * 63, "")], 64, packed=True, pad_id=0)
-    train_step(model, batch, optimizer, lr=1e-4, max_grad_norm=1.0, plain_head=True)
+    step = tiny_step(torch.device("cpu"))
+    step()
     gc.collect()
     process = machine.rss_bytes()
     return Overhead(process, _product_bytes())
