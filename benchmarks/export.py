@@ -89,9 +89,13 @@ def in_llama_cpp(args: argparse.Namespace, model: Path, lora: Path | None) -> di
         for row, probe in zip(rows, probes, strict=True):
             text = running.complete(encode_prompt(tokenizer, row), NEW_TOKENS)
             hits += text.strip() == row.answer.strip()
-            answers = running.answers([probe], tokenizer, listed=len(tokenizer))  # right answers may be unlikely
-            for answer, position in zip(answers, probe.positions, strict=True):
-                total -= float(answer.log_probs[(answer.ids == probe.ids[position]).nonzero()[0, 0]])
+            for position in probe.positions:
+                at = Probe(probe.ids, [position], probe.where)
+                for listed in (64, len(tokenizer)):  # all of them, which takes long, where the right one is unlikely
+                    (answer,) = running.answers([at], tokenizer, listed=listed)
+                    if (right := answer.ids == probe.ids[position]).any():
+                        break
+                total -= float(answer.log_probs[right].item())
                 tokens += 1
     return {"loss": total / tokens, "exact_match": hits / len(rows)}
 

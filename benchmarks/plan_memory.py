@@ -37,6 +37,14 @@ BILLION = {
 }  # fmt: skip
 
 
+# Method hybrid: how the linear layers of a block are stored.
+MIX = {
+    "self_attn.q_proj": "nf4-64-dq256", "self_attn.k_proj": "16bit", "self_attn.v_proj": "16bit",
+    "self_attn.o_proj": "int8-64", "mlp.gate_proj": "nf3-64-dq256", "mlp.up_proj": "nf4-64-dq256",
+    "mlp.down_proj": "int8-64",
+}  # fmt: skip
+
+
 def live_tensor_bytes() -> int:
     """Storages of all tensors that Python knows, once each."""
     storages = {}
@@ -91,7 +99,8 @@ def ready(source: Any, cell: Any) -> tuple[Any, bool, bool]:
     from twinlora.model.recompute import recompute_activations
     from twinlora.numerics.formats import NF4Format
 
-    model = load_model(source, quantize=NF4Format() if cell.method == "qlora" else None, dtype=cell.dtype)
+    quantize = NF4Format() if cell.method == "qlora" else dict(cell.precision) or None
+    model = load_model(source, quantize=quantize, dtype=cell.dtype)
     if cell.method == "full":
         model.requires_grad_(True)
     else:
@@ -143,7 +152,8 @@ def measure(connection: Any, directory: str, cell: Any) -> None:
             hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, vocab_size=320
         )
         LlamaForCausalLM(small).bfloat16().save_pretrained(tiny)
-        stepper(resolve(tiny), dataclasses.replace(cell, lengths=(64,), rank=4, micro_batches=1))()
+        precision = mix(2) if cell.precision else {}
+        stepper(resolve(tiny), dataclasses.replace(cell, lengths=(64,), rank=4, precision=precision))()
     gc.collect()
     before = machine.rss_bytes()
     step = stepper(resolve(directory), cell)
@@ -159,14 +169,19 @@ def measure(connection: Any, directory: str, cell: Any) -> None:
     connection.send({"step": alive + largest_sum(profile) + held, "alive": alive, "kernels": held, "rss": rss})
 
 
-def cells(methods: list[str]) -> list[tuple[str, Any]]:
+def mix(layers: int) -> dict[str, str]:
+    return {f"model.layers.{i}.{name}": stored for i in range(layers) for name, stored in MIX.items()}
+
+
+def cells(methods: list[str], layers: int) -> list[tuple[str, Any]]:
     from twinlora.plan.simulate import Cell
 
     return [
-        (name, Cell(method=method, lengths=lengths, checkpointing=checkpointing))
+        (name, Cell(method=method, lengths=lengths, checkpointing=checkpointing, precision=precision))
         for method in methods
         for name, lengths in SHAPES.items()
         for checkpointing in (False, True)
+        for precision in [mix(layers) if method == "hybrid" else {}]
     ]
 
 
@@ -220,10 +235,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--scratch", type=Path)
-    parser.add_argument("--methods", default="lora,qlora,full")
+    parser.add_argument("--methods", default="lora,qlora,hybrid,full")
     parser.add_argument("--only", default="", help="part of a cell's name, to run a few")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    from transformers import AutoConfig
+
     torch.set_num_threads(1)
     models = {Path(args.model).name.removesuffix("-instruct"): args.model}
     if args.scratch:
@@ -232,7 +249,7 @@ def main() -> None:
     document: dict[str, Any] = harness.facts() | {"cells": []}
     try:
         for name, directory in models.items():
-            for shape, cell in cells(args.methods.split(",")):
+            for shape, cell in cells(args.methods.split(","), AutoConfig.from_pretrained(directory).num_hidden_layers):
                 if args.only in f"{name} {cell.method} {shape} {cell.checkpointing}":
                     document["cells"] += filter(None, [compare(directory, name, shape, cell)])
                     if args.output:

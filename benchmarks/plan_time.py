@@ -91,10 +91,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--scratch", type=Path)
-    parser.add_argument("--methods", default="lora,qlora,full")
+    parser.add_argument("--methods", default="lora,qlora,hybrid,full")
     parser.add_argument("--only", default="", help="part of a cell's name, to run a few")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    from transformers import AutoConfig
+
     rates, seconds = in_process(calibrate)
     print(f"calibrated in {seconds:.0f} s")
     models = {Path(args.model).name: args.model}
@@ -106,7 +108,8 @@ def main() -> None:
     document |= {"curves": curves, "cells": []}
     try:
         for name, directory in models.items():
-            for shape, cell in plan_memory.cells(args.methods.split(",")):
+            layers = AutoConfig.from_pretrained(directory).num_hidden_layers
+            for shape, cell in plan_memory.cells(args.methods.split(","), layers):
                 if args.only in f"{name} {cell.method} {shape} {cell.checkpointing}":
                     document["cells"].append(compare(directory, name, shape, cell, rates))
                     if args.output:

