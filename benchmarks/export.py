@@ -2,7 +2,6 @@
 
     python benchmarks/export.py --data DIR --model DIR --scratch DIR [--output benchmarks/results/export.json]
     python benchmarks/export.py … --parts deploy       # only --deploy q4_0 against merging and quantising, three seeds
-    python benchmarks/export.py … --table              # what is there, as Markdown
 
 DIR holds train.jsonl and test.jsonl in the `messages` form. A LoRA and a QLoRA adapter are trained (rank 16, all linear
 layers), exported in every way, measured by the gate, and each artefact answers the test rows in its own program: exact match,
@@ -195,30 +194,6 @@ def edge(args: argparse.Namespace, results: dict) -> None:
         keep(args, results, "edge", quant, one)
 
 
-def table(results: dict) -> str:
-    """Markdown of what there is."""
-    lines = [f"{results['rows']} training rows, {results['test_rows']} test rows.", ""]
-    lines += ["| adapter | shipped as | exact match | held-out loss | mean KL | MB |", "|---|---|---|---|---|---|"]
-    for part in ("lora", "qlora", "deploy"):
-        for name, found in results.get(part, {}).items():
-            kl, size = found.get("kl_mean"), found.get("bytes")
-            cells = [f"{100 * found['exact_match']:.1f} %", f"{found['loss']:.4f}"]
-            cells += ["–" if kl is None else f"{kl:.2g}", "–" if size is None else f"{size / 1e6:.0f}"]
-            lines.append(f"| {part} | {name} | {' | '.join(cells)} |")
-    if "edge" in results:
-        lines += [
-            "",
-            "| in llama.cpp | file, MB | peak memory, MB | tokens/s read | tokens/s written |",
-            "|---|---|---|---|---|",
-        ]
-        measured = {name: cost for found in results["edge"].values() for name, cost in found["measured"].items()}
-        for name, cost in measured.items():
-            figures = [cost["file_bytes"] / 1e6, cost["peak_rss_bytes"] / 1e6]
-            figures += [cost["prompt_tokens_per_second"], cost["new_tokens_per_second"]]
-            lines.append(f"| {name} | {' | '.join(f'{figure:.0f}' for figure in figures)} |")
-    return "\n".join(lines)
-
-
 PARTS = {"formats": formats, "deploy": deploy, "edge": edge}
 
 
@@ -232,13 +207,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--test-rows", type=int, default=300)
-    parser.add_argument("--table", action="store_true", help="print what --output holds as Markdown")
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    if args.table:
-        print(table(results))
-        return
     results |= harness.facts() | {"rows": args.rows, "test_rows": args.test_rows}
     for part in args.parts.split(","):
         PARTS[part](args, results)
