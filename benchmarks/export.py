@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import harness  # puts src on the path
+import llama_cpp
 
 TRAINING = {"rank": 16, "alpha": 32, "lr": 1e-3, "warmup_steps": 10, "batch_size": 16}
 ARTEFACTS = [
@@ -113,7 +114,7 @@ def ship(args: argparse.Namespace, run: Path, spec: str, **options: Any) -> tupl
         scores = in_llama_cpp(args, next(out.glob("*.gguf")), None)
     elif to == "gguf-lora":
         base = args.scratch / "base.gguf"
-        write_base(args, base, record)
+        llama_cpp.write_base(args.model, base, quant="f16", dequantised=record["base"] == "dequantised")
         scores = in_llama_cpp(args, base, next(out.glob("*.gguf")))
     elif to == "peft":
         scores = in_torch(args, args.model, out, "auto")
@@ -121,20 +122,6 @@ def ship(args: argparse.Namespace, run: Path, spec: str, **options: Any) -> tupl
         scores = in_torch(args, str(out), None, "nf4" if to == "bnb" else "16bit")
     size = sum(file.stat().st_size for file in out.glob("*") if file.suffix in (".gguf", ".safetensors"))
     return record, scores | {"bytes": size}
-
-
-def write_base(args: argparse.Namespace, path: Path, record: dict) -> None:
-    """The bare base that a GGUF adapter belongs on."""
-    from twinlora.adapters.merge import Merged
-    from twinlora.export.gguf import write_gguf
-    from twinlora.model.checkpoint import Checkpoint
-    from twinlora.model.load import load_tokenizer, resolve
-    from twinlora.numerics.formats import NF4Format
-
-    source = resolve(args.model)
-    bare = Merged(Checkpoint(source), None, NF4Format() if record["base"] == "dequantised" else None)
-    tokenizer = load_tokenizer(source)
-    write_gguf(bare, path, tokenizer, quant="f16", name="base", stop={tokenizer.eos_token_id})
 
 
 def keep(args: argparse.Namespace, results: dict, part: str, key: str, make: Callable[[], dict]) -> None:
