@@ -20,9 +20,11 @@ WORDS = [
     (r"– base in 4 bits, its constants", "– 4 位基座及其常数"),
     (r"– adapter, its gradients and optimiser state", "– 适配器及其梯度、优化器状态"),
     (r"– activations and buffers", "– 激活值与缓冲区"),
-    (r"GPT-3 with adapters on queries, keys and values \((\[[^ ]+ [^ ]+\)), section 4\.2\), one row of 2,048 tokens, "
-     r"recomputed\. Its weights alone take (\d+) GB in 16 bit and (\d+) GB in 4\.",
-     r"GPT-3，适配器加在 query、key、value 上（\1，4.2 节），一行 2,048 个 token，重算。单是权重，16 位就要 \2 GB，4 位要 \3 GB。"),
+    (r"GPT-3 with adapters on queries, keys and values, one matrix here: as many weights as the paper's on queries and values "
+     r"\((\[[^ ]+ [^ ]+\)), section 4\.2\)\. One row of 2,048 tokens, recomputed\. Its weights alone take (\d+) GB in 16 bit "
+     r"and (\d+) GB in 4\.",
+     r"GPT-3，适配器加在 query、key、value 上（这里是同一个矩阵，适配器权重与论文的 query 加 value 一样多：\1，4.2 节）。一行 2,048 个 token，重算。"
+     r"单是权重，16 位就要 \2 GB，4 位要 \3 GB。"),
     (r"\| GPT-3, 175B \| trains \| share \| memory of a step \|", "| GPT-3，175B | 训练参数 | 占比 | 一步的内存 |"),
     (r"planned: all weights", "计划：全部权重"),
     (r"planned: (Q?LoRA), r=", r"计划：\1，r="),

@@ -85,9 +85,9 @@ def _gpt3(rows: list[dict]) -> str:
     ]
     stored = [_stored(next(row for row in rows if row["method"] == method)) / 1e9 for method in ("lora", "qlora")]
     setting = (
-        "GPT-3 with adapters on queries, keys and values ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685), section "
-        f"4.2), one row of 2,048 tokens, recomputed. Its weights alone take {stored[0]:.0f} GB in 16 bit and "
-        f"{stored[1]:.0f} GB in 4."
+        "GPT-3 with adapters on queries, keys and values, one matrix here: as many weights as the paper's on queries and values "
+        "([arXiv 2106.09685](https://arxiv.org/abs/2106.09685), section 4.2). One row of 2,048 tokens, recomputed. Its "
+        f"weights alone take {stored[0]:.0f} GB in 16 bit and {stored[1]:.0f} GB in 4."
     )
     return setting + "\n\n" + markdown("| GPT-3, 175B | trains | share | memory of a step |", table)
 
