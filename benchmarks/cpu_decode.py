@@ -56,7 +56,7 @@ def llama(model_dir: str) -> Callable[[list[list[int]]], Any]:
     """A server for one stream and one for eight: its batches are what it has slots for."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.gguf"
-        llama_cpp.write_q4_0(model_dir, path)
+        llama_cpp.write_base(model_dir, path, quant="q4_0")
         options = {"threads": torch.get_num_threads(), "new": NEW}
         servers = {streams: llama_cpp.server(path, streams=streams, **options) for streams in (1, 8)}
     return lambda prompts: servers[len(prompts)](prompts)

@@ -2,7 +2,6 @@
 
     python benchmarks/export.py --data DIR --model DIR --scratch DIR [--output benchmarks/results/export.json]
     python benchmarks/export.py … --parts deploy       # only --deploy q4_0 against merging and quantising, three seeds
-    python benchmarks/export.py … --table              # what is there, as Markdown
 
 DIR holds train.jsonl and test.jsonl in the `messages` form. A LoRA and a QLoRA adapter are trained (rank 16, all linear
 layers), exported in every way, measured by the gate, and each artefact answers the test rows in its own program: exact match,
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import harness  # puts src on the path
+import llama_cpp
 
 TRAINING = {"rank": 16, "alpha": 32, "lr": 1e-3, "warmup_steps": 10, "batch_size": 16}
 ARTEFACTS = [
@@ -118,7 +118,7 @@ def ship(args: argparse.Namespace, run: Path, spec: str, **options: Any) -> tupl
         scores = in_llama_cpp(args, next(out.glob("*.gguf")), None)
     elif to == "gguf-lora":
         base = args.scratch / "base.gguf"
-        write_base(args, base, record)
+        llama_cpp.write_base(args.model, base, quant="f16", dequantised=record["base"] == "dequantised")
         scores = in_llama_cpp(args, base, next(out.glob("*.gguf")))
     elif to == "peft":
         scores = in_torch(args, args.model, out, "auto")
@@ -126,20 +126,6 @@ def ship(args: argparse.Namespace, run: Path, spec: str, **options: Any) -> tupl
         scores = in_torch(args, str(out), None, "nf4" if to == "bnb" else "16bit")
     size = sum(file.stat().st_size for file in out.glob("*") if file.suffix in (".gguf", ".safetensors"))
     return record, scores | {"bytes": size}
-
-
-def write_base(args: argparse.Namespace, path: Path, record: dict) -> None:
-    """The bare base that a GGUF adapter belongs on."""
-    from twinlora.adapters.merge import Merged
-    from twinlora.export.gguf import write_gguf
-    from twinlora.model.checkpoint import Checkpoint
-    from twinlora.model.load import load_tokenizer, resolve
-    from twinlora.numerics.formats import NF4Format
-
-    source = resolve(args.model)
-    bare = Merged(Checkpoint(source), None, NF4Format() if record["base"] == "dequantised" else None)
-    tokenizer = load_tokenizer(source)
-    write_gguf(bare, path, tokenizer, quant="f16", name="base", stop={tokenizer.eos_token_id})
 
 
 def keep(args: argparse.Namespace, results: dict, part: str, key: str, make: Callable[[], dict]) -> None:
@@ -199,30 +185,6 @@ def edge(args: argparse.Namespace, results: dict) -> None:
         keep(args, results, "edge", quant, one)
 
 
-def table(results: dict) -> str:
-    """Markdown of what there is."""
-    lines = [f"{results['rows']} training rows, {results['test_rows']} test rows.", ""]
-    lines += ["| adapter | shipped as | exact match | held-out loss | mean KL | MB |", "|---|---|---|---|---|---|"]
-    for part in ("lora", "qlora", "deploy"):
-        for name, found in results.get(part, {}).items():
-            kl, size = found.get("kl_mean"), found.get("bytes")
-            cells = [f"{100 * found['exact_match']:.1f} %", f"{found['loss']:.4f}"]
-            cells += ["–" if kl is None else f"{kl:.2g}", "–" if size is None else f"{size / 1e6:.0f}"]
-            lines.append(f"| {part} | {name} | {' | '.join(cells)} |")
-    if "edge" in results:
-        lines += [
-            "",
-            "| in llama.cpp | file, MB | peak memory, MB | tokens/s read | tokens/s written |",
-            "|---|---|---|---|---|",
-        ]
-        measured = {name: cost for found in results["edge"].values() for name, cost in found["measured"].items()}
-        for name, cost in measured.items():
-            figures = [cost["file_bytes"] / 1e6, cost["peak_rss_bytes"] / 1e6]
-            figures += [cost["prompt_tokens_per_second"], cost["new_tokens_per_second"]]
-            lines.append(f"| {name} | {' | '.join(f'{figure:.0f}' for figure in figures)} |")
-    return "\n".join(lines)
-
-
 PARTS = {"formats": formats, "deploy": deploy, "edge": edge}
 
 
@@ -236,13 +198,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--test-rows", type=int, default=300)
-    parser.add_argument("--table", action="store_true", help="print what --output holds as Markdown")
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    if args.table:
-        print(table(results))
-        return
     results |= harness.facts() | {"rows": args.rows, "test_rows": args.test_rows}
     for part in args.parts.split(","):
         PARTS[part](args, results)

@@ -1,9 +1,8 @@
-"""llama.cpp as a peer: a llama checkpoint as GGUF in Q4_0, and its server, through xllamacpp."""
+"""llama.cpp as a peer: a bare base as GGUF, and its server, through xllamacpp."""
 
 from __future__ import annotations
 
 import atexit
-import json
 import multiprocessing
 import os
 import signal
@@ -12,61 +11,19 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
 
-NAMES = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
+def write_base(model: str, path: Path, *, quant: str, dequantised: bool = False) -> None:
+    """A model without an adapter, as `twinlora export` writes it; `dequantised`: through NF4 first."""
+    from twinlora.adapters.merge import Merged
+    from twinlora.export.gguf import write_gguf
+    from twinlora.model.checkpoint import Checkpoint
+    from twinlora.model.load import load_tokenizer, resolve
+    from twinlora.numerics.formats import NF4Format
 
-
-def write_q4_0(model_dir: str, path: Path) -> None:
-    """A llama with tied embeddings: matrices in Q4_0, the embedding in Q8_0, norms in float32."""
-    from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quants
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    tokenizer, config = AutoTokenizer.from_pretrained(model_dir), model.config
-    writer = GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
-    writer.add_token_list(tokens)
-    control = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    writer.add_token_types([TokenType.CONTROL if t in control else TokenType.NORMAL for t in tokens])
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in backend["merges"]])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.named_parameters():
-        key = name.removeprefix("model.").removesuffix(".weight")
-        if key == "embed_tokens":
-            target, kind = "token_embd", GGMLQuantizationType.Q8_0
-        elif key == "norm":
-            target, kind = "output_norm", GGMLQuantizationType.F32
-        else:
-            layer, _, part = key.removeprefix("layers.").partition(".")
-            target, kind = f"blk.{layer}.{NAMES[part]}", GGMLQuantizationType.Q4_0
-        weight = tensor.detach()
-        if (count := heads.get(key.rpartition(".")[2])) is not None:  # rotated in pairs, not in halves
-            weight = weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        if weight.ndim == 1:
-            kind = GGMLQuantizationType.F32
-        writer.add_tensor(f"{target}.weight", quants.quantize(weight.numpy(), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    source = resolve(model)
+    bare = Merged(Checkpoint(source), None, NF4Format() if dequantised else None)
+    tokenizer = load_tokenizer(source)
+    write_gguf(bare, path, tokenizer, quant=quant, name="base", stop={tokenizer.eos_token_id})
 
 
 def _serve(connection: Connection, path: Path, streams: int, threads: int, new: int) -> None:

@@ -75,11 +75,3 @@ def test_readme_names_every_metric():
     from twinlora.evaluate.scores import METRICS
 
     assert all(f"`{name}`" in read(page) for page in PAGES for name in METRICS)
-
-
-def test_stale_translations_are_refused(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import chinese
-
-    with pytest.raises(SystemExit, match=r"chinese.py translates what no table says(.|\n)*peak memory"):
-        chinese.translated({"some": "| copy |"})
