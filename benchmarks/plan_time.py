@@ -2,9 +2,10 @@
 
     python benchmarks/plan_time.py --model DIR [--scratch DIR] [--output benchmarks/results/plan_time.json]
 
-First the rates are measured: products, attention, copies and what lies between, nothing of any cell. Then each cell is
-predicted from its configuration and these rates, and measured in a process of its own that loads the checkpoint as
-training does: the median of its steps after two that do not count. Run it on a quiet machine, with all of its cores.
+Before each cell the rates are measured: products, attention, copies, a step of a tiny model, nothing of any cell (each time
+anew, because a rented machine's speed changes within minutes). Then the cell is predicted from its configuration and these
+rates, and measured in a process of its own that loads the checkpoint as training does: the median of its steps after two
+that do not count. Run it on a quiet machine, with all of its cores.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ def calibrate(connection: Any) -> None:
     import torch
 
     from twinlora.plan import calibrate
-    from twinlora.reporter import ConsoleReporter
+    from twinlora.reporter import Reporter
 
     start = time.perf_counter()
-    rates = calibrate.measure(torch.device("cpu"), ConsoleReporter())
+    rates = calibrate.measure(torch.device("cpu"), Reporter())
     connection.send((rates, time.perf_counter() - start))
 
 
@@ -65,7 +66,7 @@ def in_process(body: Any, *arguments: Any) -> Any:
     return found
 
 
-def compare(directory: str, name: str, shape: str, cell: Any, rates: Any) -> dict[str, Any]:
+def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
     """One cell: predicted here, measured in a process of its own."""
     from transformers import AutoConfig
 
@@ -73,12 +74,14 @@ def compare(directory: str, name: str, shape: str, cell: Any, rates: Any) -> dic
 
     counts = simulate(AutoConfig.from_pretrained(directory), cell).counts
     tokens = sum(cell.lengths)
+    rates, calibration = in_process(calibrate)
     predicted = rates.step_seconds(counts, tokens)
     seconds = in_process(measure, directory, cell)
     measured = statistics.median(seconds)
     row = {"model": name, "method": cell.method, "shape": shape, "checkpointing": cell.checkpointing}
     row |= {"predicted": predicted, "by_kind": rates.seconds_by_kind(counts, tokens), "measured": measured}
     row |= {"steps": seconds, "error": predicted / measured - 1}
+    row |= {"calibration_seconds": calibration, "overhead": rates.overhead}
     print(
         f"{name:<10} {cell.method:<6} {shape:<9} {'checkpointing' if cell.checkpointing else '':<13} "
         f"predicted {predicted:7.3f} s, measured {measured:7.3f} s ({row['error']:+.1%})",
@@ -97,21 +100,17 @@ def main() -> None:
     args = parser.parse_args()
     from transformers import AutoConfig
 
-    rates, seconds = in_process(calibrate)
-    print(f"calibrated in {seconds:.0f} s")
     models = {Path(args.model).name: args.model}
     if args.scratch:
         plan_memory.write_billion(args.scratch / "llama-1b")
         models["llama-1b"] = str(args.scratch / "llama-1b")
-    curves = {name: curve.points for name, curve in rates.curves.items()}
-    document: dict[str, Any] = harness.facts() | {"calibration_seconds": seconds, "overhead": rates.overhead}
-    document |= {"curves": curves, "cells": []}
+    document: dict[str, Any] = harness.facts() | {"cells": []}
     try:
         for name, directory in models.items():
             layers = AutoConfig.from_pretrained(directory).num_hidden_layers
             for shape, cell in plan_memory.cells(args.methods.split(","), layers):
                 if args.only in f"{name} {cell.method} {shape} {cell.checkpointing}":
-                    document["cells"].append(compare(directory, name, shape, cell, rates))
+                    document["cells"].append(compare(directory, name, shape, cell))
                     if args.output:
                         args.output.write_text(json.dumps(document, indent=1))
     finally:

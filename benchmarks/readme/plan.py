@@ -137,8 +137,9 @@ def plan_time() -> str:
     if not measured("plan_time"):
         return setting + not_yet("plan_time.py")
     result = load("plan_time")
+    took = statistics.median(cell["calibration_seconds"] for cell in result["cells"])
     setting += (
-        f"predicted from rates that this machine took {result['calibration_seconds']:.0f} s to measure beforehand, none of "
+        f"predicted from rates that this machine took {took:.0f} s to measure beforehand, none of "
         "them in one of these steps. "
     )
     rows = []

@@ -36,4 +36,8 @@ def tiny_step(device: torch.device) -> Callable[[], None]:
     optimizer = MasterAdamW(trainable_parameters(model), OptimizerOptions())
     row = Example([5] * TOKENS, [False] + [True] * (TOKENS - 1), "")
     batch = make_batch([row], TOKENS, packed=True, pad_id=0, device=device)
-    return lambda: train_step(model, batch, optimizer, lr=1e-5, max_grad_norm=1.0, plain_head=True).loss.item()
+
+    def step() -> None:
+        train_step(model, batch, optimizer, lr=1e-5, max_grad_norm=1.0, plain_head=True).loss.item()
+
+    return step
