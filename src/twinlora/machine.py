@@ -63,8 +63,8 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         c = ctypes.CDLL(None)
-        c.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, bytes
-        c.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, bytes: the most that glibc takes
+        c.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        c.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped on its own
 
 
 def product_rates(*dtypes: torch.dtype) -> list[float]:
