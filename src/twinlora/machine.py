@@ -8,16 +8,20 @@ import os
 import platform
 import re
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 
 import twinlora
 
+T = TypeVar("T")
+
 __all__ = [
-    "available_bytes", "describe", "heap_bytes", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes",
+    "apart", "available_bytes", "describe", "heap_bytes", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes",
     "product_rates", "reset_peaks", "rss_bytes", "spare_bytes",
 ]  # fmt: skip
 
@@ -65,6 +69,16 @@ def keep_freed_memory() -> None:
         c = ctypes.CDLL(None)
         c.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         c.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped on its own
+
+
+def apart(function: Callable[[], T]) -> T:
+    """Run it in a thread that ends with it, and its OpenMP threads too.
+
+    libgomp keeps threads for each thread that has computed. Where there are more of them than processors, all of them
+    sleep between any two parallel regions instead of spinning, and a decoding step takes half as long again.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
 
 
 def product_rates(*dtypes: torch.dtype) -> list[float]:

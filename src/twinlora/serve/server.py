@@ -11,10 +11,11 @@ from typing import Any
 
 import uvicorn
 
+from twinlora import machine
 from twinlora.adapters.files import CONFIG
 from twinlora.config import ServeOptions, parse_size
 from twinlora.errors import AdapterError, ConfigError, Interrupted
-from twinlora.evaluate.opening import open_model
+from twinlora.evaluate.opening import Opened, open_model
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import precision_by_layer, resolve
 from twinlora.reporter import Reporter
@@ -65,9 +66,8 @@ def open_service(options: ServeOptions, adapters: dict[str, Path], reporter: Rep
         )
     if options.adapters_dir is not None and not options.adapters_dir.is_dir():
         raise ConfigError(f"--adapters-dir {options.adapters_dir}: no such directory")
-    opened = open_model(options, {}, precision=options.precision, reporter=reporter)
-    model = opened.model.eval()
-    require_servable(model, opened.tokenizer)
+    opened = machine.apart(lambda: _open(options, reporter))  # from then on the engine's thread alone computes
+    model = opened.model
     limits = {"slots": options.slots, "capacity": _context(options, model), "budget": options.batch_tokens}
     metrics = Metrics()
     engine = Engine(model, opened.tokenizer, opened.bank, on_pass=metrics.on_pass, **limits)
@@ -95,6 +95,12 @@ def open_service(options: ServeOptions, adapters: dict[str, Path], reporter: Rep
         raise
     app = application(service, token=token, admin_token=admin_token, max_body=parse_size(options.max_body))
     return Served(service, app)
+
+
+def _open(options: ServeOptions, reporter: Reporter) -> Opened:
+    opened = open_model(options, {}, precision=options.precision, reporter=reporter)
+    require_servable(opened.model.eval(), opened.tokenizer)
+    return opened
 
 
 def _context(options: ServeOptions, model: Any) -> int:

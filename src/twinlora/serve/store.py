@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from twinlora import machine
 from twinlora.adapters import passport
 from twinlora.adapters.bank import Resident, blend
 from twinlora.adapters.files import CONFIG, WEIGHTS, read_adapter
@@ -27,6 +28,9 @@ class ModelStore:
 
     def load(self, directory: Path) -> Loaded:
         """See Store. The hash is that of the bytes that were read, or the files changed meanwhile: AdapterError."""
+        return machine.apart(lambda: self._load(directory))
+
+    def _load(self, directory: Path) -> Loaded:
         directory = directory if (directory / CONFIG).is_file() else directory / "adapter"
         before = _digest(directory)
         adapter = read_adapter(directory)
@@ -39,7 +43,7 @@ class ModelStore:
 
     def blend(self, parts: Sequence[tuple[Any, float]]) -> tuple[Any, int]:
         """See Store."""
-        mixed = blend(parts)
+        mixed = machine.apart(lambda: blend(parts))
         return mixed, mixed.nbytes
 
     def install(self, digest: str, tensors: Resident) -> None:
