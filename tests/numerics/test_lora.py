@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from twinlora.numerics import ops, reference
-from twinlora.numerics.lora import LoraGroup
+from twinlora.numerics import lora, ops, reference
 
 
 def case(dtype, rows, ranks, n, k, *, transposed):
@@ -56,14 +55,23 @@ def test_opcheck():
     opcheck(torch.ops.twinlora.attention_extend.default, (q, k, k, cos, sin, keys, values, 1, 6, 0.3, 4))
 
 
-def test_a_group_is_its_layers_one_by_one():
+@pytest.mark.skipif(not lora.has_tables(torch.device("cpu"), torch.bfloat16), reason="no kernel for this processor")
+def test_a_table_is_its_adapters_one_by_one():
+    """Two layers with one input; the second lacks an adapter that the first has, and one was dropped."""
     torch.manual_seed(0)
-    y, x, a, b, scales, starts = case(torch.bfloat16, [2, 3], [16, 8], 96, 64, transposed=True)
+    y, x, a, b, scales, starts = case(torch.bfloat16, [2, 3, 1], [16, 8, 4], 96, 64, transposed=True)
     other = case(torch.bfloat16, [1], [4], 40, 64, transposed=True)
-    runs = [(0, a, b, scales, starts), (1, other[2], other[3], other[4], other[5])]
     wanted = [y.clone(), torch.randn(len(x), 40).bfloat16()]
     found = [t.clone() for t in wanted]
-    for layer, *run in runs:
-        ops.grouped_lora_(wanted[layer], x, *run)
-    LoraGroup(runs).add(found, x)
+    ops.grouped_lora_(wanted[0], x, a, b, scales, starts)
+    ops.grouped_lora_(wanted[1], x, other[2], other[3], other[4], starts[1:3])
+    tables = [lora.LoraTable(), lora.LoraTable()]
+    for number in (2, 0):  # in any order
+        tables[0].put(number, a[number], b[number], scales[number])
+    tables[0].put(1, a[1], b[1], scales[1])
+    tables[1].put(1, other[2][0], other[3][0], other[4][0])
+    tables[1].put(0, other[2][0], other[3][0], other[4][0])
+    tables[1].drop(0)
+    route = torch.tensor([[n, starts[n], starts[n + 1]] for n in range(3)])
+    lora.add(found, x, tables, route)
     assert all(torch.equal(w, f) for w, f in zip(wanted, found, strict=True))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +22,7 @@ from twinlora.adapters.files import AdapterFile, require_fit
 from twinlora.adapters.lora import LoraLinear, lora_layers
 from twinlora.errors import AdapterError
 from twinlora.model.linear import FrozenLinear, as_frozen, multiply_each
-from twinlora.numerics.cpu import LoraRun
-from twinlora.numerics.lora import LoraGroup
+from twinlora.numerics import lora, ops
 
 __all__ = ["AdapterBank", "BankLinear", "LayerWeights", "Resident", "Routing", "blend"]
 
@@ -55,6 +54,19 @@ class Resident:
         return sum(layer.nbytes for layer in self.layers.values())
 
 
+Rows = tuple[str, int, int]  # of an adapter: its key, first row, and the row after its last
+Run = tuple[list[Tensor], list[Tensor], list[float], list[int]]  # neighbouring rows, as ops.grouped_lora_ takes them
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a routing means for layers that see so many rows."""
+
+    few: Tensor | None  # what the table's kernel adds: adapters' numbers, start and stop of their rows; int64 [n, 3]
+    rest: list[Rows]  # of all other adapters
+    gains: list[Rows]  # of those that are DoRA
+
+
 @dataclass(frozen=True)
 class Routing:
     """Rows keys[i] -> starts[i] .. starts[i + 1]; None is the bare base. The head may see other rows than the rest."""
@@ -62,17 +74,27 @@ class Routing:
     keys: tuple[str | None, ...]
     starts: tuple[int, ...]
     head_starts: tuple[int, ...]
+    _made: dict[tuple[int, bool], _Parts] = field(default_factory=dict, compare=False, repr=False)
 
+    def parts(self, bank: AdapterBank, rows: int, head: bool) -> _Parts:
+        """For layers of `rows` rows."""
+        parts = self._made.get((rows, head))
+        if parts is None:
+            parts = self._made[rows, head] = self._make(bank, rows, self.head_starts if head else self.starts)
+        return parts
 
-@dataclass(frozen=True)
-class _Plan:
-    """What a routing means for layers with one input and so many rows: the adapters, and the rows that DoRA scales."""
-
-    routing: Routing
-    layers: tuple[BankLinear, ...]
-    rows: int
-    group: LoraGroup
-    gains: list[tuple[int, int, int, Tensor]]  # layer, start, stop, gain
+    def _make(self, bank: AdapterBank, rows: int, starts: tuple[int, ...]) -> _Parts:
+        few, rest, gains = [], [], []
+        for key, (start, stop) in zip(self.keys, itertools.pairwise(min(start, rows) for start in starts), strict=True):
+            if key is None or start == stop:
+                continue
+            if bank.has_tables and stop - start <= lora.FEW_ROWS:
+                few.append([bank.numbers[key], start, stop])
+            else:
+                rest.append((key, start, stop))
+            if key in bank.gained:
+                gains.append((key, start, stop))
+        return _Parts(torch.tensor(few) if few else None, rest, gains)
 
 
 class BankLinear(nn.Module):
@@ -82,7 +104,8 @@ class BankLinear(nn.Module):
         super().__init__()
         self.base, self.head, self.bank = base, head, bank
         self.adapters: dict[str, LayerWeights] = {}
-        self._planned: _Plan | None = None
+        self.table = lora.LoraTable()
+        self._planned: tuple[_Parts, list[Run]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]. No gradient while an adapter is in use."""
@@ -99,44 +122,38 @@ class BankLinear(nn.Module):
             return FrozenLinear.together(x, bases)
         return _add(x, multiply_each(x, bases), layers)
 
+    def runs(self, parts: _Parts) -> list[Run]:
+        """What the table's kernel leaves of this layer; a row whose adapter has nothing here ends a run."""
+        if self._planned is None or self._planned[0] is not parts:
+            runs: list[Run] = []
+            for key, start, stop in parts.rest:
+                if (weights := self.adapters.get(key)) is not None:
+                    if not runs or runs[-1][-1][-1] != start:
+                        runs.append(([], [], [], [start]))
+                    a, b, scales, starts = runs[-1]
+                    a.append(weights.a)
+                    b.append(weights.b)
+                    scales.append(weights.scale)
+                    starts.append(stop)
+            self._planned = parts, runs
+        return self._planned[1]
+
 
 def _add(x: Tensor, ys: tuple[Tensor, ...], layers: tuple[BankLinear, ...]) -> tuple[Tensor, ...]:
     """Adds every row's adapter to y = base(x) of each layer, in place."""
-    first, routing, rows = layers[0], layers[0].bank.routing, x.numel() // x.shape[-1]
-    assert routing is not None
-    plan = first._planned
-    if plan is None or plan.routing is not routing or plan.rows != rows or plan.layers != layers:
-        plan = first._planned = _plan(routing, layers, rows)
-    if plan.group.runs:
-        plan.group.add(ys, x)
-    for layer, start, stop, gain in plan.gains:
-        part, bias = ys[layer].view(-1, ys[layer].shape[-1])[start:stop], layers[layer].base.bias
-        part.copy_(part * gain if bias is None else (part - bias) * gain + bias)
+    bank, rows = layers[0].bank, x.numel() // x.shape[-1]
+    assert bank.routing is not None
+    parts = bank.routing.parts(bank, rows, layers[0].head)
+    if parts.few is not None:
+        lora.add(ys, x, [layer.table for layer in layers], parts.few)
+    for layer, y in zip(layers, ys, strict=True):
+        for run in layer.runs(parts) if parts.rest else ():
+            ops.grouped_lora_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), *run)
+        for key, start, stop in parts.gains:
+            if key in layer.adapters and (gain := layer.adapters[key].gain) is not None:
+                part, bias = y.view(-1, y.shape[-1])[start:stop], layer.base.bias
+                part.copy_(part * gain if bias is None else (part - bias) * gain + bias)
     return ys
-
-
-def _plan(routing: Routing, layers: tuple[BankLinear, ...], rows: int) -> _Plan:
-    """A row whose adapter has nothing in a layer ends a run of the op there."""
-    runs: list[LoraRun] = []
-    gains = []
-    for number, layer in enumerate(layers):
-        starts = [min(start, rows) for start in (routing.head_starts if layer.head else routing.starts)]
-        run: LoraRun | None = None
-        for key, (start, stop) in zip(routing.keys, itertools.pairwise(starts), strict=True):
-            weights = layer.adapters.get(key) if key is not None else None
-            if start == stop:
-                continue
-            if weights is None:
-                run = None
-                continue
-            if run is None:
-                run = (number, [], [], [], [start])
-                runs.append(run)
-            for part, value in zip(run[1:], (weights.a, weights.b, weights.scale, stop), strict=True):
-                part.append(value)  # type: ignore[attr-defined]
-            if weights.gain is not None:
-                gains.append((number, start, stop, weights.gain))
-    return _Plan(routing, layers, rows, LoraGroup(runs), gains)
 
 
 class AdapterBank:
@@ -147,6 +164,10 @@ class AdapterBank:
             raise AdapterError("the model already has adapters: load it afresh")
         self._model = model
         self._resident: dict[str, Resident] = {}
+        weight = next(model.parameters())
+        self.has_tables = lora.has_tables(weight.device, weight.dtype)
+        self.numbers: dict[str, int] = {}  # of adapters in the layers' tables
+        self.gained: set[str] = set()  # adapters that are DoRA
         self.routing: Routing | None = None  # of the pass that runs
         self._last: Routing | None = None
         self.active: str | None = None
@@ -194,6 +215,7 @@ class AdapterBank:
         """Take in a prepared adapter, between two passes. Raises AdapterError if the key is taken."""
         if key in self._resident:
             raise AdapterError(f"adapter name {key!r} is taken by another one: choose a different name")
+        number = next(n for n in itertools.count() if n not in self.numbers.values())
         head = getattr(self._model, "get_output_embeddings", lambda: None)()
         for name, weights in resident.layers.items():
             module = self._model.get_submodule(name)
@@ -202,14 +224,22 @@ class AdapterBank:
                 module = BankLinear(as_frozen(module), self, head=module is head)
                 setattr(self._model.get_submodule(parent), child, module)
             module.adapters[key] = weights
-        self._resident[key] = resident
+            if self.has_tables:
+                module.table.put(number, weights.a, weights.b, weights.scale)
+            if weights.gain is not None:
+                self.gained.add(key)
+        self._resident[key], self.numbers[key] = resident, number
 
     def remove(self, key: str) -> None:
         """Forget an adapter that no pass uses."""
+        number, self._last = self.numbers.pop(key), None
+        self.gained.discard(key)
         for name in self._resident.pop(key).layers:
             layer: Any = self._model.get_submodule(name)
             del layer.adapters[key]
             layer._planned = None
+            if self.has_tables:
+                layer.table.drop(number)
 
     def add(self, name: str, adapter: AdapterFile) -> None:
         """Prepare and install an adapter from disk; the active one stays. Raises AdapterError."""

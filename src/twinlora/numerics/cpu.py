@@ -28,7 +28,7 @@ try:
 except ImportError:
     _native = None
 
-__all__ = ["OPS", "LoraRun", "add_lora", "pack_lora", "path", "paths", "runtime", "use_path"]
+__all__ = ["FEW_LORA_ROWS", "OPS", "add_lora", "has_blocks", "lora_entry", "path", "paths", "runtime", "use_path"]
 
 OPS = (
     "nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linears",
@@ -41,7 +41,7 @@ OPS = (
 _BFLOAT16 = {"rms_norm": 2, "rms_norm_backward": 3, "swiglu": 2, "swiglu_backward": 3, "cross_entropy_": 1}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FEW_DENSE_ROWS = 12  # more are bound by arithmetic, where oneDNN is better
-_FEW_LORA_ROWS = 16  # of one adapter; more are a matter for GEMMs
+FEW_LORA_ROWS = 16  # of one adapter; more are a matter for GEMMs
 _FEW_ROWS = 64  # up to here weights are decoded into the product or just before it; above, into a GEMM's buffer
 
 
@@ -62,6 +62,11 @@ def paths() -> list[str]:
 def use_path(name: str) -> None:
     """Compute on this path from now on (the best is chosen at start). Raises ValueError for one that is not here."""
     _library().use_path(name)
+
+
+def has_blocks() -> bool:
+    """Whether the path in use has the kernels between the products: bfloat16, with AVX512-BF16."""
+    return bool(_library().has_blocks())
 
 
 def path() -> str:
@@ -248,7 +253,7 @@ def takes(op: str, *args: Any) -> bool:
         return _attends(q, cos) and (op != "attention_step" or args[5].dtype == q.dtype)
     if op == "grouped_lora_":
         y, x, shrinks, expands, _, starts = args
-        few = all(stop - start <= _FEW_LORA_ROWS for start, stop in itertools.pairwise(starts))
+        few = all(stop - start <= FEW_LORA_ROWS for start, stop in itertools.pairwise(starts))
         factors = (*shrinks, *(b.T for b in expands))
         return few and _fits(y, x, *factors) and all(factor.is_contiguous() for factor in factors)
     if op in _BFLOAT16:
@@ -414,35 +419,30 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
 
 def grouped_lora_(y: Tensor, x: Tensor, *adapters: Any) -> None:
     """See ops.py."""
-    packed, rest = pack_lora([(0, *adapters)])
-    if rest or not _fits(y, x):
-        return reference.grouped_lora_(y, x, *adapters)
-    return add_lora([y], x, packed)
+    if not takes("grouped_lora_", y, x, *adapters):
+        reference.grouped_lora_(y, x, *adapters)
+        return
+    shrinks, expands, scales, starts = adapters
+    table = torch.tensor([lora_entry(*each) for each in zip(shrinks, expands, scales, strict=True)]).view(-1, 4)
+    route = [[number, *rows] for number, rows in enumerate(itertools.pairwise(starts))]
+    add_lora([y], x, [table], torch.tensor(route).view(-1, 3))
 
 
-LoraRun = tuple[int, list[Tensor], list[Tensor], list[float], list[int]]  # which y, then as grouped_lora_
+def lora_entry(a: Tensor, b: Tensor, scale: float) -> list[int]:
+    """A row of a table for `add_lora`, valid while the tensors live: bfloat16, A and the transpose of B contiguous."""
+    (bits,) = struct.unpack("q", struct.pack("d", scale))
+    return [a.data_ptr(), b.data_ptr(), len(a), bits]
 
 
-def pack_lora(runs: list[LoraRun]) -> tuple[Tensor, list[LoraRun]]:
-    """Several `grouped_lora_` of one x for `add_lora`, valid while their tensors live; and what is not for the kernel,
-    which takes bfloat16, each B as the transpose of a contiguous [r, N], and few rows an adapter."""
-    rows, rest = [], []
-    for y, shrinks, expands, scales, starts in runs:
-        for a, b, scale, (start, stop) in zip(shrinks, expands, scales, itertools.pairwise(starts), strict=True):
-            if stop - start > _FEW_LORA_ROWS or not (_fits(a, b) and a.is_contiguous() and b.T.is_contiguous()):
-                rest.append((y, [a], [b], [scale], [start, stop]))
-            else:
-                (bits,) = struct.unpack("q", struct.pack("d", scale))
-                rows.append([y, a.data_ptr(), b.data_ptr(), len(a), start, stop, bits])
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 7), rest
+def add_lora(ys: Sequence[Tensor], x: Tensor, tables: Sequence[Tensor], route: Tensor) -> None:
+    """x [..., K] of bfloat16 is added to every layer's y [..., N], through the adapters in the layer's table.
 
-
-def add_lora(ys: Sequence[Tensor], x: Tensor, packed: Tensor) -> None:
-    """Run what `pack_lora` packed: x [..., K] of bfloat16 is added to the ys [..., N]."""
+    Tables [adapters, 4] have rows of `lora_entry`, or zeros; route [n, 3] has adapters and their rows' start and stop.
+    """
     x = x.contiguous()
     assert all(y.is_contiguous() and y.dtype == x.dtype == torch.bfloat16 for y in ys)
-    out = [y.data_ptr() for y in ys], [y.shape[-1] for y in ys]
-    _library().grouped_lora(*out, x.data_ptr(), packed.data_ptr(), len(packed), x.shape[-1], _threads())
+    layers = [y.data_ptr() for y in ys], [y.shape[-1] for y in ys], [t.data_ptr() for t in tables], [*map(len, tables)]
+    _library().grouped_lora(*layers, x.data_ptr(), route.data_ptr(), len(route), x.shape[-1], _threads())
 
 
 _threads = torch.get_num_threads

@@ -1,31 +1,48 @@
-"""Several layers with one input get their adapters in one call where the CPU has a kernel for it, else one by one."""
+"""The adapters of a layer by number, so that those of a whole pass are added in one call where the CPU has a kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from twinlora.numerics import cpu, ops
+from twinlora.numerics import cpu
 
-__all__ = ["LoraGroup"]
+__all__ = ["FEW_ROWS", "LoraTable", "add", "has_tables"]
+
+FEW_ROWS = cpu.FEW_LORA_ROWS  # of one adapter; more are for `ops.grouped_lora_`
 
 
-class LoraGroup:
-    """What `grouped_lora_` shall do for each of several layers: `runs` are (layer, a, b, scales, starts)."""
+def has_tables(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `add` works there."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and bool(cpu.paths()) and cpu.has_blocks()
 
-    def __init__(self, runs: list[cpu.LoraRun]) -> None:
-        self.runs = runs
-        self._packed: Tensor | None = None
-        if runs and runs[0][1][0].device.type == "cpu" and cpu.paths():
-            # Once for many passes: what Python does for each tensor would take longer than the products.
-            self._packed, runs = cpu.pack_lora(runs)
-        self._one_by_one = runs
 
-    def add(self, ys: Sequence[Tensor], x: Tensor) -> None:
-        """Add to each layer's contiguous y [..., N] what its adapters make of x [..., K]."""
-        if self._packed is not None and len(self._packed):
-            cpu.add_lora(ys, x, self._packed)
-        for layer, a, b, scales, starts in self._one_by_one:
-            y = ys[layer].view(-1, ys[layer].shape[-1])
-            ops.grouped_lora_(y, x.reshape(-1, x.shape[-1]), a, b, scales, starts)
+class LoraTable:
+    """A layer's adapters by number; their tensors must live as long as they are in it."""
+
+    def __init__(self) -> None:
+        self.rows = torch.zeros(0, 4, dtype=torch.int64)
+
+    def put(self, number: int, a: Tensor, b: Tensor, scale: float) -> None:
+        """Enter A [r, K], contiguous, and B [N, r], the transpose of something contiguous."""
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert a.is_contiguous()
+        assert b.T.is_contiguous()
+        if number >= len(self.rows):
+            self.rows = torch.cat([self.rows, self.rows.new_zeros(number + 1 - len(self.rows), 4)])
+        self.rows[number] = torch.tensor(cpu.lora_entry(a, b, scale))
+
+    def drop(self, number: int) -> None:
+        """Forget an adapter."""
+        self.rows[number] = 0
+
+
+def add(ys: Sequence[Tensor], x: Tensor, tables: Sequence[LoraTable], route: Tensor) -> None:
+    """Add to each layer's contiguous y [..., N] what its adapters make of x [..., K].
+
+    route [n, 3] has adapters' numbers and the start and stop of their rows, at most FEW_ROWS each. A layer that lacks
+    an adapter leaves its rows alone.
+    """
+    cpu.add_lora(ys, x, [table.rows for table in tables], route)

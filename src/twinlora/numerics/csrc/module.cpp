@@ -252,22 +252,28 @@ void cross_entropy(Address logits, Address labels, std::int64_t rows, std::int64
     parallel_for(threads, rows, 1, [&](std::int64_t first, std::int64_t last) { elementwise->cross_entropy(c, first, last); });
 }
 
-// `packed` [count, 7]: which of the ys, A and transposed B (addresses), rank, the rows [start, stop), the scale's bits.
-void grouped_lora(const std::vector<Address>& ys, const std::vector<std::int64_t>& ns, Address x, Address packed,
-                  std::int64_t count, std::int64_t k, int threads) {
-    std::vector<LoraSpan> spans(count);
+// Each layer's table [size, 4]: addresses of A and of the transposed B (0: none), rank, the scale's bits; by an adapter's
+// number. `route` [count, 3]: a number, and its rows [start, stop).
+void grouped_lora(const std::vector<Address>& ys, const std::vector<std::int64_t>& ns, const std::vector<Address>& tables,
+                  const std::vector<std::int64_t>& sizes, Address x, Address route, std::int64_t count, std::int64_t k,
+                  int threads) {
+    std::vector<LoraSpan> spans;
     std::int64_t ranks = 0, blocks = 0, products = 0;
-    for (std::int64_t i = 0; i < count; ++i) {
-        const auto* p = pointer<const std::int64_t>(packed) + 7 * i;
-        double scale;
-        std::memcpy(&scale, p + 6, sizeof scale);
-        spans[i] = {pointer<const std::uint16_t>(p[1]), pointer<const std::uint16_t>(p[2]), p[3], p[4], p[5],
-                    static_cast<float>(scale), pointer<std::uint16_t>(ys[p[0]]), ns[p[0]], ranks, blocks, products};
-        ranks += p[3], blocks += (ns[p[0]] + lora_block - 1) / lora_block, products += p[3] * (p[5] - p[4]);
-    }
+    for (std::size_t i = 0; i < ys.size(); ++i)
+        for (const auto* r = pointer<const std::int64_t>(route); r < pointer<const std::int64_t>(route) + 3 * count; r += 3) {
+            const auto* p = pointer<const std::int64_t>(tables[i]) + 4 * r[0];
+            if (r[0] >= sizes[i] || !p[0]) continue;
+            double scale;
+            std::memcpy(&scale, p + 3, sizeof scale);
+            spans.push_back({pointer<const std::uint16_t>(p[0]), pointer<const std::uint16_t>(p[1]), p[2], r[1], r[2],
+                             static_cast<float>(scale), pointer<std::uint16_t>(ys[i]), ns[i], ranks, blocks, products});
+            ranks += p[2], blocks += (ns[i] + lora_block - 1) / lora_block, products += p[2] * (r[2] - r[1]);
+        }
+    if (spans.empty()) return;
     std::vector<float> hidden(products);
-    const GroupedLora g{pointer<const std::uint16_t>(x), k, spans.data(), count, hidden.data()};
-    const std::int64_t weights = std::max<std::int64_t>(1, ranks / std::max<std::int64_t>(1, count) * lora_block);
+    const auto used = static_cast<std::int64_t>(spans.size());
+    const GroupedLora g{pointer<const std::uint16_t>(x), k, spans.data(), used, hidden.data()};
+    const std::int64_t weights = std::max<std::int64_t>(1, ranks / used * lora_block);
     parallel_for(threads, ranks, std::max<std::int64_t>(1, grain / k),
                  [&](std::int64_t first, std::int64_t last) { lora->shrink(g, first, last); });
     parallel_for(threads, blocks, std::max<std::int64_t>(1, grain / weights),
