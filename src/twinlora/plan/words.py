@@ -9,22 +9,20 @@ from twinlora.config import Goal, PlanOptions
 from twinlora.plan.advise import Change, Choice
 from twinlora.plan.rows import Row
 
-__all__ = ["change_lines", "command", "duration", "memory_note", "runner_up", "sentences", "title"]
+__all__ = ["change_lines", "command", "duration", "gib", "memory_note", "runner_up", "sentences"]
 
 _GIB = 2**30
 _DEFAULTS = PlanOptions(model="any")
 
 
-def title(row: Row) -> str:
-    """What a row is called, bits included."""
-    names = {"full": "full fine-tuning", "int8": "LoRA over int8", "qlora": "QLoRA"}
-    if row.method == "lora":
-        return f"LoRA in {row.way.bits:.0f} bit"
-    return names.get(row.method) or _mix(row.bits)
+def _title(method: str, bits: float) -> str:
+    """What a way is called; `bits` are those of a weight of its base."""
+    names = {"full": "full fine-tuning", "lora": f"LoRA in {bits:.0f} bit", "int8": "LoRA over int8", "qlora": "QLoRA"}
+    return names.get(method) or (f"hybrid at {bits:.2g} bits" if bits < 10 else f"hybrid at {bits:.0f} bits")
 
 
-def _mix(bits: float) -> str:
-    return f"hybrid at {bits:.2g} bits" if bits < 10 else f"hybrid at {bits:.0f} bits"
+def _name(row: Row) -> str:
+    return _title(row.method, row.bits)
 
 
 def gib(size: float) -> str:
@@ -47,11 +45,11 @@ def sentences(choice: Choice, rows: Sequence[Row], goal: Goal) -> tuple[str, str
     row = choice.row
     if choice.method is None:
         return (
-            f"Nothing fits into {gib(row.memory)}: the least is {title(row)} with {gib(row.needed)} (peak "
+            f"Nothing fits into {gib(row.memory)}: the least is {_name(row)} with {gib(row.needed)} (peak "
             f"{gib(row.peak)} and {100 * row.reserve:.0f} % reserve).",
             "Take a smaller model, shorter rows (--max-length), or more memory.",
         )
-    name = title(row)
+    name = _name(row)
     return f"Choose {name}: {_why(choice, rows, goal)}.", _run(row)
 
 
@@ -88,7 +86,7 @@ def _short(rows: Sequence[Row], chosen: Row) -> str:
     if not others:
         return "nothing else was planned"
     nearest = min(others, key=lambda row: row.needed)
-    return f"{title(nearest)} would need {gib(nearest.needed)}"
+    return f"{_name(nearest)} would need {gib(nearest.needed)}"
 
 
 def _run(row: Row) -> str:
@@ -116,22 +114,21 @@ def runner_up(choice: Choice) -> str | None:
         return None
     row = choice.runner_up
     time = "" if row.seconds is None else f", {duration(row.seconds)}"
-    return f"{title(row)}: peak {gib(row.peak)}{time}"
+    return f"{_name(row)}: peak {gib(row.peak)}{time}"
 
 
 def change_lines(found: Sequence[Change], memory: int) -> list[str]:
     """What would change the choice, a line each."""
-    names = {"lora": "LoRA in 16 bit", "full": "full fine-tuning", "int8": "LoRA over int8", "qlora": "QLoRA"}
     lines = []
-    by_method: dict[str | None, list[str]] = {}
+    by_name: dict[str, list[str]] = {}
     for change in found:
-        name = "nothing would fit" if change.method is None else names.get(change.method) or _mix(change.bits)
+        name = "nothing would fit" if change.method is None else _title(change.method, change.bits)
         if change.memory is not None:
             more = change.memory > memory
             lines.append(f"with {gib(abs(change.memory - memory))} {'more' if more else 'less'}: {name}")
         else:
-            by_method.setdefault(name, []).append(f"--goal {change.goal}")
-    return lines + [f"with {' or '.join(goals)}: {name}" for name, goals in by_method.items()]
+            by_name.setdefault(name, []).append(f"--goal {change.goal}")
+    return lines + [f"with {' or '.join(goals)}: {name}" for name, goals in by_name.items()]
 
 
 def memory_note(given: str | None, size: int) -> str | None:
