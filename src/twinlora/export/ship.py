@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ _LIMIT_NAMES = {torch.float32: "float32", torch.float16: "f16", torch.bfloat16: 
 class Artefact:
     """Something written, how to run it, how far it may differ, and how to find the tensor that does."""
 
-    run: Callable[[], Any]  # a context manager that gives a Runtime
+    run: Callable[[], AbstractContextManager[Runtime]]
     limits: Limits
     differing: Callable[[], str | None]
     facts: dict[str, Any]
