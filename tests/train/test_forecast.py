@@ -107,3 +107,24 @@ def test_the_cause_is_what_exceeds_its_prediction(weights, trained, free, said, 
     causes |= {"activations": 500, "loss head": 100, "workspace": 0, "runtime": 300}
     prediction = predict.Prediction(sum(causes.values()), causes, None, None)
     assert said in predict.blame(prediction, weights=weights, trained=trained, device=torch.device("cpu"))
+
+
+def test_a_hybrid_run_is_predicted_in_its_own_formats(tiny, data_file, tmp_path, history, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = {"max_steps": 1, "target": ["q_proj"]}
+    causes = {}
+    for method, more in (("lora", {}), ("qlora", {}), ("hybrid", {"bits": 6})):
+        record = train(options(tiny, data_file, tmp_path / method, method=method, **given, **more)).record
+        causes[method] = record["predicted"]["by_cause"]
+    stored = {m: of["weights"] + of["quantisation constants"] for m, of in causes.items()}
+    assert stored["qlora"] < stored["hybrid"] < stored["lora"]
+    assert stored["hybrid"] == pytest.approx(record["base_weight_bytes"], rel=1e-3)
+
+
+def test_the_budget_of_a_hybrid_base_stays_as_it_is(tiny, data_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = {"method": "hybrid", "memory": "110KB", "plan": "auto", "max_steps": 1}
+    record = train(options(tiny, data_file, tmp_path / "r", **given)).record
+    assert record["base_weight_bytes"] <= 110_000
+    chosen = document(tmp_path / "r")["options"]
+    assert (chosen["memory"], chosen["bits"]) == ("110KB", None)

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from tests.conftest import chat, write_jsonl
 from twinlora.adapters import files, passport
 from twinlora.config import OptimizerOptions, TrainOptions
-from twinlora.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
+from twinlora.errors import CheckpointError, ConfigError, DataError, ModelError, TrainingDiverged
 from twinlora.reporter import Reporter
 from twinlora.train.loop import train
 from twinlora.train.optim import learning_rate
@@ -309,3 +310,21 @@ def test_schedules():
     assert {learning_rate(s, 8, constant) for s in range(8)} == {1.0}
     cosine = OptimizerOptions(lr=1.0, warmup_steps=0, scheduler="cosine")
     assert learning_rate(4, 8, cosine) == pytest.approx(0.5)
+
+
+def test_a_models_own_code_runs_only_where_it_is_trusted(tiny, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = tmp_path / "own"
+    shutil.copytree(tiny, model)
+    (model / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class Config(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        train(options(model, data_file, tmp_path / "no", max_steps=1))
+    found = train(options(model, data_file, tmp_path / "yes", max_steps=1, trust_remote_code=True))
+    assert type(found.model).__module__.startswith("transformers_modules")
