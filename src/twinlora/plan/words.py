@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from twinlora.config import Goal, PlanOptions
+from twinlora.config import Goal, PlanOptions, TrainOptions
 from twinlora.plan.advise import Change, Choice
 from twinlora.plan.rows import Row
 
@@ -13,6 +13,8 @@ __all__ = ["change_lines", "command", "duration", "gib", "memory_note", "runner_
 
 _GIB = 2**30
 _DEFAULTS = PlanOptions(model="any")
+# Of the plan alone, or said in the command by other means.
+_NOT_GIVEN = {"model", "data", "device", "memory", "goal", "micro_batch_tokens", "json_output"}
 
 
 def _title(method: str, bits: float) -> str:
@@ -151,9 +153,19 @@ def command(row: Row, options: PlanOptions, train_as: str) -> str:
     parts += ["--bits", f"{row.bits:.2f}"] if mixed else []
     parts += ["--micro-batch-tokens", str(setting.micro_batch_tokens)]
     parts += ["--gradient-checkpointing"] if setting.checkpointing else []
-    for name in ("rank", "target", "batch_size", "max_length", "epochs", "max_steps", "overlong", "columns", "packing"):
-        value = getattr(options, name)
-        if value != getattr(_DEFAULTS, name):
-            parts += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
-    parts += ["--output", f"runs/{row.method}"]
+    parts += ["--device", options.device] if options.device.startswith(("cpu", "cuda")) else []
+    parts += [*_given(options), "--output", f"runs/{row.method}"]
     return shlex.join(parts)
+
+
+def _given(options: PlanOptions) -> Iterator[str]:
+    """The options of a run that are not the defaults, as flags."""
+    for name in PlanOptions.model_fields:
+        value, flag = getattr(options, name), name.replace("_", "-")
+        if name in _NOT_GIVEN or name not in TrainOptions.model_fields or value == getattr(_DEFAULTS, name):
+            continue
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        else:
+            yield f"--{flag}"
+            yield from map(str, value if isinstance(value, list) else [value])
