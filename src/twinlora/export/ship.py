@@ -31,7 +31,8 @@ from twinlora.export.probes import model_answers
 from twinlora.export.stock import Stock
 from twinlora.export.subject import Subject, open_subject
 from twinlora.model.load import quiet
-from twinlora.numerics.formats import NF4Format, Precision
+from twinlora.model.quantizer import nf4_of
+from twinlora.numerics.formats import Precision
 from twinlora.reporter import Reporter
 
 __all__ = ["export", "merge"]
@@ -176,7 +177,7 @@ def _merged(subject: Subject, quantized: Precision | None, directory: Path) -> A
 def _bnb(subject: Subject, quantized: Precision | None, directory: Path) -> Artefact:
     options = subject.options
     assert isinstance(options, ExportOptions)
-    fmt = NF4Format(options.block_size, 256 if options.double_quant else 0)
+    fmt = nf4_of(options)
     weights = subject.merged(quantized)
     bnb.save_bnb(weights, directory, subject.tokenizer, weight_type(subject), fmt)
     return Artefact(

@@ -13,12 +13,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from twinlora.config import ExportOptions, ModelOptions
 from twinlora.errors import ModelError
 from twinlora.model.linear import QuantLinear, is_linear
-from twinlora.numerics.formats import Format, Precision, by_layer
+from twinlora.numerics.formats import Format, NF4Format, Precision, by_layer
 from twinlora.numerics.ops import QuantTensor
 
-__all__ = ["QuantizerConfig", "quantizable", "quantize_layer"]
+__all__ = ["QuantizerConfig", "nf4_of", "quantizable", "quantize_layer"]
 
 _METHOD = "twinlora"
 
@@ -95,6 +96,11 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def nf4_of(options: ModelOptions | ExportOptions) -> NF4Format:
+    """The NF4 that `block_size` and `double_quant` of the options mean."""
+    return NF4Format(options.block_size, 256 if options.double_quant else 0)
 
 
 def quantizable(model: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from twinlora.adapters.targets import LoraConfig
 from twinlora.config import AdapterOptions, Method, PlanOptions
-from twinlora.numerics.formats import NF4Format
+from twinlora.model.quantizer import nf4_of
 from twinlora.plan.overhead import Overhead
 from twinlora.plan.quality import FORMATS, expected
 from twinlora.plan.rows import Candidate, Row, Way
@@ -123,7 +123,7 @@ class Ways:
     def _quantised(self, lora: Simulated, qlora: Simulated) -> int:
         """Weights that QLoRA quantises. The sizes as stored: an allocator's rounding is not the format's."""
         options, count = self.conditions.options, 1 << 24
-        fmt = NF4Format(options.block_size, 256 if options.double_quant else 0)
+        fmt = nf4_of(options)
         saved = self.conditions.dtype.itemsize - fmt.stored_bytes(count) / count
         return round((lora.weight_bytes - qlora.weight_bytes) / saved)
 
