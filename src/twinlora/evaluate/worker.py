@@ -30,8 +30,8 @@ from twinlora.model.load import (
     resolve,
     weight_bytes,
 )
-from twinlora.numerics import ops
 from twinlora.model.quantizer import nf4_of
+from twinlora.numerics import ops
 from twinlora.numerics.formats import Format
 from twinlora.reporter import ConsoleReporter
 from twinlora.train.hybrid import choose_precision

@@ -9,7 +9,7 @@ from twinlora.adapters import combine as factors
 from twinlora.adapters import files, passport
 from twinlora.adapters.read import AdapterFile
 from twinlora.config import AdapterCombineOptions, AdapterCompressOptions, EvalOptions, RankOptions
-from twinlora.errors import AdapterError, ConfigError
+from twinlora.errors import AdapterError
 from twinlora.evaluate.evaluate import evaluate
 from twinlora.export.subject import base_name, require_free
 from twinlora.reporter import Reporter

@@ -98,7 +98,9 @@ class Ways:
         points = {("lora", c): self._point("lora", c, top) for c in (False, True)}
         points["qlora", True], points["full", False] = self._point("qlora", True, top), self._point("full", False, top)
         # Recomputing decodes each weight a third time.
-        points["qlora", False] = points["lora", False].plus_difference(points["qlora", True], points["lora", True], 2 / 3)
+        points["qlora", False] = points["lora", False].plus_difference(
+            points["qlora", True], points["lora", True], 2 / 3
+        )
         points["full", True] = points["full", False].plus_difference(points["lora", True], points["lora", False])
         low = {c: self._point("lora", c, bottom) for c in (False, True)} if len(self.limits) > 1 else {}
         quantised = self._quantised(sizes["lora"], sizes["qlora"])

@@ -19,8 +19,8 @@ from twinlora.config import TrainOptions
 from twinlora.model import bnb4, forward, swap
 from twinlora.model.linear import QuantLinear, bits_per_weight
 from twinlora.model.load import load_model, precision_by_layer, weight_bytes
-from twinlora.numerics import ops
 from twinlora.model.quantizer import nf4_of
+from twinlora.numerics import ops
 from twinlora.numerics.formats import Format
 from twinlora.train.inputs import Inputs
 from twinlora.train.notes import Notes
