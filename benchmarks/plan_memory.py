@@ -231,14 +231,19 @@ def write_billion(directory: Path) -> None:
     model.save_pretrained(directory)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None) -> argparse.Namespace:
+    """What is asked on the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--methods", default="lora,qlora,hybrid,full")
     parser.add_argument("--only", default="", help="part of a cell's name, to run a few")
     parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments(__doc__)
     from transformers import AutoConfig
 
     torch.set_num_threads(1)

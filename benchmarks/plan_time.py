@@ -10,7 +10,6 @@ that do not count. Run it on a quiet machine, with all of its cores.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import shutil
@@ -91,13 +90,7 @@ def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--scratch", type=Path)
-    parser.add_argument("--methods", default="lora,qlora,hybrid,full")
-    parser.add_argument("--only", default="", help="part of a cell's name, to run a few")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    args = plan_memory.arguments(__doc__)
     from transformers import AutoConfig
 
     models = {Path(args.model).name: args.model}

@@ -98,8 +98,17 @@ def test_what_quantising_costs_is_measured_apart_from_forgetting(tiny, tmp_path)
 def test_hybrid_beside_lora_with_one_choice_of_precisions_for_all_its_runs(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "_in_process", lambda name, function, *arguments: function(*arguments))
-    chosen = options(tiny, tmp_path, methods=["lora", "hybrid"], bits=5, lr_grid=[1e-2], dtype="float32")
+    sizes, answer = [], worker.predict
+
+    def watched(*arguments, batch_size, **more):
+        sizes.append(batch_size)
+        return answer(*arguments, batch_size=batch_size, **more)
+
+    monkeypatch.setattr(worker, "predict", watched)
+    few = {"search_rows": 9, "eval_batch_size": 5}
+    chosen = options(tiny, tmp_path, methods=["lora", "hybrid"], bits=5, lr_grid=[1e-2], dtype="float32", **few)
     report = module.compare(chosen)
+    assert (report.data["rows"]["search"], set(sizes)) == (9, {5})
     _, lora, hybrid = report.ways
     assert hybrid.base_weight_bytes < lora.base_weight_bytes
     assert len(hybrid.base_precision) > 2

@@ -8,7 +8,8 @@ import pytest
 from tests.conftest import chat, write_jsonl
 from tests.export.models import bytes_tokenizer, write_family
 from twinlora.config import TrainOptions
-from twinlora.model.load import load_model, quantizable, resolve
+from twinlora.model.load import load_model, resolve
+from twinlora.model.quantizer import quantizable
 from twinlora.train.loop import train
 
 

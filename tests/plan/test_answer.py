@@ -18,11 +18,11 @@ GIB = 2**30
 
 @pytest.fixture
 def simulated(monkeypatch):
-    ways._kept.cache_clear()
+    ways._done.clear()
     monkeypatch.setattr(ways, "simulate", fake.simulate)
     monkeypatch.setattr(answer, "overhead", lambda: Overhead(300 << 20, 1 << 20))
     yield
-    ways._kept.cache_clear()
+    ways._done.clear()
 
 
 def plan(**options):

@@ -1,8 +1,11 @@
 """What is said about a choice names its reason, in two sentences, and the other ways to it."""
 
+import shlex
+
 import pytest
 
 from tests.plan.rows import GIB, ways
+from twinlora.cli.main import parse_options
 from twinlora.config import PlanOptions
 from twinlora.plan.advise import changes, choose, rows_for
 from twinlora.plan.claims import checked
@@ -72,14 +75,22 @@ def test_gb_where_gib_may_be_meant(given, noted):
     assert (memory_note(given, 24 * 10**9) is not None) == noted
 
 
-def test_the_command_of_a_mix_gives_its_bits():
+def test_the_command_of_a_mix_gives_its_bits_and_every_option_of_the_plan():
     choice, _, _ = told(11)
-    options = PlanOptions(model="x", rank=8, target=["q_proj", "v_proj"], data=["a b.jsonl"])
-    line = command(choice.row, options, "org/model")
+    given = {
+        "rank": 8, "target": ["q_proj", "v_proj"], "data": ["a b.jsonl"], "eval": ["test.jsonl"], "layers": "0-3",
+        "rslora": True, "double_quant": False, "alpha": 8.0, "columns": ["prompt=q"], "seed": 3, "dtype": "float32",
+        "device": "cpu",
+    }  # fmt: skip
+    line = command(choice.row, PlanOptions(model="x", goal="accuracy", memory="11GB", **given), "org/model")
     assert f"--method hybrid --bits {choice.row.bits:.2f}" in line
-    assert "--rank 8" in line
-    assert "--target q_proj v_proj" in line
     assert "'a b.jsonl'" in line
+    program, verb, *arguments = shlex.split(line)
+    assert (program, verb) == ("twinlora", "train")
+    understood = parse_options(verb, arguments)
+    assert {name: getattr(understood, name) for name in given} == given
+    assert understood.memory is None
+    assert "--device" not in command(choice.row, PlanOptions(model="x", device="RTX 4090"), "org/model")
 
 
 def test_claims_are_checked_against_the_rows():

@@ -143,14 +143,14 @@ def test_a_measured_type_is_kept_on_resume(tiny, data_file, tmp_path, monkeypatc
     """`--dtype auto` measures: a resumed run takes what the first one found."""
     import torch
 
-    from twinlora.train import loop
+    from twinlora.train import choices
 
     arguments = {"checkpoint_every": 2, "dtype": "auto"}
-    monkeypatch.setattr(loop, "pick_dtype", lambda *_: (torch.bfloat16, None))
+    monkeypatch.setattr(choices, "pick_dtype", lambda *_: (torch.bfloat16, None))
     train(options(tiny, data_file, tmp_path / "r", **arguments))
     reference = weights(tmp_path / "r")
     shutil.rmtree(tmp_path / "r" / "checkpoints" / "step-000006")
-    monkeypatch.setattr(loop, "pick_dtype", lambda *_: (torch.float32, "float32: slow today"))
+    monkeypatch.setattr(choices, "pick_dtype", lambda *_: (torch.float32, "float32: slow today"))
     train(options(tiny, data_file, tmp_path / "r", resume=True, **arguments))
     assert same(weights(tmp_path / "r"), reference)
 

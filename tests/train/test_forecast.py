@@ -7,7 +7,8 @@ import pytest
 from tests.train.test_loop import options
 from twinlora import machine
 from twinlora.errors import ConfigError, OutOfMemory
-from twinlora.plan import predict, score
+from twinlora.plan import answer, predict, score
+from twinlora.plan.overhead import Overhead
 from twinlora.train import rehearsal
 from twinlora.train.loop import train
 
@@ -16,6 +17,14 @@ from twinlora.train.loop import train
 def history(tmp_path, monkeypatch):
     monkeypatch.setenv("TWINLORA_HISTORY", str(tmp_path / "history.jsonl"))
     return tmp_path / "history.jsonl"
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """What is measured goes to a directory of the test; what a process takes is measured elsewhere."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for module in (predict, answer):
+        monkeypatch.setattr(module, "overhead", lambda: Overhead(300 << 20, 1 << 20))
 
 
 def document(path):
@@ -107,3 +116,18 @@ def test_the_cause_is_what_exceeds_its_prediction(weights, trained, free, said, 
     causes |= {"activations": 500, "loss head": 100, "workspace": 0, "runtime": 300}
     prediction = predict.Prediction(sum(causes.values()), causes, None, None)
     assert said in predict.blame(prediction, weights=weights, trained=trained, device=torch.device("cpu"))
+
+
+def test_a_hybrid_run_is_predicted_in_its_own_formats(tiny, data_file, tmp_path, history, own_cache):
+    record = train(options(tiny, data_file, tmp_path / "r", method="hybrid", bits=6, max_steps=1)).record
+    causes = record["predicted"]["by_cause"]
+    stored = causes["weights"] + causes["quantisation constants"]
+    assert stored == pytest.approx(record["base_weight_bytes"], rel=1e-3)
+
+
+def test_the_budget_of_a_hybrid_base_stays_as_it_is(tiny, data_file, tmp_path, own_cache):
+    given = {"method": "hybrid", "memory": "110KB", "plan": "auto", "max_steps": 1}
+    record = train(options(tiny, data_file, tmp_path / "r", **given)).record
+    assert record["base_weight_bytes"] <= 110_000
+    chosen = document(tmp_path / "r")["options"]
+    assert (chosen["memory"], chosen["bits"]) == ("110KB", None)

@@ -14,7 +14,8 @@ from twinlora.evaluate.evaluate import evaluate
 from twinlora.model.linear import QuantLinear, bits_per_weight
 from twinlora.model.load import load_model, resolve, weight_bytes
 from twinlora.numerics.formats import DENSE, NF3Format, NF4Format
-from twinlora.train import loop
+from twinlora.train import choices, loop
+from twinlora.train.hybrid import choose_precision
 from twinlora.train.loop import train
 
 BUDGETS = [3.2, 3.5, 4.0, 4.5, 5.5, 8.0, 12.0, 16.0]
@@ -37,7 +38,7 @@ def chosen(tiny, data, tmp_path, **changes):
 
     o = hybrid(tiny, data, tmp_path / "none", **changes)
     kept = Kept(Notes())
-    found = loop.choose_precision(o, read_inputs(o, kept), torch.bfloat16, torch.device("cpu"), kept)
+    found = choose_precision(o, read_inputs(o, kept), torch.bfloat16, torch.device("cpu"), kept)
     return found, kept.lines
 
 
@@ -110,7 +111,7 @@ def test_resume_is_bit_identical(tiny, data_file, tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("chosen again")
 
-    monkeypatch.setattr(loop, "choose_precision", refuse)
+    monkeypatch.setattr(choices, "choose_precision", refuse)
     notes = Notes()
     train(hybrid(tiny, data_file, tmp_path / "cut", resume=True, **arguments), notes)
     assert any("continuing after step 8 of 18" in line for line in notes.lines)

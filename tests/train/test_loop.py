@@ -1,20 +1,18 @@
 import json
-import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.conftest import chat, write_jsonl
+from tests.processes import Program
 from twinlora.adapters import files, passport
 from twinlora.config import OptimizerOptions, TrainOptions
-from twinlora.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
+from twinlora.errors import CheckpointError, ConfigError, DataError, ModelError, TrainingDiverged
 from twinlora.reporter import Reporter
 from twinlora.train.loop import train
 from twinlora.train.optim import learning_rate
@@ -162,60 +160,48 @@ def test_resume_is_bit_identical(tiny, data_file, tmp_path):
     assert curves[0] == curves[1]
 
 
-def _command(tiny, data, output, *extra):
-    arguments = ["--model", str(tiny), "--data", str(data), "--method", "lora", "--output", str(output), "--rank", "4"]
+def _start(tiny, data, run, *extra):
+    arguments = ["--model", str(tiny), "--data", str(data), "--method", "lora", "--output", str(run), "--rank", "4"]
     arguments += ["--batch-size", "2", "--epochs", "8", "--checkpoint-every", "7", "--dropout", "0.1"]
-    return [sys.executable, "-m", "twinlora.cli.main", "train", *arguments, *extra]
+    return Program(["train", *arguments, *extra], run.with_suffix(".log"))
 
 
-def _environment():
-    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
-
-
-def _start(command):
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
-
-
-def _wait_for_metrics(run, process, lines):
-    while process.poll() is None:
+def _wait_for_metrics(run, program, lines):
+    while program.running:
         if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= lines:
             return
         time.sleep(0.005)
 
 
 def test_sigkill_at_random_moments_then_resume_ends_bit_identical(tiny, data_file, tmp_path):
-    done = subprocess.run(
-        _command(tiny, data_file, tmp_path / "whole"), env=_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    status, said = _start(tiny, data_file, tmp_path / "whole").end()
+    assert status == 0, said
     moment, run = random.Random(0), tmp_path / "killed"
     for attempt in range(3):
-        process = _start(_command(tiny, data_file, run, *(["--resume"] if attempt else [])))
+        program = _start(tiny, data_file, run, *(["--resume"] if attempt else []))
         before = len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0
-        _wait_for_metrics(run, process, max(1, before) + moment.randrange(1, 30))
+        _wait_for_metrics(run, program, max(1, before) + moment.randrange(1, 30))
         time.sleep(moment.random() * 0.05)
-        process.kill()
-        process.communicate()
-    done = subprocess.run(
-        _command(tiny, data_file, run, "--resume"), env=_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "continuing after step" in done.stderr
+        program.signal(signal.SIGKILL)
+        program.end()
+    status, said = _start(tiny, data_file, run, "--resume").end()
+    assert status == 0, said
+    assert "continuing after step" in said
     assert same(weights(tmp_path / "whole"), weights(run))
     assert [line["loss"] for line in metrics(tmp_path / "whole")] == [line["loss"] for line in metrics(run)]
     assert not list(run.glob(".*adapter*"))
     assert not list((run / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_and_exit(tiny, data_file, tmp_path, number, status):
+@pytest.mark.parametrize("number, expected", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_exit(tiny, data_file, tmp_path, number, expected):
     run = tmp_path / "r"
-    process = _start(_command(tiny, data_file, run))
-    _wait_for_metrics(run, process, 3)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == status, stderr
-    assert "continue with the same command and --resume" in stderr
+    program = _start(tiny, data_file, run)
+    _wait_for_metrics(run, program, 3)
+    program.signal(number)
+    status, said = program.end()
+    assert status == expected, said
+    assert "continue with the same command and --resume" in said
     step = metrics(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{step:06d}" / "manifest.json").is_file()
 
@@ -275,12 +261,12 @@ def test_an_earlier_run_is_not_touched_unless_asked(tiny, data_file, tmp_path):
 
 def test_two_runs_in_one_directory(tiny, data_file, tmp_path):
     run = tmp_path / "r"
-    process = _start(_command(tiny, data_file, run))
-    _wait_for_metrics(run, process, 2)
+    program = _start(tiny, data_file, run)
+    _wait_for_metrics(run, program, 2)
     with pytest.raises(ConfigError, match="another process is writing"):
         train(options(tiny, data_file, run, overwrite=True))
-    process.kill()
-    process.communicate()
+    program.signal(signal.SIGKILL)
+    program.end()
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(tiny, data_file, tmp_path):
@@ -309,3 +295,21 @@ def test_schedules():
     assert {learning_rate(s, 8, constant) for s in range(8)} == {1.0}
     cosine = OptimizerOptions(lr=1.0, warmup_steps=0, scheduler="cosine")
     assert learning_rate(4, 8, cosine) == pytest.approx(0.5)
+
+
+def test_a_models_own_code_runs_only_where_it_is_trusted(tiny, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = tmp_path / "own"
+    shutil.copytree(tiny, model)
+    (model / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class Config(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        train(options(model, data_file, tmp_path / "no", max_steps=1))
+    found = train(options(model, data_file, tmp_path / "yes", max_steps=1, trust_remote_code=True))
+    assert type(found.model).__module__.startswith("transformers_modules")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from twinlora.adapters.lora import LoraLinear, lora_layers
 from twinlora.adapters.merge import folded
 from twinlora.model.linear import is_linear
-from twinlora.model.load import quantizable
+from twinlora.model.quantizer import quantizable
 from twinlora.numerics import ggml, ops
 from twinlora.numerics.formats import Format, parse
 

@@ -30,7 +30,7 @@ class _Lora(torch.autograd.Function):
 
     One product for all A, and one for all of their gradients. A and B are rounded to x's type once a call; the base is
     multiplied again, not stored, for the input gradient. Where a product can be added to what is there at no cost, the
-    adapter rides in the base's products (`_ride`, and the input gradient below).
+    adapter rides in the base's products (`_ride`, `_input_gradient`).
     """
 
     @staticmethod
@@ -55,51 +55,44 @@ class _Lora(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, h, a, *bs = ctx.saved_tensors
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grads]
-        wanted = ctx.needs_input_grad[0]
-        dh, dbs, dx = (_ride_back if ops.adds_products(z.device) else _back)(
-            ctx.layers, dys, h, a, bs, ctx.same, wanted
-        )
+        dh, dbs = _adapter_gradients(ctx.layers, dys, h, bs)
+        dx = _input_gradient(ctx.layers, dys, (dh, a) if ctx.same else None) if ctx.needs_input_grad[0] else None
         das = (dh.T @ z.reshape(-1, z.shape[-1])).float().split([b.shape[1] for b in bs])
         dz = (dh @ a).view(ctx.x_shape) if not ctx.same and ctx.needs_input_grad[1] else None
         return None if dx is None else dx.view(ctx.x_shape), dz, None, *das, *dbs
 
 
-_Gradients = tuple[Tensor, list[Tensor], Tensor | None]  # of h [T, R], of each B, of x [T, in] if wanted
-
-
-def _back(
-    layers: Sequence[LoraLinear], dys: list[Tensor], h: Tensor, a: Tensor, bs: list[Tensor], same: bool, wanted: bool
-) -> _Gradients:
-    ranks = [b.shape[1] for b in bs]
+def _adapter_gradients(
+    layers: Sequence[LoraLinear], dys: list[Tensor], h: Tensor, bs: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of h [T, R], in its type, and of each B, float32."""
+    rides, ranks = ops.adds_products(h.device), [b.shape[1] for b in bs]
     dh, dbs = torch.empty_like(h), []
     for layer, dy, b, part, dpart in zip(layers, dys, bs, h.split(ranks, 1), dh.split(ranks, 1), strict=True):
-        dpart.copy_(torch.mul(dy @ b, layer.scale))
-        dbs.append((dy.T @ part).float().mul_(layer.scale))
-    if not wanted:
-        return dh, dbs, None
-    dx = layers[0].base.multiply_transposed(dys[0])
-    for layer, dy in zip(layers[1:], dys[1:], strict=True):
-        dx += layer.base.multiply_transposed(dy)
-    if same:
-        dx.addmm_(dh, a)
-    return dh, dbs, dx
+        if rides:
+            dpart.addmm_(dy, b, beta=0, alpha=layer.scale)
+            dbs.append(torch.empty_like(b).addmm_(dy.T, part, beta=0, alpha=layer.scale).float())
+        else:
+            dpart.copy_(torch.mul(dy @ b, layer.scale))
+            dbs.append((dy.T @ part).float().mul_(layer.scale))
+    return dh, dbs
 
 
-def _ride_back(
-    layers: Sequence[LoraLinear], dys: list[Tensor], h: Tensor, a: Tensor, bs: list[Tensor], same: bool, wanted: bool
-) -> _Gradients:
-    """`_back`, where scaling and adding cost nothing inside a product."""
-    ranks = [b.shape[1] for b in bs]
-    dh, dbs = torch.empty_like(h), []
-    for layer, dy, b, part, dpart in zip(layers, dys, bs, h.split(ranks, 1), dh.split(ranks, 1), strict=True):
-        dpart.addmm_(dy, b, beta=0, alpha=layer.scale)
-        dbs.append(torch.empty_like(b).addmm_(dy.T, part, beta=0, alpha=layer.scale).float())
-    if not wanted:
-        return dh, dbs, None
-    dx = dh @ a if same else layers[0].base.multiply_transposed(dys[0])
-    for layer, dy in list(zip(layers, dys, strict=True))[0 if same else 1 :]:
-        layer.base.multiply_transposed_add_(dx, dy)
-    return dh, dbs, dx
+def _input_gradient(layers: Sequence[LoraLinear], dys: list[Tensor], through_a: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The gradient of x [T, in]; `through_a` is dh and A where A multiplies x itself."""
+    bases, rides = [layer.base for layer in layers], ops.adds_products(dys[0].device)
+    if rides and through_a is not None:
+        dx = torch.mm(*through_a)
+        for base, dy in zip(bases, dys, strict=True):
+            base.multiply_transposed_add_(dx, dy)
+        return dx
+    dx = bases[0].multiply_transposed(dys[0])
+    for base, dy in zip(bases[1:], dys[1:], strict=True):
+        if rides:
+            base.multiply_transposed_add_(dx, dy)
+        else:
+            dx += base.multiply_transposed(dy)
+    return dx if through_a is None else dx.addmm_(*through_a)
 
 
 def _ride(

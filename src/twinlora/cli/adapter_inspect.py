@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from twinlora.cli.console import figures_table, out, print_json
+from twinlora.cli.console import carry_out, figures_table, out
 from twinlora.config import AdapterInspectOptions, ModelOptions
-from twinlora.reporter import ConsoleReporter
+from twinlora.reporter import Reporter
 
 if TYPE_CHECKING:
     from twinlora.adapters.inspect import Inspection, Layer
@@ -20,16 +20,25 @@ if TYPE_CHECKING:
 
 def run(options: AdapterInspectOptions) -> None:
     """Print what the adapter is and, with a model, what it does to it."""
+    carry_out(options, _inspect, _show, _document)
+
+
+def _inspect(options: AdapterInspectOptions, reporter: Reporter) -> tuple[Inspection, float | None]:
     from twinlora.adapters.inspect import inspect
     from twinlora.adapters.read import read_adapter
 
     adapter = read_adapter(options.directory)
-    found = inspect(adapter)
-    kl = None if options.model is None else _effect(adapter, options.model)
-    if options.json_output:
-        document = dataclasses.asdict(found) | {"mean_kl": kl}
-        print_json(document | {"passport": found.passport.model_dump(mode="json") if found.passport else None})
-        return
+    return inspect(adapter), None if options.model is None else _effect(adapter, options.model, reporter)
+
+
+def _document(inspected: tuple[Inspection, float | None]) -> dict[str, Any]:
+    found, kl = inspected
+    passport = found.passport.model_dump(mode="json") if found.passport else None
+    return dataclasses.asdict(found) | {"mean_kl": kl, "passport": passport}
+
+
+def _show(inspected: tuple[Inspection, float | None]) -> None:
+    found, kl = inspected
     for title, text in _facts(found, kl):
         out.print(Text.assemble((f"{title:<9} ", "dim"), text))
     out.print()
@@ -43,7 +52,7 @@ def run(options: AdapterInspectOptions) -> None:
         out.print(Text.assemble((f"{loader.name:<{width}}  ", "dim"), sign, detail))
 
 
-def _effect(adapter: AdapterFile, name: str) -> float:
+def _effect(adapter: AdapterFile, name: str, reporter: Reporter) -> float:
     """Mean KL on the model `name`, in the precision that the adapter was trained on. Raises if it does not fit."""
     from twinlora.adapters import files, passport
     from twinlora.evaluate.effect import mean_kl
@@ -51,7 +60,6 @@ def _effect(adapter: AdapterFile, name: str) -> float:
     from twinlora.model.fingerprint import fingerprint
     from twinlora.model.load import precision_by_layer, resolve
 
-    reporter = ConsoleReporter()
     origin = passport.read(adapter.directory)
     opened = open_model(ModelOptions(model=name), {}, precision="auto", reporter=reporter, origin=origin)
     identity, stored = fingerprint(resolve(name)), precision_by_layer(opened.model)

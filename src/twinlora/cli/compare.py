@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from twinlora.cli.console import as_typed, out, print_json, print_table
+from twinlora.cli.console import as_typed, carry_out, figures_table, out, print_table
 from twinlora.config import CompareOptions
 from twinlora.evaluate.report import BASE, MethodResult, Report, Score
-from twinlora.reporter import ConsoleReporter
 
 
 def run(options: CompareOptions) -> None:
     """Compare, then print the table and the verdict."""
     from twinlora.evaluate.compare import compare
 
-    reporter = ConsoleReporter()
-    try:
-        report = compare(options, reporter)
-    finally:
-        reporter.close()
-    if options.json_output:
-        print_json(report.model_dump(mode="json"))
-        return
+    carry_out(options, compare, lambda report: _show(report, options), lambda report: report.model_dump(mode="json"))
+
+
+def _show(report: Report, options: CompareOptions) -> None:
     show(report)
     out.print(f"report: {options.output / 'report.html'}", markup=False)
     for command in report.next_commands:
@@ -30,14 +25,10 @@ def run(options: CompareOptions) -> None:
 
 def show(report: Report) -> None:
     """The figures of a report as a table with a column for each way, and its verdict."""
-    from rich.table import Table
-
     from twinlora.evaluate.scores import title_of
     from twinlora.evaluate.verdict import peak_bytes
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("", *(way.method for way in report.ways)):
-        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    table = figures_table("", *(way.method for way in report.ways), gap=2)
 
     def row(title: str, cell: Callable[[MethodResult], str]) -> None:
         table.add_row(title, *(cell(way) for way in report.ways))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from twinlora.reporter import ConsoleReporter
 __all__ = ["as_typed", "carry_out", "err", "figures_table", "out", "print_json", "print_table"]
 
 Given = TypeVar("Given", bound=Options)
+Found = TypeVar("Found")
 _WIDEST = 200  # columns of a table, also where stdout is no terminal and rich would cut it at 80
 
 out = Console(highlight=False, soft_wrap=True)
@@ -43,24 +44,27 @@ def print_table(table: Table) -> None:
     Console(width=_WIDEST, highlight=False).print(table)
 
 
-def figures_table(*titles: str) -> Table:
-    """An empty table without lines; all columns but the first hold figures."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 3, 0, 0))
+def figures_table(*titles: str, words: Collection[str] = (), gap: int = 3) -> Table:
+    """An empty table without lines; all columns but the first and those named in `words` hold figures."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
     for number, title in enumerate(titles):
-        table.add_column(title, justify="right" if number else "left", no_wrap=True)
+        table.add_column(title, justify="right" if number and title not in words else "left", no_wrap=True)
     return table
 
 
 def carry_out(
-    options: Given, work: Callable[[Given, ConsoleReporter], dict[str, Any]], show: Callable[[dict[str, Any]], None]
+    options: Given,
+    work: Callable[[Given, ConsoleReporter], Found],
+    show: Callable[[Found], None],
+    document: Callable[[Found], Any] = lambda found: found,
 ) -> None:
-    """Do the `work` of a verb with progress on stderr, then print its record as JSON or `show` it."""
+    """Do the `work` of a verb with progress on stderr, then print its `document` as JSON or `show` what was found."""
     reporter = ConsoleReporter()
     try:
-        record = work(options, reporter)
+        found = work(options, reporter)
     finally:
         reporter.close()
     if options.json_output:
-        print_json(record)
+        print_json(document(found))
     else:
-        show(record)
+        show(found)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from twinlora.cli.console import out, print_json
+from twinlora.cli.console import carry_out, out
 from twinlora.config import DataCheckOptions
-from twinlora.reporter import ConsoleReporter
+from twinlora.reporter import Reporter
 
 if TYPE_CHECKING:
     from twinlora.data.check import Bin, Check, Sample
@@ -24,7 +24,10 @@ _SAMPLE = 600  # characters of a piece of a sample
 
 def run(options: DataCheckOptions) -> None:
     """Read and encode the rows, then show the figures."""
-    reporter = ConsoleReporter()
+    carry_out(options, _check, _show, asdict)
+
+
+def _check(options: DataCheckOptions, reporter: Reporter) -> Check:
     from twinlora.data import sources
     from twinlora.data.check import check
     from twinlora.model.load import load_tokenizer, resolve
@@ -33,11 +36,7 @@ def run(options: DataCheckOptions) -> None:
     data = sources.read(options.data, columns=options.columns, note=reporter.note)
     held_out = sources.read(options.eval, columns=options.columns, note=reporter.note)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
-    found = check(tokenizer, data, held_out, max_length=options.max_length, samples=options.samples)
-    if options.json_output:
-        print_json(asdict(found))
-    else:
-        _show(found)
+    return check(tokenizer, data, held_out, max_length=options.max_length, samples=options.samples)
 
 
 def _show(found: Check) -> None:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from twinlora.cli.compare import show
-from twinlora.cli.console import as_typed, out, print_json
+from twinlora.cli import compare
+from twinlora.cli.console import as_typed, carry_out, out
 from twinlora.config import DemoOptions
-from twinlora.reporter import ConsoleReporter
+
+if TYPE_CHECKING:
+    from twinlora.demo.story import Story
 
 
 def run(options: DemoOptions) -> None:
     """Tell the story, then show what it found and what to try next."""
     from twinlora.demo.story import tell
 
-    reporter = ConsoleReporter()
-    try:
-        story = tell(options, reporter)
-    finally:
-        reporter.close()
-    if options.json_output:
-        print_json(asdict(story) | {"report": story.report.model_dump(mode="json")})
-        return
+    carry_out(options, tell, lambda story: show(story, options), _document)
+
+
+def _document(story: Story) -> dict[str, Any]:
+    return asdict(story) | {"report": story.report.model_dump(mode="json")}
+
+
+def show(story: Story, options: DemoOptions) -> None:
+    """The comparison, each adapter's answers, and what to try next."""
     out.print()
-    show(story.report)
+    compare.show(story.report)
     out.print(
         f"\nOne base in memory, {len(story.adapters)} adapters; a switch took {1e3 * story.switch_seconds:.2f} ms:"
     )

@@ -4,37 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from twinlora.cli.console import out, print_json, print_table
+from twinlora.cli.console import carry_out, figures_table, out, print_table
 from twinlora.config import EvalOptions
-from twinlora.reporter import ConsoleReporter
 
 
 def run(options: EvalOptions) -> None:
     """Measure, then print the figures."""
     from twinlora.evaluate.evaluate import evaluate
 
-    reporter = ConsoleReporter()
-    try:
-        result = evaluate(options, reporter)
-    finally:
-        reporter.close()
-    if options.json_output:
-        print_json(result)
-        return
-    show(result)
-    if options.output:
-        out.print(f"rows: {options.output}", markup=False)
+    carry_out(options, evaluate, lambda result: show(result, options))
 
 
-def show(result: dict[str, Any]) -> None:
+def show(result: dict[str, Any], options: EvalOptions) -> None:
     """A line a figure: its value and its 95 % interval; the fields of JSON below their mean."""
-    from rich.table import Table
-
     from twinlora.evaluate.scores import METRICS, title_of
 
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in (f"{result['rows']} rows", "", "95 % interval"):
-        table.add_column(title, justify="right" if not title else "left", no_wrap=True)
+    table = figures_table(f"{result['rows']} rows", "", "95 % interval", words=["95 % interval"])
     for name, digits in (("loss", 4), ("perplexity", 2)):
         if name in result:
             low, high = (f"{end:.{digits}f}" for end in result[f"{name}_interval"])
@@ -47,3 +32,5 @@ def show(result: dict[str, Any]) -> None:
             for field, share in figure.get("fields", {}).items():
                 table.add_row(f"  {field}", f"{share:.1%}")
     print_table(table)
+    if options.output:
+        out.print(f"rows: {options.output}", markup=False)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from twinlora.cli.console import as_typed, out, print_json, print_table
+from twinlora.cli.console import as_typed, carry_out, figures_table, out, print_json, print_table
 from twinlora.config import PlanOptions
-from twinlora.reporter import ConsoleReporter
+from twinlora.reporter import ConsoleReporter, Reporter
 
 if TYPE_CHECKING:
     from twinlora.plan.answer import Plan
@@ -24,24 +25,25 @@ _LABEL = 9  # columns
 
 def run(options: PlanOptions) -> None:
     """Calibrate, show the score, or plan: whatever was asked, in this order."""
-    reporter = ConsoleReporter()
-    try:
-        if options.calibrate:
-            _calibrate(options, reporter)
-        if options.score:
-            _score(options, reporter)
-        if options.model:
-            _plan(options, reporter)
-    finally:
-        reporter.close()
+    if options.calibrate:
+        _calibrate(options)
+    if options.score:
+        carry_out(options, _past_runs, _show_score, _score_document)
+    if options.model:
+        from twinlora.plan.answer import plan
+
+        carry_out(options, plan, _show_plan, lambda found: found.document())
 
 
-def _calibrate(options: PlanOptions, reporter: ConsoleReporter) -> None:
+def _calibrate(options: PlanOptions) -> None:
     from twinlora.model.load import pick_device
     from twinlora.plan import calibrate
 
-    device = pick_device("auto")
-    rates = calibrate.calibrate(device, reporter)
+    device, reporter = pick_device("auto"), ConsoleReporter()
+    try:
+        rates = calibrate.calibrate(device, reporter)
+    finally:
+        reporter.close()
     name = calibrate.hardware(device)
     if options.json_output and not options.model:
         curves = {curve: found.points for curve, found in rates.curves.items()}
@@ -54,19 +56,30 @@ def _calibrate(options: PlanOptions, reporter: ConsoleReporter) -> None:
         reporter.note(f"  {curve:<22} {best / 1e9:8,.0f} {unit}")
 
 
-def _score(options: PlanOptions, reporter: ConsoleReporter) -> None:
+def _past_runs(options: PlanOptions, reporter: Reporter) -> list[Past]:
     from twinlora.plan import score
 
-    runs = score.read(reporter.note)
-    found = score.summary(runs)
-    if options.json_output:
-        print_json({"history": str(score.history_file()), "score": found, "runs": [run.model_dump() for run in runs]})
-        return
+    return score.read(reporter.note)
+
+
+def _score_document(runs: list[Past]) -> dict[str, Any]:
+    from twinlora.plan import score
+
+    return {
+        "history": str(score.history_file()),
+        "score": score.summary(runs),
+        "runs": [run.model_dump() for run in runs],
+    }
+
+
+def _show_score(runs: list[Past]) -> None:
+    from twinlora.plan import score
+
     if not runs:
         out.print(f"no runs yet in {score.history_file()}: each `twinlora train` adds one", markup=False)
         return
     print_table(_history(runs))
-    for name, of in found.items():
+    for name, of in score.summary(runs).items():
         out.print(f"\n{name}: {of['runs']} run(s), median error", markup=False)
         time, corrected = (_percent(of[key]) for key in ("time", "time_corrected"))
         out.print(f"  peak {_percent(of['peak'])}; time {time}, corrected by the other runs {corrected}")
@@ -77,9 +90,8 @@ def _percent(share: float | None) -> str:
 
 
 def _history(runs: list[Past]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for title in ("run", "model", "method", "peak GiB", "measured", "off", "s/step", "measured", "off"):
-        table.add_column(title, justify="left" if title in ("run", "model", "method") else "right", no_wrap=True)
+    titles = ("run", "model", "method", "peak GiB", "measured", "off", "s/step", "measured", "off")
+    table = figures_table(*titles, words=("model", "method"), gap=2)
     for run in runs[-30:]:
         predicted, time = run.predicted_step_seconds, run.time_ratio
         table.add_row(
@@ -96,14 +108,7 @@ def _history(runs: list[Past]) -> Table:
     return table
 
 
-def _plan(options: PlanOptions, reporter: ConsoleReporter) -> None:
-    from twinlora.plan.answer import plan
-
-    found = plan(options, reporter)
-    reporter.close()
-    if options.json_output:
-        print_json(found.document())
-        return
+def _show_plan(found: Plan) -> None:
     out.print(show(found, out.width))
     if found.command:
         out.print()
@@ -139,11 +144,16 @@ def show(plan: Plan, width: int) -> Group:
 
 def _lines(label: str, lines: list[str]) -> Table:
     """Lines beside a label, wrapped under each other."""
+    return _labelled([("" if number else label, line) for number, line in enumerate(lines)])
+
+
+def _labelled(lines: Iterable[tuple[str, str]]) -> Table:
+    """Each line beside its label."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(style="dim", width=_LABEL + 1, no_wrap=True)
     table.add_column(overflow="fold")
-    for number, line in enumerate(lines):
-        table.add_row("" if number else label, Text(line))
+    for label, line in lines:
+        table.add_row(label, Text(line))
     return table
 
 
@@ -167,25 +177,18 @@ def _head(plan: Plan) -> Table:
         "data": data,
         "goal": plan.options.goal,
     }
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(style="dim", width=_LABEL + 1, no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, line in lines.items():
-        table.add_row(label, Text(line))
-    return table
+    return _labelled(lines.items())
 
 
-def _grid(width: int) -> Table:
-    """A table without lines; its columns stand close on a narrow terminal."""
-    return Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1 if width < 100 else 3, 0, 0))
+def _gap(width: int) -> int:
+    """Blanks between columns: few on a narrow terminal."""
+    return 1 if width < 100 else 3
 
 
 def _ways(plan: Plan, width: int) -> Table:
     """A row for each way."""
-    table = _grid(width)
-    for title in ("way", "in memory?", "peak", "micro×n", "ckpt", "tokens/s", "time", "disk", "quality"):
-        left = title in ("way", "in memory?", "ckpt")
-        table.add_column(title, justify="left" if left else "right", no_wrap=True)
+    titles = ("way", "in memory?", "peak", "micro×n", "ckpt", "tokens/s", "time", "disk", "quality")
+    table = figures_table(*titles, words=("in memory?", "ckpt"), gap=_gap(width))
     for row in plan.rows:
         setting, chosen = row.setting, row is plan.choice.row and plan.choice.method is not None
         speed = row.tokens_per_second
@@ -230,10 +233,8 @@ def _quality(row: Row) -> str:
 
 def _causes(plan: Plan, width: int) -> Table:
     """The peaks by cause, in GiB."""
-    table = _grid(width)
-    table.add_column("peak by cause, GiB", no_wrap=True, style="dim")
-    for row in plan.rows:
-        table.add_column(_name(row), justify="right", no_wrap=True)
+    table = figures_table("peak by cause, GiB", *map(_name, plan.rows), gap=_gap(width))
+    table.columns[0].style = "dim"
     causes = dict.fromkeys(cause for row in plan.rows for cause in row.by_cause)
     for cause in causes:
         table.add_row(cause, *(_gib(row.by_cause.get(cause, 0)) for row in plan.rows))

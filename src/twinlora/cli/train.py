@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from twinlora.cli.console import as_typed, out, print_json
+from typing import Any
+
+from twinlora.cli.console import as_typed, carry_out, out
 from twinlora.config import TrainOptions
-from twinlora.reporter import ConsoleReporter
+from twinlora.reporter import Reporter
 
 
 def run(options: TrainOptions) -> None:
     """Fine-tune, then print the run's record."""
+    carry_out(options, _train, lambda record: show(record, options))
+
+
+def _train(options: TrainOptions, reporter: Reporter) -> dict[str, Any]:
     from twinlora.train.loop import train
 
-    reporter = ConsoleReporter()
-    try:
-        record = train(options, reporter).record
-    finally:
-        reporter.close()
-    if options.json_output:
-        print_json(record)
-        return
+    return train(options, reporter).record
+
+
+def show(record: dict[str, Any], options: TrainOptions) -> None:
+    """Where the run ended, and how to talk to what it left."""
     where = record.get("adapter") or record.get("model")
     loss = "" if record["eval_loss"] is None else f", held-out loss {record['eval_loss']:.4f}"
     out.print(

@@ -15,7 +15,8 @@ from twinlora.config import ModelOptions
 from twinlora.model import bnb4, swap
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import load_model, load_tokenizer, pick_device, pick_dtype, precision_by_layer, resolve
-from twinlora.numerics.formats import Format, NF4Format
+from twinlora.model.quantizer import nf4_of
+from twinlora.numerics.formats import Format
 from twinlora.reporter import Reporter
 
 __all__ = ["Opened", "open_model"]
@@ -85,5 +86,5 @@ def _quantize(
         return origin.layer_precision
     quantised = origin is not None and any(key.startswith("nf4") for key in origin.base_precision)
     if precision == "nf4" or (precision == "auto" and quantised):
-        return NF4Format(options.block_size, 256 if options.double_quant else 0)
+        return nf4_of(options)
     return None

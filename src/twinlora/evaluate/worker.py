@@ -30,8 +30,9 @@ from twinlora.model.load import (
     resolve,
     weight_bytes,
 )
+from twinlora.model.quantizer import nf4_of
 from twinlora.numerics import ops
-from twinlora.numerics.formats import Format, NF4Format
+from twinlora.numerics.formats import Format
 from twinlora.reporter import ConsoleReporter
 from twinlora.train.hybrid import choose_precision
 from twinlora.train.inputs import read_inputs
@@ -107,7 +108,7 @@ def measure_quantised(options: CompareOptions, method: str) -> General:
     """General text on the base of `method` without an adapter: what quantising costs must not count as forgetting."""
     if method == "hybrid":
         return _general(options, _untrained(options, json.loads(_layers_file(options).read_text(encoding="utf-8"))))
-    return _general(options, _untrained(options, NF4Format(options.block_size, 256 if options.double_quant else 0)))
+    return _general(options, _untrained(options, nf4_of(options)))
 
 
 def _untrained(options: CompareOptions, quantize: Format | dict[str, str] | None) -> TrainResult:

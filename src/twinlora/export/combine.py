@@ -9,8 +9,9 @@ from twinlora.adapters import combine as factors
 from twinlora.adapters import files, passport
 from twinlora.adapters.read import AdapterFile
 from twinlora.config import AdapterCombineOptions, AdapterCompressOptions, EvalOptions, RankOptions
-from twinlora.errors import AdapterError, ConfigError
+from twinlora.errors import AdapterError
 from twinlora.evaluate.evaluate import evaluate
+from twinlora.export.subject import base_name, require_free
 from twinlora.reporter import Reporter
 
 __all__ = ["combine", "compress"]
@@ -37,8 +38,7 @@ def compress(options: AdapterCompressOptions, reporter: Reporter | None = None) 
 
 
 def _opened(paths: list[Path], options: RankOptions) -> list[AdapterFile]:
-    if options.output.exists() and not options.overwrite:
-        raise ConfigError(f"output {options.output}: exists; give --overwrite to replace it, or another --output")
+    require_free(options)
     return [files.read_adapter(path) for path in paths]
 
 
@@ -84,12 +84,8 @@ def _result(
     losses: dict[str, float] = {}
     for path in [*given, options.output] if options.data else []:
         adapter = files.read_adapter(path)
-        paper = passport.read(adapter.directory)
-        base = options.model or (paper and paper.base_model) or adapter.options.get("base_model_name_or_path")
-        if not base:
-            raise ConfigError(f"adapter {path} names no base model: give --model")
         asked = EvalOptions(
-            model=str(base),
+            model=base_name(options.model, adapter, passport.read(adapter.directory), path),
             adapter=path,
             data=options.data,
             columns=options.columns,

@@ -8,7 +8,7 @@ from twinlora.adapters.deploy import Storage
 from twinlora.adapters.merge import Merged
 from twinlora.config import ArtefactOptions, ExportOptions
 from twinlora.errors import ConfigError, ParityError
-from twinlora.numerics.formats import NF4Format
+from twinlora.model.quantizer import nf4_of
 
 __all__ = ["prove", "require_match"]
 
@@ -22,7 +22,7 @@ def require_match(options: ArtefactOptions, storage: Storage) -> None:
         flags = f"--to gguf --quant {storage.name}"
     fits = False
     if isinstance(options, ExportOptions) and fmt is not None:
-        asked = NF4Format(options.block_size, 256 if options.double_quant else 0)
+        asked = nf4_of(options)
         fits = options.to == "bnb" and asked == fmt
     elif isinstance(options, ExportOptions):
         fits = options.to == "gguf" and options.quant == storage.name

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import torch
 from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
@@ -106,8 +107,6 @@ def _announce(
     size: int,
     kind: GGMLQuantizationType,
 ) -> None:
-    import numpy as np
-
     plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}.get(kind)
     if plain is not None:
         writer.add_tensor_info(name, shape, np.dtype(plain), size)

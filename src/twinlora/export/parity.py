@@ -67,9 +67,6 @@ class Runtime(Protocol):
     def prompt(self, row: Row) -> tuple[str, list[int]]:
         """What it gives the model for a row: text and tokens."""
 
-    def tokens(self, text: str) -> list[int]:
-        """Token ids of a text."""
-
     def stops(self, token: int, ids: list[int]) -> bool:
         """Whether an answer ends when the model says `token` after the prompt `ids`."""
 

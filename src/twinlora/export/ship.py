@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from twinlora.export.probes import model_answers
 from twinlora.export.stock import Stock
 from twinlora.export.subject import Subject, open_subject
 from twinlora.model.load import quiet
-from twinlora.numerics.formats import NF4Format, Precision
+from twinlora.model.quantizer import nf4_of
+from twinlora.numerics.formats import Precision
 from twinlora.reporter import Reporter
 
 __all__ = ["export", "merge"]
@@ -44,7 +45,7 @@ _LIMIT_NAMES = {torch.float32: "float32", torch.float16: "f16", torch.bfloat16: 
 class Artefact:
     """Something written, how to run it, how far it may differ, and how to find the tensor that does."""
 
-    run: Callable[[], Any]  # a context manager that gives a Runtime
+    run: Callable[[], AbstractContextManager[Runtime]]
     limits: Limits
     differing: Callable[[], str | None]
     facts: dict[str, Any]
@@ -176,7 +177,7 @@ def _merged(subject: Subject, quantized: Precision | None, directory: Path) -> A
 def _bnb(subject: Subject, quantized: Precision | None, directory: Path) -> Artefact:
     options = subject.options
     assert isinstance(options, ExportOptions)
-    fmt = NF4Format(options.block_size, 256 if options.double_quant else 0)
+    fmt = nf4_of(options)
     weights = subject.merged(quantized)
     bnb.save_bnb(weights, directory, subject.tokenizer, weight_type(subject), fmt)
     return Artefact(

@@ -38,10 +38,6 @@ class Stock:
         """What its own tokenizer and template make of a row."""
         return render_prompt(self._tokenizer, row), encode_prompt(self._tokenizer, row)
 
-    def tokens(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        return list(self._tokenizer(text)["input_ids"])
-
     def stops(self, token: int, ids: list[int]) -> bool:
         """Whether generation ends at `token`."""
         return token in self._stop

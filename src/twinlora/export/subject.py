@@ -15,7 +15,7 @@ from twinlora.adapters import files, passport
 from twinlora.adapters.deploy import Storage, deploy
 from twinlora.adapters.merge import Merged
 from twinlora.adapters.read import AdapterFile
-from twinlora.config import ArtefactOptions
+from twinlora.config import ArtefactOptions, RankOptions
 from twinlora.data import sources
 from twinlora.data.examples import encode_rows
 from twinlora.data.formats import Row
@@ -29,7 +29,7 @@ from twinlora.model.load import Source, load_model, load_tokenizer, resolve
 from twinlora.numerics.formats import DENSE, Precision, is_format, parse
 from twinlora.reporter import Reporter
 
-__all__ = ["Subject", "open_subject"]
+__all__ = ["Subject", "base_name", "open_subject", "require_free"]
 
 _MAX_LENGTH = 2048
 
@@ -118,8 +118,7 @@ class Subject:
 
 def open_subject(options: ArtefactOptions, reporter: Reporter) -> Subject:
     """Read adapter, passport, tokenizer and rows. Raises InputError."""
-    if options.output.exists() and not options.overwrite:
-        raise ConfigError(f"output {options.output}: exists; give --overwrite to replace it, or another --output")
+    require_free(options)
     record = _record(options.run)
     if (options.run / "model" / "config.json").is_file() or (options.run / "config.json").is_file():
         whole = options.run if (options.run / "config.json").is_file() else options.run / "model"
@@ -127,7 +126,7 @@ def open_subject(options: ArtefactOptions, reporter: Reporter) -> Subject:
     else:
         adapter = files.read_adapter(options.run)
         paper = passport.read(adapter.directory)
-        source = resolve(_base_name(options, adapter, paper))
+        source = resolve(base_name(options.model, adapter, paper, options.run))
         if paper is not None:
             found = fingerprint(source, reporter.note)
             passport.check(adapter.directory, fingerprint=found, base=source.given, precision=paper.base_precision)
@@ -149,10 +148,17 @@ def _record(run: Path) -> dict[str, Any]:
     return {}
 
 
-def _base_name(options: ArtefactOptions, adapter: AdapterFile, paper: passport.Passport | None) -> str:
-    name = options.model or (paper and paper.base_model) or adapter.options.get("base_model_name_or_path")
+def require_free(options: ArtefactOptions | RankOptions) -> None:
+    """Raise ConfigError if the output is there and may not be replaced."""
+    if options.output.exists() and not options.overwrite:
+        raise ConfigError(f"output {options.output}: exists; give --overwrite to replace it, or another --output")
+
+
+def base_name(given: str | None, adapter: AdapterFile, paper: passport.Passport | None, where: Path) -> str:
+    """The base model: what is `given`, else what passport or adapter name. Raises ConfigError."""
+    name = given or (paper and paper.base_model) or adapter.options.get("base_model_name_or_path")
     if not name:
-        raise ConfigError(f"adapter {options.run} names no base model: give --model")
+        raise ConfigError(f"adapter {where} names no base model: give --model")
     return str(name)
 
 

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from twinlora.errors import ModelError
 from twinlora.model import bnb4
 from twinlora.model.linear import is_linear
-from twinlora.model.load import Source, load_model, quantizable, skeleton
+from twinlora.model.load import Source, load_model, skeleton
+from twinlora.model.quantizer import quantizable
 from twinlora.numerics.ops import QuantTensor
 
 __all__ = ["Checkpoint"]

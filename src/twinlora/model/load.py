@@ -1,7 +1,6 @@
-"""From a directory, a GGUF file or a hub id to a model and its tokenizer, quantised on the way in.
+"""From a directory, a GGUF file or a hub id to a model and its tokenizer, quantised on the way in (`quantizer.py`).
 
-transformers owns names, renamings and architectures; we stand in its loading loop as a quantiser, which it runs tensor
-by tensor: a weight is read, quantised and dropped before the next one is touched.
+transformers owns names, renamings and architectures.
 """
 
 from __future__ import annotations
@@ -25,18 +24,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from twinlora import machine
 from twinlora.errors import ModelError
 from twinlora.model import attention, bnb4
 from twinlora.model.lazy import Lazy, Stored
 from twinlora.model.linear import FrozenLinear, QuantLinear, is_linear
-from twinlora.numerics.formats import Format, Precision, by_layer
-from twinlora.numerics.ops import QuantTensor
+from twinlora.model.quantizer import QuantizerConfig, quantize_layer
+from twinlora.numerics.formats import Precision
 
 __all__ = [
     "Source",
@@ -45,14 +40,12 @@ __all__ = [
     "pick_device",
     "pick_dtype",
     "precision_by_layer",
-    "quantizable",
     "quiet",
     "resolve",
     "skeleton",
     "weight_bytes",
 ]
 
-_METHOD = "twinlora"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -151,112 +144,6 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str | None
     return torch.float32, f"float32: this CPU multiplies at {wide / 1e9:.0f} GFLOP/s, in bfloat16 at {narrow / 1e9:.0f}"
 
 
-@register_quantization_config(_METHOD)
-class _Config(QuantizationConfigMixin):  # type: ignore[misc]
-    def __init__(self, quantize: Precision | None = None, on_quantized: Any = None, **_: Any) -> None:
-        self.quant_method = _METHOD
-        self.quantize, self.on_quantized = quantize, on_quantized
-        self.formats: dict[str, Format] = {}  # of the layers that are quantised
-        self.stored: dict[str, Callable[[], QuantTensor]] | None = (
-            None  # weights that the checkpoint has in NF4 already
-        )
-        self.problems: list[str] = []  # transformers keeps only a summary of what its loop raises
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Config:
-        return self  # one list of problems, however often transformers copies the configuration
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": _METHOD, "formats": {name: fmt.name for name, fmt in self.formats.items()}}
-
-    def look_at(self, model: nn.Module) -> None:
-        """Find out which layers of `model` are quantised, and how. Raises ModelError if a map is not of its layers."""
-        self.formats = by_layer(self.quantize, quantizable(model))
-        if self.stored is None:
-            return
-        if isinstance(self.quantize, Format):  # what the checkpoint has in 16 bit stays so
-            self.formats = {name: fmt for name, fmt in self.formats.items() if f"{name}.weight" in self.stored}
-        elif self.quantize is not None:  # what is to have 16 bit is dequantised by transformers' own loop
-            dense = {f"{name}.weight" for name in self.quantize if name not in self.formats}
-            self.stored = {name: read for name, read in self.stored.items() if name not in dense}
-
-
-class _Quantize(ConversionOps):  # type: ignore[misc]
-    """One checkpoint tensor in, one nn.Linear of the model replaced by a QuantLinear."""
-
-    def __init__(self, config: _Config) -> None:
-        self.config = config
-
-    def convert(
-        self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str], **_: Any
-    ) -> dict[str, Tensor]:
-        for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            missing_keys.discard(name)
-            try:
-                _quantize_layer(model, name.removesuffix(".weight"), weight, self.config)
-            except ModelError as error:
-                self.config.problems.append(str(error))
-        return {}
-
-
-@register_quantizer(_METHOD)
-class _Quantizer(HfQuantizer):  # type: ignore[misc]
-    """Tells transformers which tensors to hand over; leaves nothing behind on the loaded model."""
-
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        self.quantization_config.look_at(model)
-
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        return param_name.removesuffix(".weight") in self.quantization_config.formats
-
-    def get_quantize_ops(self) -> _Quantize:
-        return _Quantize(self.quantization_config)
-
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        self.remove_quantization_config(model)
-        return model
-
-    def is_serializable(self, *_: Any, **__: Any) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-
-def quantizable(model: nn.Module) -> list[str]:
-    """Names of the linear layers that may be quantised: all but the output head."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return [name for name, m in model.named_modules() if is_linear(m) and m is not head]
-
-
-def _quantize_layer(model: nn.Module, name: str, weight: Tensor, config: _Config) -> None:
-    parent, _, child = name.rpartition(".")
-    module: Any = model.get_submodule(name)
-    if tuple(weight.shape) != tuple(module.weight.shape):
-        raise ModelError(
-            f"{name}.weight: checkpoint has {tuple(weight.shape)}, the model expects {tuple(module.weight.shape)}"
-        )
-    stored = config.stored.pop(f"{name}.weight", None) if config.stored else None
-    if stored is None:
-        replacement = QuantLinear.from_dense(module, weight, config.formats[name], f"{name}.weight")
-    else:
-        replacement = QuantLinear(stored(), module.bias)
-        if replacement.format != config.formats[name]:
-            raise ModelError(
-                f"{name}.weight: stored as {replacement.format.name}, asked for {config.formats[name].name}; choose "
-                "block size and double quantisation as the checkpoint has them"
-            )
-    owner = model.get_submodule(parent)
-    owns = [*owner.parameters(recurse=False), *owner.buffers(recurse=False)]
-    # transformers must not initialise it anew, nor look for its weight in order to do so, as GPT-2's blocks do.
-    for part in (replacement, *replacement.parameters(), *([] if owns else [owner])):
-        setattr(part, "_is_hf_initialized", True)  # noqa: B010
-    setattr(owner, child, replacement)
-    if config.on_quantized is not None:
-        config.on_quantized(name, weight, replacement)
-
-
 def load_model(
     source: Source,
     *,
@@ -277,7 +164,7 @@ def load_model(
     attention.register()
     arguments: dict[str, Any] = source.load_arguments | {"dtype": dtype, "trust_remote_code": trust_remote_code}
     arguments |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # we refuse them ourselves, by name
-    config = _Config(quantize, on_quantized)
+    config = QuantizerConfig(quantize, on_quantized)
     if source.is_gguf:
         arguments |= _gguf_arguments()
     elif quantize is not None:
@@ -295,7 +182,7 @@ def load_model(
     if source.is_gguf:
         config.look_at(model)
         for name in config.formats:
-            _quantize_layer(model, name, model.get_submodule(name).weight.detach(), config)
+            quantize_layer(model, name, model.get_submodule(name).weight.detach(), config)
     attention.choose(model)
     model.name_or_path = model.config._name_or_path = source.given  # not the directory that a hub's copy lies in
     model.to(device)
@@ -303,7 +190,11 @@ def load_model(
 
 
 def _load_by_tensor(
-    pretrained_model_name_or_path: str, *, trust_remote_code: bool, stored: _Config | None = None, **arguments: Any
+    pretrained_model_name_or_path: str,
+    *,
+    trust_remote_code: bool,
+    stored: QuantizerConfig | None = None,
+    **arguments: Any,
 ) -> Any:
     """What AutoModelForCausalLM.from_pretrained does, over Lazy tensors. `stored` takes in what is in 4 bits."""
     path = Path(pretrained_model_name_or_path)

@@ -19,7 +19,7 @@ from twinlora.plan.model import Planned, describe
 from twinlora.plan.overhead import Overhead, overhead
 from twinlora.plan.rows import RESERVE, Row, Way
 from twinlora.plan.speed import Rates, stated
-from twinlora.plan.ways import Setting, Ways
+from twinlora.plan.ways import Conditions, Ways
 from twinlora.plan.words import change_lines, command, memory_note, runner_up, sentences
 from twinlora.plan.workload import Workload, assumed, tokenised
 from twinlora.reporter import Reporter
@@ -69,7 +69,8 @@ class Plan:
         """All of it as JSON. Sizes in bytes, times in seconds."""
         return {
             "model": {"given": self.planned.given, "origin": self.planned.origin, "parameters": self.ways[0].parameters,
-                      "checkpoint_bytes": self.planned.checkpoint_bytes, "type": self.planned.config.model_type},
+                      "checkpoint_bytes": self.planned.checkpoint_bytes, "weights": self.planned.types,
+                      "type": self.planned.config.model_type},
             "device": dataclasses.asdict(self.device),
             "memory_bytes": self.memory,
             "reserve": self.reserve,
@@ -140,7 +141,7 @@ def plan(
     maker = Ways(
         planned.config,
         workload,
-        Setting(options, device.target, dtype, rates, _overhead(device)),
+        Conditions(options, device.target, dtype, rates, _overhead(device)),
         lambda done, total: reporter.progress("simulating", done, total),
     )
     made = [way for way in maker.make() if only in (None, way.method)]
@@ -174,7 +175,7 @@ def _close(row: Row) -> bool:
 
 
 def _overhead(device: Device) -> Overhead:
-    """What a process takes beside the step. Of a GPU of this machine it is measured, and free memory is without it."""
+    """What a process takes beside the step. Nothing on a GPU of this machine: its free memory is without it."""
     if device.target == "cpu":
         return overhead()
     if device.product_flops is None:

@@ -17,14 +17,12 @@ CHOSEN = ("method", "bits", "micro_batch_tokens")  # what the planner decides; c
 
 
 def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> TrainOptions:
-    """`options` with what the planner chose for this machine. A method and checkpointing that is on stay as given, and
-    micro-batches no larger. Raises ConfigError if nothing fits."""
+    """`options` with what the planner chose for this machine. A method with its budget and checkpointing that is on
+    stay as given, and micro-batches no larger. Raises ConfigError if nothing fits."""
     shared = {name: getattr(options, name) for name in PlanOptions.model_fields if name in TrainOptions.model_fields}
+    del shared["memory"]  # of train it is what the weights of a hybrid base may take
     asked = PlanOptions(**(shared | {"model": str(inputs.source.path)}))
-    workload = Workload(
-        inputs.examples, asked, options.epochs, options.max_steps, options.seed, from_data=True,
-        packed=options.packing == "auto",
-    )  # fmt: skip
+    workload = Workload(inputs.examples, asked, from_data=True, packed=options.packing == "auto")
     found = plan(
         asked, notes.reporter, workload, only=options.method, checkpointing=options.gradient_checkpointing == "on"
     )
@@ -38,6 +36,6 @@ def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> Trai
         "micro_batch_tokens": setting.micro_batch_tokens,
         "gradient_checkpointing": "on" if setting.checkpointing else options.gradient_checkpointing,
     }
-    if found.choice.method in ("hybrid", "int8"):
+    if options.method is None and found.choice.method in ("hybrid", "int8"):
         update |= {"method": "hybrid", "bits": found.choice.row.bits}
     return options.model_copy(update=update)

@@ -24,7 +24,7 @@ from twinlora.adapters.targets import LoraConfig
 from twinlora.errors import ModelError
 from twinlora.model import attention, forward, swap
 from twinlora.model.linear import QuantLinear
-from twinlora.model.load import quantizable
+from twinlora.model.quantizer import quantizable
 from twinlora.model.recompute import recompute_activations
 from twinlora.numerics.formats import Format
 

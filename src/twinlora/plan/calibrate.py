@@ -30,7 +30,7 @@ from twinlora.plan.simulate import Cell, simulate
 from twinlora.plan.speed import Curve, Measured, computes, launches
 from twinlora.reporter import Reporter
 
-__all__ = ["calibrate", "load", "measure", "store"]
+__all__ = ["calibrate", "hardware", "load", "measure", "store"]
 
 _SECONDS = 0.25  # for each piece
 _LEAST, _MOST = 5, 2000  # calls of a piece
@@ -192,7 +192,7 @@ def _nf4(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Call
 
 
 def _attention(length: int, device: torch.device, *, backward: bool) -> Callable[[int], Any]:
-    """About 2,048 tokens in rows of `length`, eight heads of 64, four of keys."""
+    """At least 1,024 tokens in rows of `length`, eight heads of 64, four of keys."""
     count = max(1, 1024 // length)
     starts = [i * length for i in range(count + 1)]
     q, dout = (torch.randn(starts[-1], 8, 64, dtype=torch.bfloat16, device=device) for _ in range(2))

@@ -50,18 +50,18 @@ def predict(
     dtype: torch.dtype,
     device: torch.device,
     runtime: int,
+    precision: Mapping[str, str] | None,
 ) -> Prediction:
-    """Of a run with `options`; `runtime` are the bytes that the process had before its model."""
-    workload = Workload(
-        inputs.examples, options, options.epochs, options.max_steps, options.seed, from_data=True, packed=packed
-    )
+    """Of a run with `options`; `runtime` are the bytes that the process had before its model, `precision` the format of
+    each layer of a hybrid base."""
+    workload = Workload(inputs.examples, options, from_data=True, packed=packed)
     limit = options.micro_batch_tokens
     micro = workload.largest(limit)
     target: TargetName = "cuda" if device.type == "cuda" else "cpu"
     cell = cell_for(
         micro, options, method=str(options.method), checkpointing=options.gradient_checkpointing == "on", dtype=dtype,
         target=target, packed=packed, block_size=options.block_size, double_quant=options.double_quant,
-        fused=options.fused,
+        fused=options.fused, precision=precision,
     )  # fmt: skip
     found = simulated(config, cell)
     compiled = overhead().product * found.products if device.type == "cpu" else 0

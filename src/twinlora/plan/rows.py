@@ -13,10 +13,9 @@ from typing import Literal
 
 from twinlora.plan.quality import FORMATS, Expectation, rounding
 
-__all__ = ["RESERVE", "TITLES", "Candidate", "Fit", "Row", "Way", "solve"]
+__all__ = ["RESERVE", "Candidate", "Fit", "Row", "Way", "solve"]
 
 RESERVE = 0.02  # of the predicted peak: what the prediction may be off by
-TITLES = {"full": "full", "lora": "LoRA", "int8": "LoRA over int8", "qlora": "QLoRA", "hybrid": "hybrid"}
 Fit = Literal["fits", "tight", "does not fit"]
 _FEW_TOKENS = 128  # about as many are multiplied in the time that reading the weights takes
 _SAME_TIME = 0.02  # settings that differ by less are equally fast

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import get_args
 
 import torch
@@ -18,7 +17,7 @@ from transformers import PretrainedConfig
 
 from twinlora.adapters.targets import LoraConfig
 from twinlora.config import AdapterOptions, Method, PlanOptions
-from twinlora.numerics.formats import NF4Format
+from twinlora.model.quantizer import nf4_of
 from twinlora.plan.overhead import Overhead
 from twinlora.plan.quality import FORMATS, expected
 from twinlora.plan.rows import Candidate, Row, Way
@@ -27,7 +26,7 @@ from twinlora.plan.speed import Rates
 from twinlora.plan.targets import TargetName
 from twinlora.plan.workload import Micro, Workload
 
-__all__ = ["METHODS", "Setting", "Ways", "cell_for", "simulated", "step_times"]
+__all__ = ["METHODS", "Conditions", "Ways", "cell_for", "simulated", "step_times"]
 
 METHODS = ("full", "lora", "int8", "qlora", "hybrid")
 _GROWING = ("activations", "loss head", "workspace")  # with the tokens of a micro-batch
@@ -36,7 +35,7 @@ _KEPT = 2  # checkpoints, as train keeps by default
 
 
 @dataclass(frozen=True)
-class Setting:
+class Conditions:
     """What a plan is made with beside the model and the workload."""
 
     options: PlanOptions
@@ -57,7 +56,7 @@ class _Point:
     update: float
     exact: bool = True
 
-    def and_what(self, more: _Point, less: _Point, share: float = 1.0) -> _Point:
+    def plus_difference(self, more: _Point, less: _Point, share: float = 1.0) -> _Point:
         """This, with what `more` has more than `less`; of its time a `share`."""
         by_cause = {c: max(0, n + more.by_cause[c] - less.by_cause[c]) for c, n in self.by_cause.items()}
         seconds = None
@@ -74,10 +73,10 @@ class Ways:
         self,
         config: PretrainedConfig,
         workload: Workload,
-        setting: Setting,
+        conditions: Conditions,
         tell: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.config, self.workload, self.setting = config, workload, setting
+        self.config, self.workload, self.conditions = config, workload, conditions
         self._tell = tell or (lambda done, total: None)
         self._cells: set[str] = set()
         self.limits = self._limits()
@@ -85,7 +84,7 @@ class Ways:
     def _limits(self) -> list[int]:
         """Tokens of a micro-batch at most, descending to the longest row's."""
         longest, most = self.workload.longest, self.workload.largest_step
-        limit, out = self.setting.options.micro_batch_tokens, []
+        limit, out = self.conditions.options.micro_batch_tokens, []
         while limit > longest:
             if limit // 2 < most:
                 out.append(limit)
@@ -99,8 +98,10 @@ class Ways:
         points = {("lora", c): self._point("lora", c, top) for c in (False, True)}
         points["qlora", True], points["full", False] = self._point("qlora", True, top), self._point("full", False, top)
         # Recomputing decodes each weight a third time.
-        points["qlora", False] = points["lora", False].and_what(points["qlora", True], points["lora", True], 2 / 3)
-        points["full", True] = points["full", False].and_what(points["lora", True], points["lora", False])
+        points["qlora", False] = points["lora", False].plus_difference(
+            points["qlora", True], points["lora", True], 2 / 3
+        )
+        points["full", True] = points["full", False].plus_difference(points["lora", True], points["lora", False])
         low = {c: self._point("lora", c, bottom) for c in (False, True)} if len(self.limits) > 1 else {}
         quantised = self._quantised(sizes["lora"], sizes["qlora"])
         made = {}
@@ -123,9 +124,9 @@ class Ways:
 
     def _quantised(self, lora: Simulated, qlora: Simulated) -> int:
         """Weights that QLoRA quantises. The sizes as stored: an allocator's rounding is not the format's."""
-        options, count = self.setting.options, 1 << 24
-        fmt = NF4Format(options.block_size, 256 if options.double_quant else 0)
-        saved = self.setting.dtype.itemsize - fmt.stored_bytes(count) / count
+        options, count = self.conditions.options, 1 << 24
+        fmt = nf4_of(options)
+        saved = self.conditions.dtype.itemsize - fmt.stored_bytes(count) / count
         return round((lora.weight_bytes - qlora.weight_bytes) / saved)
 
     def exact(self, row: Row) -> Way:
@@ -140,11 +141,11 @@ class Ways:
         return dataclasses.replace(row.way, candidates=candidates)
 
     def _simulated(self, method: str, checkpointing: bool, limit: int) -> Simulated:
-        setting, packed = self.setting, self.workload.packed
+        given, packed = self.conditions, self.workload.packed
         cell = cell_for(
-            self.workload.largest(limit), setting.options, method=method, checkpointing=checkpointing,
-            dtype=setting.dtype, target=setting.target, packed=packed, block_size=setting.options.block_size,
-            double_quant=setting.options.double_quant,
+            self.workload.largest(limit), given.options, method=method, checkpointing=checkpointing,
+            dtype=given.dtype, target=given.target, packed=packed, block_size=given.options.block_size,
+            double_quant=given.options.double_quant,
         )  # fmt: skip
         found = simulated(self.config, cell)
         self._cells.add(repr(cell))
@@ -154,7 +155,7 @@ class Ways:
 
     def _point(self, method: str, checkpointing: bool, limit: int) -> _Point:
         found = self._simulated(method, checkpointing, limit)
-        micro, rates = self.workload.largest(limit), self.setting.rates
+        micro, rates = self.workload.largest(limit), self.conditions.rates
         tokens = micro.size(packed=self.workload.packed)
         work = sum(found.counts.flops.values()) / micro.micro_batches
         times = (None, 0.0) if rates is None else step_times(rates, found, micro, tokens)
@@ -193,12 +194,12 @@ class Ways:
         )
 
     def _causes(self, by_cause: dict[str, int], found: Simulated) -> dict[str, int]:
-        return by_cause | {"runtime": self.setting.overhead.total(found.products)}
+        return by_cause | {"runtime": self.conditions.overhead.total(found.products)}
 
     def _way(self, method: str, candidates: list[Candidate], found: Simulated, quantised: int) -> Way:
         full = method == "full"
-        bits = _NF4.bits if method == "qlora" else 8.0 * self.setting.dtype.itemsize
-        artefact = found.trainable_parameters * (self.setting.dtype.itemsize if full else 4)
+        bits = _NF4.bits if method == "qlora" else 8.0 * self.conditions.dtype.itemsize
+        artefact = found.trainable_parameters * (self.conditions.dtype.itemsize if full else 4)
         return Way(
             method=method,
             bits=bits,
@@ -236,8 +237,9 @@ def cell_for(
     block_size: int = 64,
     double_quant: bool = True,
     fused: bool = True,
+    precision: Mapping[str, str] | None = None,
 ) -> Cell:
-    """The cell of a step whose micro-batches are like `micro`."""
+    """The cell of a step whose micro-batches are like `micro`; `precision` is that of each layer of a hybrid base."""
     return Cell(
         method=method,  # type: ignore[arg-type]
         lengths=micro.lengths,
@@ -246,6 +248,7 @@ def cell_for(
         rank=options.rank,
         targets=tuple(options.target),
         adapter=LoraConfig.from_options(options),
+        precision=precision or {},
         block_size=block_size,
         double_quant=double_quant,
         checkpointing=checkpointing,
@@ -263,17 +266,15 @@ def step_times(rates: Rates, found: Simulated, micro: Micro, tokens: int) -> tup
     return sum(by_kind.values()) / micro.micro_batches, update
 
 
-@cache
-def _kept(text: str, cell: str) -> list[Simulated]:
-    return []
+_done: dict[tuple[str, str], Simulated] = {}  # by configuration and cell, in words
 
 
 def simulated(config: PretrainedConfig, cell: Cell) -> Simulated:
     """`simulate`, once in a process for equal questions."""
-    kept = _kept(config.to_json_string(), repr(cell))
-    if not kept:
-        kept.append(simulate(config, cell))
-    return kept[0]
+    key = config.to_json_string(), repr(cell)
+    if key not in _done:
+        _done[key] = simulate(config, cell)
+    return _done[key]
 
 
 def _int8_causes(by_cause: Mapping[str, int], weights: int) -> dict[str, int]:

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from twinlora.config import Goal, PlanOptions
+from twinlora.config import Goal, PlanOptions, TrainOptions
 from twinlora.plan.advise import Change, Choice
 from twinlora.plan.rows import Row
 
-__all__ = ["change_lines", "command", "duration", "memory_note", "runner_up", "sentences", "title"]
+__all__ = ["change_lines", "command", "duration", "gib", "memory_note", "runner_up", "sentences"]
 
 _GIB = 2**30
 _DEFAULTS = PlanOptions(model="any")
+# Of the plan alone, or said in the command by other means.
+_NOT_GIVEN = {"model", "data", "device", "memory", "goal", "micro_batch_tokens", "json_output"}
 
 
-def title(row: Row) -> str:
-    """What a row is called, bits included."""
-    names = {"full": "full fine-tuning", "int8": "LoRA over int8", "qlora": "QLoRA"}
-    if row.method == "lora":
-        return f"LoRA in {row.way.bits:.0f} bit"
-    return names.get(row.method) or _mix(row.bits)
+def _title(method: str, bits: float) -> str:
+    """What a way is called; `bits` are those of a weight of its base."""
+    names = {"full": "full fine-tuning", "lora": f"LoRA in {bits:.0f} bit", "int8": "LoRA over int8", "qlora": "QLoRA"}
+    return names.get(method) or (f"hybrid at {bits:.2g} bits" if bits < 10 else f"hybrid at {bits:.0f} bits")
 
 
-def _mix(bits: float) -> str:
-    return f"hybrid at {bits:.2g} bits" if bits < 10 else f"hybrid at {bits:.0f} bits"
+def _name(row: Row) -> str:
+    return _title(row.method, row.bits)
 
 
 def gib(size: float) -> str:
@@ -47,11 +47,11 @@ def sentences(choice: Choice, rows: Sequence[Row], goal: Goal) -> tuple[str, str
     row = choice.row
     if choice.method is None:
         return (
-            f"Nothing fits into {gib(row.memory)}: the least is {title(row)} with {gib(row.needed)} (peak "
+            f"Nothing fits into {gib(row.memory)}: the least is {_name(row)} with {gib(row.needed)} (peak "
             f"{gib(row.peak)} and {100 * row.reserve:.0f} % reserve).",
             "Take a smaller model, shorter rows (--max-length), or more memory.",
         )
-    name = title(row)
+    name = _name(row)
     return f"Choose {name}: {_why(choice, rows, goal)}.", _run(row)
 
 
@@ -88,7 +88,7 @@ def _short(rows: Sequence[Row], chosen: Row) -> str:
     if not others:
         return "nothing else was planned"
     nearest = min(others, key=lambda row: row.needed)
-    return f"{title(nearest)} would need {gib(nearest.needed)}"
+    return f"{_name(nearest)} would need {gib(nearest.needed)}"
 
 
 def _run(row: Row) -> str:
@@ -116,22 +116,21 @@ def runner_up(choice: Choice) -> str | None:
         return None
     row = choice.runner_up
     time = "" if row.seconds is None else f", {duration(row.seconds)}"
-    return f"{title(row)}: peak {gib(row.peak)}{time}"
+    return f"{_name(row)}: peak {gib(row.peak)}{time}"
 
 
 def change_lines(found: Sequence[Change], memory: int) -> list[str]:
     """What would change the choice, a line each."""
-    names = {"lora": "LoRA in 16 bit", "full": "full fine-tuning", "int8": "LoRA over int8", "qlora": "QLoRA"}
     lines = []
-    by_method: dict[str | None, list[str]] = {}
+    by_name: dict[str, list[str]] = {}
     for change in found:
-        name = "nothing would fit" if change.method is None else names.get(change.method) or _mix(change.bits)
+        name = "nothing would fit" if change.method is None else _title(change.method, change.bits)
         if change.memory is not None:
             more = change.memory > memory
             lines.append(f"with {gib(abs(change.memory - memory))} {'more' if more else 'less'}: {name}")
         else:
-            by_method.setdefault(name, []).append(f"--goal {change.goal}")
-    return lines + [f"with {' or '.join(goals)}: {name}" for name, goals in by_method.items()]
+            by_name.setdefault(name, []).append(f"--goal {change.goal}")
+    return lines + [f"with {' or '.join(goals)}: {name}" for name, goals in by_name.items()]
 
 
 def memory_note(given: str | None, size: int) -> str | None:
@@ -154,9 +153,19 @@ def command(row: Row, options: PlanOptions, train_as: str) -> str:
     parts += ["--bits", f"{row.bits:.2f}"] if mixed else []
     parts += ["--micro-batch-tokens", str(setting.micro_batch_tokens)]
     parts += ["--gradient-checkpointing"] if setting.checkpointing else []
-    for name in ("rank", "target", "batch_size", "max_length", "epochs", "max_steps", "overlong", "columns", "packing"):
-        value = getattr(options, name)
-        if value != getattr(_DEFAULTS, name):
-            parts += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
-    parts += ["--output", f"runs/{row.method}"]
+    parts += ["--device", options.device] if options.device.startswith(("cpu", "cuda")) else []
+    parts += [*_given(options), "--output", f"runs/{row.method}"]
     return shlex.join(parts)
+
+
+def _given(options: PlanOptions) -> Iterator[str]:
+    """The options of a run that are not the defaults, as flags."""
+    for name in PlanOptions.model_fields:
+        value, flag = getattr(options, name), name.replace("_", "-")
+        if name in _NOT_GIVEN or name not in TrainOptions.model_fields or value == getattr(_DEFAULTS, name):
+            continue
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        else:
+            yield f"--{flag}"
+            yield from map(str, value if isinstance(value, list) else [value])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from twinlora.config import DataOptions, PlanOptions
+from twinlora.config import PlanOptions, TrainOptions
 from twinlora.data import sources
 from twinlora.data.examples import encode_rows
 from twinlora.data.packing import epoch_order, epoch_size, split, steps_per_epoch
@@ -38,10 +38,7 @@ class Workload:
     """The examples of a run and how they become steps."""
 
     examples: Sequence[Example]
-    options: DataOptions
-    epochs: int
-    max_steps: int | None
-    seed: int
+    options: PlanOptions | TrainOptions
     from_data: bool
     packed: bool = True
     _cut: dict[int, list[list[list[Example]]]] = field(default_factory=dict, repr=False, compare=False)
@@ -66,12 +63,12 @@ class Workload:
         """The examples of every step of the run, in order."""
         out: list[list[Example]] = []
         size = self.options.batch_size
-        steps = self.epochs * steps_per_epoch(epoch_size(self.weights), size)
-        steps = min(steps, self.max_steps or steps)
-        for epoch in range(self.epochs):
+        steps = self.options.epochs * steps_per_epoch(epoch_size(self.weights), size)
+        steps = min(steps, self.options.max_steps or steps)
+        for epoch in range(self.options.epochs):
             if len(out) >= steps:
                 break
-            order = epoch_order(self.weights, epoch, self.seed, shuffle=self.options.shuffle)
+            order = epoch_order(self.weights, epoch, self.options.seed, shuffle=self.options.shuffle)
             out += [[self.examples[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
         return out[:steps]
 
@@ -120,10 +117,7 @@ def _micro(part: Sequence[Example], count: int) -> Micro:
 def assumed(options: PlanOptions) -> Workload:
     """Without data: `options.rows` rows of `options.length` tokens that all carry loss."""
     example = Example([0] * options.length, [True] * options.length, "assumed")
-    return Workload(
-        [example] * options.rows, options, options.epochs, options.max_steps, options.seed, from_data=False,
-        packed=options.packing == "auto",
-    )  # fmt: skip
+    return Workload([example] * options.rows, options, from_data=False, packed=options.packing == "auto")
 
 
 def tokenised(options: PlanOptions, planned: Planned, note: Callable[[str], None]) -> Workload:
@@ -134,7 +128,4 @@ def tokenised(options: PlanOptions, planned: Planned, note: Callable[[str], None
         tokenizer, data.rows, options.max_length, overlong=options.overlong, allow_untrained=options.allow_untrained,
         note=note,
     )  # fmt: skip
-    return Workload(
-        examples, options, options.epochs, options.max_steps, options.seed, from_data=True,
-        packed=options.packing == "auto",
-    )  # fmt: skip
+    return Workload(examples, options, from_data=True, packed=options.packing == "auto")

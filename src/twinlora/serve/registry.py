@@ -23,9 +23,9 @@ from typing import Any, Protocol
 
 from twinlora.errors import AdapterError, TwinloraError
 
-__all__ = ["Busy", "Content", "Lease", "Loaded", "Registry", "Store", "UnknownModel", "Version", "contained"]
+__all__ = ["NAME", "Busy", "Content", "Lease", "Loaded", "Registry", "Store", "UnknownModel", "Version", "contained"]
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+NAME = r"[a-z0-9][a-z0-9._-]{0,63}"  # of an adapter
 _MOST_PARTS = 8  # of a blend
 
 
@@ -256,7 +256,7 @@ class Registry:
             version.content.pins -= 1
 
     def _register(self, name: str, directory: Path, replace: bool | None) -> Version:
-        if not _NAME.fullmatch(name) or name == self.base:
+        if not re.fullmatch(NAME, name) or name == self.base:
             raise AdapterError(
                 f"adapter name {name[:80]!r}: expected lower-case letters, digits, '.', '_' and '-', at most 64, "
                 f"beginning with a letter or digit, and not the base's name {self.base!r}"

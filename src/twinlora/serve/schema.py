@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from twinlora.serve.registry import NAME
+
 __all__ = ["ChatRequest", "CompletionRequest", "PinRequest", "RegisterRequest", "ReplaceRequest"]
 
 
@@ -103,7 +105,7 @@ class CompletionRequest(_Generation):
 class RegisterRequest(_Strict):
     """POST /admin/adapters: `path` is a directory inside of --adapters-dir."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
     path: Annotated[Text, Field(min_length=1, max_length=1000)]
 
 

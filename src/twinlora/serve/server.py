@@ -116,22 +116,18 @@ def _register(registry: Registry, root: Path | None, adapters: dict[str, Path], 
     """Adapters named on the command line must be right; one in the directory that is not is a line."""
     for name, directory in adapters.items():
         registry.register(name, directory).result()
-    found = sorted(p.name for p in root.iterdir() if p.is_dir()) if root is not None else []
+    if root is None:
+        return
     served = 0
-    for name in found:
-        if (
-            name in adapters
-            or root is None
-            or not any((root / name / inner / CONFIG).is_file() for inner in ("", "adapter"))
-        ):
+    for name in sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in adapters):
+        if not any((root / name / inner / CONFIG).is_file() for inner in ("", "adapter")):
             continue
         try:
             registry.register(name, find_adapter(root, name)).result()
             served += 1
         except AdapterError as error:
             note(f"not served: {error}")
-    if root is not None:
-        note(f"{root}: {served} adapter(s) served")
+    note(f"{root}: {served} adapter(s) served")
 
 
 def serve(

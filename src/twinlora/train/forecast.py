@@ -46,6 +46,7 @@ class Forecast:
                 dtype=self.dtype,
                 device=self.device,
                 runtime=self._runtime,
+                precision=prepared.layers,
             )
         except Exception as error:  # a model that trains need not be one that can be simulated
             self.notes.add(f"no prediction beside this run: {type(error).__name__}: {str(error).splitlines()[0]}")

@@ -17,29 +17,24 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twinlora import atomic, machine
-from twinlora.adapters import files, hf
-from twinlora.adapters.deploy import digests
 from twinlora.adapters.lora import trainable_parameters
 from twinlora.config import TrainOptions
 from twinlora.data.packing import Batch, make_batch
 from twinlora.data.template import Example
 from twinlora.errors import ConfigError, Interrupted, OutOfMemory, StorageError, TrainingDiverged
 from twinlora.evaluate.metrics import mean_loss
-from twinlora.model.load import pick_device, pick_dtype
-from twinlora.numerics import ops
+from twinlora.model.load import pick_device
 from twinlora.reporter import Reporter
-from twinlora.train import checkpoint, rehearsal
+from twinlora.train import checkpoint, record, rehearsal
+from twinlora.train.choices import Choices, choose
 from twinlora.train.compatible import require_loadable
 from twinlora.train.forecast import Forecast
-from twinlora.train.hybrid import choose_precision
-from twinlora.train.identity import as_before, identity, require_same
 from twinlora.train.inputs import Inputs, read_inputs
 from twinlora.train.memory import Memory
 from twinlora.train.notes import Notes
 from twinlora.train.optim import MasterAdamW, learning_rate
 from twinlora.train.prepare import prepare
 from twinlora.train.progress import Progress
-from twinlora.train.record import passport_of
 from twinlora.train.rng import restore_rng, rng_state
 from twinlora.train.run import RunDirectory
 from twinlora.train.selection import Selection
@@ -95,22 +90,9 @@ def _require_one_process() -> None:
 
 def _train(options: TrainOptions, inputs: Inputs, run: RunDirectory, notes: Notes, device: torch.device) -> TrainResult:
     found = _find_checkpoint(run, notes) if options.resume else None
-    options = _planned(options, inputs, found, notes)
-    dtype, reason = pick_dtype(options.dtype, device)
-    if options.dtype == "auto" and found is not None:  # a measured choice need not come out the same twice
-        dtype, reason = getattr(torch, found.state["identity"]["options"]["dtype"]), "dtype as before"
-    if reason:
-        notes.add(reason)
-    precision = None
-    if options.method == "hybrid":  # chosen once: what is measured need not come out the same twice
-        kept = found is not None and options.layer_precision is None
-        precision = found.state["identity"]["precision"] if found and kept else None
-        precision = precision or choose_precision(options, inputs, dtype, device, notes)
-    who = identity(options, inputs, dtype, device, precision)
-    if found is not None:
-        require_same(found, who, options)
-    with Trackers(options.report_to, run.path, options.model_dump(mode="json"), notes.add) as trackers:
-        trainer = _Trainer(options, inputs, run, notes, trackers, dtype, device, who)
+    choices = choose(options, inputs, found, device, notes)
+    with Trackers(options.report_to, run.path, choices.options.model_dump(mode="json"), notes.add) as trackers:
+        trainer = _Trainer(choices, inputs, run, notes, trackers, device)
         trainer.restore(found)
         trackers.start(trainer.at.step)
         try:
@@ -118,15 +100,6 @@ def _train(options: TrainOptions, inputs: Inputs, run: RunDirectory, notes: Note
         except OutOfMemory as error:
             raise OutOfMemory(f"{error}\n  {trainer.forecast.blame(trainer.prepared)}") from None
         return trainer.finish()
-
-
-def _planned(options: TrainOptions, inputs: Inputs, found: checkpoint.Checkpoint | None, notes: Notes) -> TrainOptions:
-    """With what `plan auto` chooses, or chose when the run began."""
-    if options.plan == "off":
-        return options
-    from twinlora.plan.auto import CHOSEN, planned_options
-
-    return planned_options(options, inputs, notes) if found is None else as_before(found, options, CHOSEN)
 
 
 def _find_checkpoint(run: RunDirectory, notes: Notes) -> checkpoint.Checkpoint | None:
@@ -143,23 +116,22 @@ class _Trainer:
 
     def __init__(
         self,
-        options: TrainOptions,
+        choices: Choices,
         inputs: Inputs,
         run: RunDirectory,
         notes: Notes,
         trackers: Trackers,
-        dtype: torch.dtype,
         device: torch.device,
-        who: dict[str, Any],
     ) -> None:
+        options, dtype = choices.options, choices.dtype
         self.options, self.inputs, self.run, self.notes = options, inputs, run, notes
         self.trackers, self.device, self.dtype = trackers, device, dtype
-        self.identity = who
+        self.identity = choices.identity
         machine.reset_peaks(device)
         machine.keep_freed_memory()
         self.forecast = Forecast(options, inputs, dtype, device, notes)
         torch.manual_seed(options.seed)  # dropout draws from the global generators
-        self.prepared = prepare(options, inputs, dtype, device, notes, who["precision"])
+        self.prepared = prepare(options, inputs, dtype, device, notes, choices.precision)
         self.model = self.prepared.model
         self.loading_peak = machine.peak_rss_bytes()
         machine.reset_peaks(device)  # what a step takes is predicted; loading may take more
@@ -354,56 +326,10 @@ class _Trainer:
         """The adapter (or the model, for method full) of the best or the last step, and run.json."""
         self.memory.release()
         self.selection.restore_best(self.parameters)
-        options, prepared = self.options, self.prepared
-        if options.method == "full":
-            kind, where = "model", self.run.path / "model"
-            with atomic.write_directory(where) as temporary:
-                self.model.save_pretrained(temporary)
-                self.inputs.tokenizer.save_pretrained(temporary)
-        else:
-            kind, where = "adapter", self.run.adapter
-            passport = passport_of(options, self.inputs, prepared, self._saved_step)
-            files.save_adapter(self.model, where, options.model, passport)
-            hf.follow_peft(self.model, passport)
-        record = self._record() | {kind: str(where)}
-        record["predicted"] = self.forecast.beside(record, prepared, as_planned=self.memory.untouched)
-        document: dict[str, Any] = {"options": options.model_dump(mode="json")}
-        document |= {"base_fingerprint": self.inputs.fingerprint, "data_sha256": self.inputs.digests}
-        document |= {"machine": machine.describe(self.device), "notes": self.notes.lines}
-        if options.deploy:
-            document["deployed"] = digests(self.model)
-        document |= {"replaced": prepared.replaced, "packed": prepared.packed, "plain_head": prepared.plain_head}
-        document |= {"memory": self.memory.record()}
-        atomic.write_json(self.run.path / "run.json", document | {"result": record})
-        return TrainResult(record, self.model, self.inputs.tokenizer, prepared.plain_head, prepared.packed)
-
-    @property
-    def _saved_step(self) -> int:
-        """The step whose weights are saved."""
-        return self.selection.step if self.selection.weights and self.selection.step else self.at.step
-
-    def _record(self) -> dict[str, Any]:
-        best = self.selection if self.selection.weights else None
-        return {
-            "method": self.options.method,
-            "steps": self.at.step,
-            "saved_step": self._saved_step,
-            "stopped_early": self.at.stopped,
-            "loss": self.at.loss,
-            "eval_loss": best.loss if best else self.at.eval_loss,
-            "last_eval_loss": self.at.eval_loss,
-            "tokens": self.at.tokens,
-            "trained_tokens": self.at.trained_tokens,
-            "skipped_steps": self.at.skipped,
-            "seconds": self.at.seconds,
-            "tokens_per_second": self.at.tokens / self.at.seconds if self.at.seconds else None,
-            "peak_rss_bytes": max(self.loading_peak, machine.peak_rss_bytes()),
-            "step_peak_rss_bytes": machine.peak_rss_bytes(),
-            "peak_device_bytes": machine.peak_device_bytes(self.device),
-            "trainable_parameters": sum(p.numel() for p in self.parameters.values()),
-            "base_weight_bytes": self.prepared.weight_bytes,
-            "base_precision": self.prepared.precision,
-            "bits_per_linear_weight": self.prepared.bits[0],
-            "bits_per_weight": self.prepared.bits[1],
-            "backend": ops.backend(self.device),
-        }
+        options, inputs, prepared = self.options, self.inputs, self.prepared
+        saved = record.save(self.run, options, inputs, prepared, self.selection.kept_step or self.at.step)
+        result = record.result(options, self.at, self.selection, prepared, self.loading_peak, self.device) | saved
+        result["predicted"] = self.forecast.beside(result, prepared, as_planned=self.memory.untouched)
+        document = record.document(options, inputs, prepared, self.memory, self.notes, self.device)
+        atomic.write_json(self.run.path / "run.json", document | {"result": result})
+        return TrainResult(result, self.model, inputs.tokenizer, prepared.plain_head, prepared.packed)

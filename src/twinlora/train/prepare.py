@@ -19,8 +19,9 @@ from twinlora.config import TrainOptions
 from twinlora.model import bnb4, forward, swap
 from twinlora.model.linear import QuantLinear, bits_per_weight
 from twinlora.model.load import load_model, precision_by_layer, weight_bytes
+from twinlora.model.quantizer import nf4_of
 from twinlora.numerics import ops
-from twinlora.numerics.formats import Format, NF4Format
+from twinlora.numerics.formats import Format
 from twinlora.train.inputs import Inputs
 from twinlora.train.notes import Notes
 
@@ -92,14 +93,14 @@ def prepare(
 
 def _quantize(options: TrainOptions, precision: Mapping[str, str] | None) -> Format | Mapping[str, str] | None:
     if options.method == "qlora":
-        return NF4Format(options.block_size, 256 if options.double_quant else 0)
+        return nf4_of(options)
     return precision
 
 
 def storage_of(options: TrainOptions) -> Storage:
     """The format of `deploy`."""
     assert options.deploy is not None
-    return storage_named(options.deploy, NF4Format(options.block_size, 256 if options.double_quant else 0))
+    return storage_named(options.deploy, nf4_of(options))
 
 
 def _make_trainable(model: Any, options: TrainOptions, lora: LoraConfig, initial: dict[str, Any]) -> None:

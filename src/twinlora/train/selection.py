@@ -36,6 +36,11 @@ class Selection:
         if self.keep:
             self.weights = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
 
+    @property
+    def kept_step(self) -> int | None:
+        """The step whose weights are held, if any are."""
+        return self.step if self.weights else None
+
     def restore_best(self, parameters: dict[str, nn.Parameter]) -> None:
         """Put the best weights into the model, if they were kept."""
         with torch.no_grad():
