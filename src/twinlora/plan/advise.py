@@ -17,6 +17,7 @@ __all__ = ["Change", "Choice", "Reason", "changes", "choose", "rows_for"]
 
 Reason = Literal[
     "nothing fits",  # the row is the one that needs least
+    "alone",  # no other was planned
     "only way",  # no other fits
     "not rounded",  # the base stays in 16 bit, and that costs little time
     "no rounding to fear",  # quantising costs no quality that anybody measured, and saves time or memory
@@ -58,19 +59,18 @@ def rows_for(ways: Sequence[Way], memory: int, goal: Goal, reserve: float) -> li
 def choose(rows: Sequence[Row], goal: Goal) -> Choice:
     """The row for `goal`. Rows of ways that this version cannot train do not count."""
     rows = [row for row in rows if row.way.needs is None]
-    usable = _usable(rows, goal)
+    serving = [row for row in rows if _serves(row, goal)] or rows
+    usable = _usable(serving)
     if not usable:
         return Choice(min(rows, key=lambda row: row.peak), "nothing fits", None)
     best = _best(usable, goal)
-    others = [row for row in rows if row is not best]
-    left = _usable(others, goal)
+    left = _usable([row for row in serving if row is not best])
     return Choice(best, _reason(best, rows, goal), _best(left, goal) if left else None)
 
 
-def _usable(rows: Sequence[Row], goal: Goal) -> list[Row]:
-    """Rows that serve the goal and fit; those that are tight where none fits."""
-    serving = [row for row in rows if _serves(row, goal)]
-    return [row for row in serving if row.fit == "fits"] or [row for row in serving if row.fit == "tight"]
+def _usable(rows: Sequence[Row]) -> list[Row]:
+    """Rows that fit; those that are tight where none fits."""
+    return [row for row in rows if row.fit == "fits"] or [row for row in rows if row.fit == "tight"]
 
 
 def _serves(row: Row, goal: Goal) -> bool:
@@ -111,6 +111,8 @@ def _simplest(rows: Sequence[Row], cost: Callable[[Row], float]) -> Row:
 
 def _reason(best: Row, rows: Sequence[Row], goal: Goal) -> Reason:
     fitting = [row for row in rows if row.fit != "does not fit"]
+    if len(rows) == 1:
+        return "alone"
     if goal == "edge":
         return "edge"
     if len(fitting) == 1:

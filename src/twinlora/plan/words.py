@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
-from twinlora.config import Goal, PlanOptions
+from twinlora.config import AdapterOptions, Goal, PlanOptions, TrainOptions
 from twinlora.plan.advise import Change, Choice
 from twinlora.plan.rows import Row
 
-__all__ = ["change_lines", "command", "duration", "memory_note", "runner_up", "sentences", "title"]
+__all__ = ["change_lines", "command", "duration", "gib", "memory_note", "runner_up", "sentences", "title"]
 
 _GIB = 2**30
 _DEFAULTS = PlanOptions(model="any")
+# What `twinlora train` takes as it was given to the plan.
+_PASSED_ON = [
+    name for name in PlanOptions.model_fields
+    if name in TrainOptions.model_fields
+    and name not in ("model", "data", "device", "micro_batch_tokens", "memory", "goal", "json_output")
+]  # fmt: skip
 
 
 def title(row: Row) -> str:
@@ -63,7 +70,7 @@ def _why(choice: Choice, rows: Sequence[Row], goal: Goal) -> str:
     expectation = "" if quality.points is None else f"; expected quality {_points(quality.points)} ({quality.source})"
     too_large = f"LoRA in 16 bit needs {gib(lora.needed)} and does not fit into {gib(row.memory)}"
     reasons = {
-        "only way": f"it is the only way that fits into {gib(row.memory)}; {_short(rows, row)}",
+        "alone": f"no other way was planned, and it needs {gib(row.needed)} of {gib(row.memory)}",
         "not rounded": f"it fits with {gib(row.needed)}, and its base is not rounded",
         "switching": f"it fits, and switching between tasks swaps {_size(row.way.artefact_bytes)} of adapter over one "
         "base that is not rounded",
@@ -72,6 +79,8 @@ def _why(choice: Choice, rows: Sequence[Row], goal: Goal) -> str:
         "edge": "an edge device runs a base of about 4 bits, so train on the base that will run, and export both for it"
         + expectation,
     }
+    if choice.reason == "only way":
+        return f"it is the only way that fits into {gib(row.memory)}; {_short(rows, row)}"
     if choice.reason == "no rounding to fear":
         fits = too_large if lora.fit != "fits" else "LoRA in 16 bit fits, but only with smaller or recomputed steps"
         return f"{fits}, and QLoRA's rounding is not expected to cost anything that matters{expectation}"
@@ -84,10 +93,7 @@ def _why(choice: Choice, rows: Sequence[Row], goal: Goal) -> str:
 
 def _short(rows: Sequence[Row], chosen: Row) -> str:
     """The nearest of the others, and what it needs."""
-    others = [row for row in rows if row is not chosen and row.way.needs is None]
-    if not others:
-        return "nothing else was planned"
-    nearest = min(others, key=lambda row: row.needed)
+    nearest = min((row for row in rows if row is not chosen and row.way.needs is None), key=lambda row: row.needed)
     return f"{title(nearest)} would need {gib(nearest.needed)}"
 
 
@@ -138,10 +144,11 @@ def memory_note(given: str | None, size: int) -> str | None:
     """GB and GiB told apart, where somebody may have meant the other."""
     if given is None or not given.lower().rstrip("b").endswith(("g", "t")):
         return None
-    number = given.lower().rstrip("b").rstrip("gt").strip()
+    sold = given.strip().upper().rstrip("B") + "B"
+    number, unit = sold[:-2].strip(), sold[-2:]
     return (
-        f"{number} GB are {size / _GIB:.1f} GiB; a card sold as {number} GB has {number} GiB: if you mean that, give "
-        f"--memory {number}GiB"
+        f"{number} {unit} are {size / _GIB:,.1f} GiB; cards that are sold with {number} {unit} mostly have {number} "
+        f"{unit[0]}iB: for one give --memory {number}{unit[0]}iB, or its name with --device"
     )
 
 
@@ -154,9 +161,18 @@ def command(row: Row, options: PlanOptions, train_as: str) -> str:
     parts += ["--bits", f"{row.bits:.2f}"] if mixed else []
     parts += ["--micro-batch-tokens", str(setting.micro_batch_tokens)]
     parts += ["--gradient-checkpointing"] if setting.checkpointing else []
-    for name in ("rank", "target", "batch_size", "max_length", "epochs", "max_steps", "overlong", "columns", "packing"):
-        value = getattr(options, name)
-        if value != getattr(_DEFAULTS, name):
-            parts += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
+    passed_on = [name for name in _PASSED_ON if row.method != "full" or name not in AdapterOptions.model_fields]
+    for name in passed_on:
+        if getattr(options, name) != getattr(_DEFAULTS, name):
+            parts += _flag(name, getattr(options, name))
+    if options.device.startswith(("cpu", "cuda")):
+        parts += ["--device", options.device]
     parts += ["--output", f"runs/{row.method}"]
     return shlex.join(parts)
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
