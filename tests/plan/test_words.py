@@ -1,9 +1,12 @@
 """What is said about a choice names its reason, in two sentences, and the other ways to it."""
 
+import shlex
+
 import pytest
 
 from tests.plan.rows import GIB, ways
-from twinlora.config import PlanOptions
+from twinlora.cli.main import parse_options
+from twinlora.config import AdapterOptions, PlanOptions
 from twinlora.plan.advise import changes, choose, rows_for
 from twinlora.plan.claims import checked
 from twinlora.plan.rows import RESERVE
@@ -42,6 +45,15 @@ def test_the_reason_is_named(name):
     assert second.endswith(".")
 
 
+def test_what_was_planned_alone_is_not_said_to_be_the_only_one_that_fits():
+    for method, goal in (("qlora", "balanced"), ("lora", "edge"), ("full", "many-tasks")):
+        made = [way for way in ways(8e9) if way.method == method]
+        rows = rows_for(made, 400 * GIB, goal, RESERVE)
+        choice = choose(rows, goal)
+        assert (choice.method, choice.reason, choice.runner_up) == (method, "alone", None)
+        assert "no other way was planned" in sentences(choice, rows, goal)[0]
+
+
 def test_times_are_told_only_where_rates_are_known():
     assert "tokens/s in 17 min" in told(80)[2]
     assert "tokens/s" not in told(80, seconds=None)[2]
@@ -70,6 +82,7 @@ def test_durations(seconds, text):
 )
 def test_gb_where_gib_may_be_meant(given, noted):
     assert (memory_note(given, 24 * 10**9) is not None) == noted
+    assert memory_note("1.5TB", 15 * 10**11).startswith("1.5 TB are 1,397.0 GiB")
 
 
 def test_the_command_of_a_mix_gives_its_bits():
@@ -80,6 +93,22 @@ def test_the_command_of_a_mix_gives_its_bits():
     assert "--rank 8" in line
     assert "--target q_proj v_proj" in line
     assert "'a b.jsonl'" in line
+
+
+def test_the_command_passes_on_what_was_given():
+    given = {
+        "rank": 8, "alpha": 4.0, "exclude": ["k_proj"], "layers": "0-3", "rank_pattern": ["up_proj=4"], "dora": True,
+        "eval": ["held.jsonl"], "overlong": "drop", "allow_untrained": True, "shuffle": False, "packing": "off",
+        "batch_size": 3, "max_length": 99, "epochs": 2, "max_steps": 7, "seed": 5, "dtype": "float32",
+        "double_quant": False, "block_size": 128, "device": "cpu", "columns": ["prompt=q"], "trust_remote_code": True,
+    }  # fmt: skip
+    options = PlanOptions(model="x", data=["a.jsonl"], **given)
+    rows = {row.method: row for row in told(11)[1]}
+    for method in ("lora", "qlora", "hybrid", "full"):
+        taken = parse_options("train", shlex.split(command(rows[method], options, "org/model"))[2:])
+        kept = given if method != "full" else {k: v for k, v in given.items() if k not in AdapterOptions.model_fields}
+        assert {name: getattr(taken, name) for name in kept} == kept
+        assert taken.method == method
 
 
 def test_claims_are_checked_against_the_rows():
