@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from twinlora.config import Goal
-from twinlora.plan.quality import FORMATS
+from twinlora.plan.quality import FORMATS, SAME_POINTS
 from twinlora.plan.rows import Row, Way, solve
 
 __all__ = ["Change", "Choice", "Reason", "changes", "choose", "rows_for"]
@@ -30,7 +30,6 @@ Reason = Literal[
 # How much more time NF4's rounding counts like: for accuracy any time, for speed none; None: memory alone counts.
 _AVERSION: dict[Goal, float | None] = {"accuracy": 1e3, "speed": 0.0, "memory": None}
 _USUAL_AVERSION = 0.25
-_SAME_POINTS = 0.5  # of expected quality: no difference
 _SIMPLEST = ("lora", "qlora", "hybrid", "int8", "full")  # a later one must be better by _WORTH
 _WORTH = 0.1
 _EDGE_BITS = 4.5
@@ -93,7 +92,7 @@ def _best(rows: Sequence[Row], goal: Goal) -> Row:
 def _no_worse(rows: Sequence[Row]) -> list[Row]:
     """Rows whose expected quality is that of the best, or of which nobody knows."""
     known = [row.way.expected.points for row in rows if row.way.expected.points is not None]
-    floor = max(known, default=0.0) - _SAME_POINTS
+    floor = max(known, default=0.0) - SAME_POINTS
     good = [row for row in rows if row.way.expected.points is None or row.way.expected.points >= floor]
     # An unknown mix is no better than the share of NF4 in it, so it cannot replace every known one.
     return good or list(rows)

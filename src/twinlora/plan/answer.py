@@ -224,6 +224,6 @@ def _rates(device: Device, notes: list[str]) -> tuple[Rates | None, float]:
     measured = calibrate.load(hardware)
     history = score.of_hardware(score.read(notes.append), hardware)
     if measured is None:
-        notes.append("no times: the rates of this machine are not measured; twinlora plan --calibrate does (a minute)")
+        notes.append("no times: this machine was not measured yet; twinlora plan --calibrate does that in under a minute")
         return None, score.reserve(history)
     return dataclasses.replace(measured, factor=score.time_factor(history)), score.reserve(history)

@@ -90,7 +90,7 @@ def find(name: str) -> Device:
         f"device {name!r} is not in the table, and a device is never guessed from a like name{hint}\n"
         f"  known: {', '.join(DEVICES)}\n"
         "  on the machine itself run `twinlora plan --calibrate` and then plan without --device;\n"
-        "  for its memory alone give --memory, for example --memory 24GiB"
+        "  or name one of these and give the memory of yours, for example --device 'RTX 4090' --memory 20GiB"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from twinlora.config import AdapterOptions, Goal, PlanOptions, TrainOptions
 from twinlora.plan.advise import Change, Choice
+from twinlora.plan.quality import SAME_POINTS
 from twinlora.plan.rows import Row
 
 __all__ = ["change_lines", "command", "duration", "gib", "memory_note", "runner_up", "sentences", "title"]
@@ -36,7 +37,7 @@ def _mix(bits: float) -> str:
 
 def gib(size: float) -> str:
     """A size of memory."""
-    return f"{size / _GIB:,.1f} GiB"
+    return f"{size / _GIB:,.1f} GiB" if size >= _GIB else f"{size / 2**20:,.0f} MiB"
 
 
 def duration(seconds: float) -> str:
@@ -83,6 +84,8 @@ def _why(choice: Choice, rows: Sequence[Row], goal: Goal) -> str:
         return f"it is the only way that fits into {gib(row.memory)}; {_short(rows, row)}"
     if choice.reason == "no rounding to fear":
         fits = too_large if lora.fit != "fits" else "LoRA in 16 bit fits, but only with smaller or recomputed steps"
+        if (quality.points or 0) <= -SAME_POINTS:
+            return f"{fits}, and QLoRA does{expectation}"
         return f"{fits}, and QLoRA's rounding is not expected to cost anything that matters{expectation}"
     if choice.reason == "less rounded":
         kept = 100 * (1 - row.rounding / max(qlora.rounding, 1e-9))
@@ -109,7 +112,8 @@ def _run(row: Row) -> str:
 
 
 def _points(points: float) -> str:
-    return "that of LoRA in 16 bit" if abs(points) < 0.5 else f"{points:+.1f} points against LoRA in 16 bit"
+    near = abs(points) < SAME_POINTS
+    return "that of LoRA in 16 bit" if near else f"{points:+.1f} points against LoRA in 16 bit"
 
 
 def _size(size: float) -> str:
