@@ -165,8 +165,8 @@ def _left_out(planned: Planned, options: PlanOptions) -> str | None:
     """Why QLoRA alone is planned, or None."""
     if planned.nf4 is not None:
         return (
-            "QLoRA alone: this base is stored in 4 bits (bitsandbytes NF4), and the other ways want its 16-bit weights; "
-            "to plan them, name the model that it was made of"
+            "QLoRA alone: this base is stored in 4 bits (bitsandbytes NF4), and the other ways want its 16-bit "
+            "weights; to plan them, name the model that it was made of"
         )
     return "QLoRA alone: --init loftq makes up for what NF4 loses" if options.init == "loftq" else None
 
@@ -224,6 +224,6 @@ def _rates(device: Device, notes: list[str]) -> tuple[Rates | None, float]:
     measured = calibrate.load(hardware)
     history = score.of_hardware(score.read(notes.append), hardware)
     if measured is None:
-        notes.append("no times: this machine was not measured yet; twinlora plan --calibrate does that in under a minute")
+        notes.append("no times: this machine is not measured yet; twinlora plan --calibrate does it in under a minute")
         return None, score.reserve(history)
     return dataclasses.replace(measured, factor=score.time_factor(history)), score.reserve(history)
