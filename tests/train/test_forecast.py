@@ -74,6 +74,7 @@ def test_the_planner_sets_a_run_up_and_a_resumed_one_stays(tiny, data_file, tmp_
 
 def test_of_a_base_in_4_bits_qlora_alone_is_chosen(tiny, tokenizer, data_file, tmp_path):
     base = tmp_path / "base"
+    base.mkdir()
     save_bnb(Merged(Checkpoint(resolve(str(tiny))), None), base, tokenizer, torch.bfloat16, NF4Format())
     for number, (given, method) in enumerate(((None, "qlora"), ("lora", "lora"))):
         run = tmp_path / f"r{number}"

@@ -174,7 +174,7 @@ def _left_out(planned: Planned, options: PlanOptions) -> str | None:
 def _memory_notes(options: PlanOptions, device: Device, memory: int) -> list[str]:
     """What the user may have meant otherwise."""
     lines = [memory_note(options.memory, memory)]
-    if memory > device.memory_bytes:
+    if memory > 1.02 * device.memory_bytes:
         lines.append(f"{gib(memory)} as given are more than {device.name} has: {gib(device.memory_bytes)}")
     return [line for line in lines if line]
 
