@@ -6,6 +6,7 @@ import pytest
 
 from tests.conftest import chat, write_jsonl
 from tests.plan import fake
+from tests.plan.test_model import quantised
 from twinlora.cli.main import main
 from twinlora.config import PlanOptions
 from twinlora.errors import ConfigError, ModelError
@@ -108,10 +109,23 @@ def test_the_command_is_one_that_train_takes(simulated, tmp_path, tiny):
     assert plan().command is None  # a shape without a checkpoint has nothing to train from
 
 
+def test_of_a_base_in_4_bits_qlora_alone_is_planned(simulated, tmp_path):
+    found = plan(model=quantised(tmp_path, bnb_4bit_use_double_quant=False), memory="30GiB", goal="accuracy")
+    assert [row.method for row in found.rows] == ["qlora"]
+    assert "stored in 4 bits" in found.left_out
+    assert found.sentences[0].startswith("Choose QLoRA: no other way was planned")
+    assert found.options.double_quant is False
+    assert found.document()["left_out"] == found.left_out
+    assert plan(memory="30GiB").left_out is None
+    assert plan(memory="3GiB", model=quantised(tmp_path)).choice.method is None
+    assert [row.method for row in plan(init="loftq").rows] == ["qlora"]
+
+
 def test_gb_is_told_from_gib(simulated):
     assert "24 GB are 22.4 GiB" in plan(memory="24GB").notes[0]
     assert plan(memory="24GiB").memory == 24 * GIB
     assert not any("GiB" in note for note in plan(memory="24GiB").notes)
+    assert "30.0 GiB as given are more than RTX 4090 has: 24.0 GiB" in plan(memory="30GiB").notes
 
 
 def test_the_articles_figures_stand_beside_ours(simulated):

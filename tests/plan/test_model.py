@@ -3,8 +3,12 @@
 import json
 
 import pytest
+import torch
 
+from tests.conftest import tiny_config
 from twinlora.errors import ModelError
+from twinlora.model import bnb4
+from twinlora.numerics.formats import NF4Format
 from twinlora.plan.model import describe
 from twinlora.plan.shapes import SHAPES
 
@@ -63,3 +67,26 @@ def test_a_broken_configuration_is_one_message(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nothing-known"}')
     with pytest.raises(ModelError, match="configuration could not be read"):
         describe(str(tmp_path))
+
+
+def quantised(directory, **changes):
+    """A configuration that says its weights are in bitsandbytes' NF4, or what `changes` make of it."""
+    values = tiny_config().to_dict() | {"model_type": "llama"}
+    stored = bnb4.quantization_config(NF4Format(), torch.bfloat16, []) | changes
+    file = directory / "config.json"
+    file.write_text(json.dumps(values | {"quantization_config": stored}))
+    return str(file)
+
+
+def test_weights_in_4_bits_are_seen_and_their_scales(tmp_path, tiny):
+    assert describe(str(tiny)).nf4 is None
+    assert describe(quantised(tmp_path)).nf4 is True
+    assert describe(quantised(tmp_path, bnb_4bit_use_double_quant=False)).nf4 is False
+    assert not hasattr(describe(quantised(tmp_path)).config, "quantization_config")
+
+
+def test_what_train_could_not_read_is_not_planned(tmp_path):
+    with pytest.raises(ModelError, match="its weights are bitsandbytes int8; expected NF4"):
+        describe(quantised(tmp_path, load_in_4bit=False, load_in_8bit=True))
+    with pytest.raises(ModelError, match="quantised by 'awq'"):
+        describe(quantised(tmp_path, load_in_4bit=False, quant_method="awq"))

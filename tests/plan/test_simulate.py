@@ -1,5 +1,6 @@
 """Simulated memory against measured memory, folded models against whole ones, and what cannot be simulated."""
 
+import copy
 import dataclasses
 import gc
 
@@ -111,14 +112,21 @@ def test_predicts_what_the_reference_holds(medium, dtype):
     assert abs((predicted.peak_bytes - predicted.kernel_bytes) / measured(directory, cell) - 1) < 0.03
 
 
-HEAD_NORMS = pytest.mark.xfail(strict=True, reason="4 % short: a real step holds q and k once more beside their norms")
+_SIZES = {
+    "hidden_size": 256, "n_embd": 256, "head_dim": 64, "intermediate_size": 512, "moe_intermediate_size": 128,
+    "vocab_size": 2000, "max_position_embeddings": 512, "n_positions": 512,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["gpt2", pytest.param("qwen3", marks=HEAD_NORMS), "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3-moe"])
 def test_predicts_other_families(tmp_path, family):
-    config = FAMILIES[family]
+    """Not of the smallest models: there what oneDNN holds in a product, which is not counted, is some per cent."""
+    config = copy.deepcopy(FAMILIES[family])
+    for name, size in _SIZES.items():
+        if name in config.to_dict():
+            setattr(config, name, size)
     t.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
-    cell = Cell(method="lora", lengths=(120, 60))
+    cell = Cell(method="lora", lengths=(300, 60))
     predicted = simulate.simulate(config, cell)
     assert abs((predicted.peak_bytes - predicted.kernel_bytes) / measured(tmp_path, cell) - 1) < 0.03
 

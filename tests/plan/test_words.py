@@ -6,7 +6,7 @@ import pytest
 
 from tests.plan.rows import GIB, ways
 from twinlora.cli.main import parse_options
-from twinlora.config import PlanOptions
+from twinlora.config import AdapterOptions, PlanOptions
 from twinlora.plan.advise import changes, choose, rows_for
 from twinlora.plan.claims import checked
 from twinlora.plan.rows import RESERVE
@@ -45,6 +45,15 @@ def test_the_reason_is_named(name):
     assert second.endswith(".")
 
 
+def test_what_was_planned_alone_is_not_said_to_be_the_only_one_that_fits():
+    for method, goal in (("qlora", "balanced"), ("lora", "edge"), ("full", "many-tasks")):
+        made = [way for way in ways(8e9) if way.method == method]
+        rows = rows_for(made, 400 * GIB, goal, RESERVE)
+        choice = choose(rows, goal)
+        assert (choice.method, choice.reason, choice.runner_up) == (method, "alone", None)
+        assert "no other way was planned" in sentences(choice, rows, goal)[0]
+
+
 def test_times_are_told_only_where_rates_are_known():
     assert "tokens/s in 17 min" in told(80)[2]
     assert "tokens/s" not in told(80, seconds=None)[2]
@@ -73,24 +82,34 @@ def test_durations(seconds, text):
 )
 def test_gb_where_gib_may_be_meant(given, noted):
     assert (memory_note(given, 24 * 10**9) is not None) == noted
+    assert memory_note("1.5TB", 15 * 10**11).startswith("1.5 TB are 1,397.0 GiB")
 
 
-def test_the_command_of_a_mix_gives_its_bits_and_every_option_of_the_plan():
+def test_the_command_of_a_mix_gives_its_bits():
     choice, _, _ = told(11)
-    given = {
-        "rank": 8, "target": ["q_proj", "v_proj"], "data": ["a b.jsonl"], "eval": ["test.jsonl"], "layers": "0-3",
-        "rslora": True, "double_quant": False, "alpha": 8.0, "columns": ["prompt=q"], "seed": 3, "dtype": "float32",
-        "device": "cpu",
-    }  # fmt: skip
-    line = command(choice.row, PlanOptions(model="x", goal="accuracy", memory="11GB", **given), "org/model")
+    options = PlanOptions(model="x", goal="accuracy", memory="11GB", data=["a b.jsonl"], device="RTX 4090")
+    line = command(choice.row, options, "org/model")
     assert f"--method hybrid --bits {choice.row.bits:.2f}" in line
     assert "'a b.jsonl'" in line
-    program, verb, *arguments = shlex.split(line)
-    assert (program, verb) == ("twinlora", "train")
-    understood = parse_options(verb, arguments)
-    assert {name: getattr(understood, name) for name in given} == given
+    understood = parse_options("train", shlex.split(line)[2:])
     assert understood.memory is None
-    assert "--device" not in command(choice.row, PlanOptions(model="x", device="RTX 4090"), "org/model")
+    assert understood.device == "auto"
+
+
+def test_the_command_passes_on_what_was_given():
+    given = {
+        "rank": 8, "alpha": 4.0, "exclude": ["k_proj"], "layers": "0-3", "rank_pattern": ["up_proj=4"], "dora": True,
+        "eval": ["held.jsonl"], "overlong": "drop", "allow_untrained": True, "shuffle": False, "packing": "off",
+        "batch_size": 3, "max_length": 99, "epochs": 2, "max_steps": 7, "seed": 5, "dtype": "float32",
+        "double_quant": False, "block_size": 128, "device": "cpu", "columns": ["prompt=q"], "trust_remote_code": True,
+    }  # fmt: skip
+    options = PlanOptions(model="x", data=["a.jsonl"], **given)
+    rows = {row.method: row for row in told(11)[1]}
+    for method in ("lora", "qlora", "hybrid", "full"):
+        taken = parse_options("train", shlex.split(command(rows[method], options, "org/model"))[2:])
+        kept = given if method != "full" else {k: v for k, v in given.items() if k not in AdapterOptions.model_fields}
+        assert {name: getattr(taken, name) for name in kept} == kept
+        assert taken.method == method
 
 
 def test_claims_are_checked_against_the_rows():

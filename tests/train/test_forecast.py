@@ -3,12 +3,19 @@
 import json
 
 import pytest
+import torch
 
 from tests.train.test_loop import options
 from twinlora import machine
+from twinlora.adapters.merge import Merged
 from twinlora.errors import ConfigError, OutOfMemory
 from twinlora.plan import answer, predict, score
 from twinlora.plan.overhead import Overhead
+from twinlora.export.bnb import save_bnb
+from twinlora.model.checkpoint import Checkpoint
+from twinlora.model.load import resolve
+from twinlora.numerics.formats import NF4Format
+from twinlora.plan import predict, score
 from twinlora.train import rehearsal
 from twinlora.train.loop import train
 
@@ -75,6 +82,18 @@ def test_the_planner_sets_a_run_up_and_a_resumed_one_stays(tiny, data_file, tmp_
     assert again["method"] == first["method"]
 
 
+def test_of_a_base_in_4_bits_qlora_alone_is_chosen(tiny, tokenizer, data_file, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    save_bnb(Merged(Checkpoint(resolve(str(tiny))), None), base, tokenizer, torch.bfloat16, NF4Format())
+    for number, (given, method) in enumerate(((None, "qlora"), ("lora", "lora"))):
+        run = tmp_path / f"r{number}"
+        train(options(base, data_file, run, method=given, plan="auto", goal="accuracy", max_steps=1))
+        assert document(run)["options"]["method"] == method
+        said = any("stored in 4 bits" in note for note in document(run)["notes"])
+        assert said == (given is None)
+
+
 def test_what_is_given_stays_as_it_is(tiny, data_file, tmp_path):
     given = {"method": "qlora", "plan": "auto", "gradient_checkpointing": "on", "max_steps": 1}
     train(options(tiny, data_file, tmp_path / "r", **given))
@@ -85,7 +104,7 @@ def test_what_is_given_stays_as_it_is(tiny, data_file, tmp_path):
 def test_what_fits_nowhere_is_said_before_a_weight_is_loaded(tiny, data_file, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "available_bytes", lambda: 10**6)
     monkeypatch.setattr(machine, "rss_bytes", lambda: 0)
-    with pytest.raises(ConfigError, match=r"Nothing fits into 0\.0 GiB"):
+    with pytest.raises(ConfigError, match=r"Nothing fits into 1 MiB"):
         train(options(tiny, data_file, tmp_path / "r", method=None, plan="auto"))
 
 
@@ -109,8 +128,6 @@ def test_running_out_of_memory_names_the_cause(tiny, data_file, tmp_path, histor
      (1000, 10, 10, "belongs to others"), (1000, 10, 10**9, "activations took more")],
 )  # fmt: skip
 def test_the_cause_is_what_exceeds_its_prediction(weights, trained, free, said, monkeypatch):
-    import torch
-
     monkeypatch.setattr(machine, "available_bytes", lambda: free)
     causes = {"weights": 900, "quantisation constants": 100, "adapter": 40, "gradients": 40, "optimiser": 80}
     causes |= {"activations": 500, "loss head": 100, "workspace": 0, "runtime": 300}

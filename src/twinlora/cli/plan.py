@@ -135,10 +135,13 @@ def show(plan: Plan, width: int) -> Group:
     if plan.change_lines:
         parts.append(_lines("changes", plan.change_lines))
     parts.append(_lines("expected", _expectations(plan)))
-    parts.append(_lines("often said", plan.claims))
-    later = [f"* {_name(row)} needs {row.way.needs}" for row in plan.rows if row.way.needs]
-    if plan.notes or later:
-        parts.append(_lines("notes", plan.notes + later))
+    if plan.claims:
+        parts.append(_lines("often said", plan.claims))
+    notes = [plan.left_out] if plan.left_out else []
+    notes += plan.notes
+    notes += [f"* {_name(row)} needs {row.way.needs}" for row in plan.rows if row.way.needs]
+    if notes:
+        parts.append(_lines("notes", notes))
     return Group(*parts)
 
 
@@ -158,22 +161,19 @@ def _labelled(lines: Iterable[tuple[str, str]]) -> Table:
 
 
 def _head(plan: Plan) -> Table:
-    from twinlora.plan.words import gib
-
     work, planned = plan.workload, plan.planned
     size = plan.ways[0].parameters
     checkpoint = f", {planned.checkpoint_bytes / 1e9:,.1f} GB on disk" if planned.checkpoint_bytes else ""
     data = (
         f"{work.rows:,} rows, {work.tokens:,} tokens, longest {work.longest:,}, {len(work.batches):,} steps"
         if work.from_data
-        else f"none: {work.rows:,} rows of {work.longest:,} tokens, {len(work.batches):,} steps (--data, --length)"
+        else f"none; {work.rows:,} rows of {work.longest:,} tokens, {len(work.batches):,} steps (--data, --rows, --length)"
     )
     count = f"{size / 1e9:,.2f} B" if size >= 1e9 else f"{size / 1e6:,.0f} M"
+    stored = ", in 4 bits (bitsandbytes NF4)" if planned.nf4 is not None else ""
     lines = {
-        "model": f"{planned.given}, {count} parameters{checkpoint}; {planned.origin}",
-        "device": f"{plan.device.name}, {gib(plan.memory)} ({plan.device.source}, {plan.device.date})"
-        if plan.options.memory is None
-        else f"{plan.device.name}, {gib(plan.memory)} as given",
+        "model": f"{planned.given}, {count} parameters{stored}{checkpoint}; {planned.origin}",
+        "device": f"{plan.device.name}, {_memory(plan)}",
         "data": data,
         "goal": plan.options.goal,
     }
@@ -183,6 +183,14 @@ def _head(plan: Plan) -> Table:
 def _gap(width: int) -> int:
     """Blanks between columns: few on a narrow terminal."""
     return 1 if width < 100 else 3
+
+
+def _memory(plan: Plan) -> str:
+    from twinlora.plan.words import gib
+
+    if plan.options.memory is not None:
+        return f"{gib(plan.memory)} as given"
+    return f"{gib(plan.memory)} free" if plan.device.date == "now" else gib(plan.memory)
 
 
 def _ways(plan: Plan, width: int) -> Table:

@@ -20,7 +20,7 @@ from twinlora.numerics.formats import NF4Format
 from twinlora.numerics.nf4 import codebook, dynamic_map
 from twinlora.numerics.ops import QuantTensor
 
-__all__ = ["MARK", "is_part", "is_stored", "pack", "quantization_config", "unpack"]
+__all__ = ["MARK", "is_nf4", "is_part", "is_stored", "pack", "quantization_config", "unpack"]
 
 MARK = ".quant_state.bitsandbytes__nf4"
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", MARK, ".quant_state.bitsandbytes__fp4")
@@ -47,7 +47,12 @@ def _refusal(config: dict[str, Any]) -> str | None:
 def is_stored(directory: Path, given: str) -> bool:
     """Whether a checkpoint is bitsandbytes NF4. Raises ModelError, with the name as `given`, if it is quantised
     otherwise."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return is_nf4(config.get("quantization_config"), given)
+
+
+def is_nf4(config: dict[str, Any] | None, given: str) -> bool:
+    """Whether a `quantization_config` is bitsandbytes NF4; False for none. Raises ModelError as `is_stored` does."""
     if config is None:
         return False
     if reason := _refusal(config):

@@ -3,7 +3,7 @@
 Of the C++ kernels it is what csrc allocates (they keep their buffers for the next call, a set for each thread, so that
 the largest call so far decides), of the GPU's what triton/shapes.py says, of plain PyTorch what the reference itself
 does when it runs on tensors without data. Not counted: tables of a few kB, and what oneDNN or cuBLAS take for
-a product.
+a product (oneDNN at most 2 MB a thread, as measured up to 4,096 × 11,008).
 """
 
 from __future__ import annotations

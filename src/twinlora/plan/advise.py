@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from twinlora.config import Goal
-from twinlora.plan.quality import FORMATS
+from twinlora.plan.quality import FORMATS, SAME_POINTS
 from twinlora.plan.rows import Row, Way, solve
 
 __all__ = ["Change", "Choice", "Reason", "changes", "choose", "rows_for"]
 
 Reason = Literal[
     "nothing fits",  # the row is the one that needs least
+    "alone",  # no other was planned
     "only way",  # no other fits
     "not rounded",  # the base stays in 16 bit, and that costs little time
     "no rounding to fear",  # quantising costs no quality that anybody measured, and saves time or memory
@@ -29,7 +30,6 @@ Reason = Literal[
 # How much more time NF4's rounding counts like: for accuracy any time, for speed none; None: memory alone counts.
 _AVERSION: dict[Goal, float | None] = {"accuracy": 1e3, "speed": 0.0, "memory": None}
 _USUAL_AVERSION = 0.25
-_SAME_POINTS = 0.5  # of expected quality: no difference
 _SIMPLEST = ("lora", "qlora", "hybrid", "int8", "full")  # a later one must be better by _WORTH
 _WORTH = 0.1
 _EDGE_BITS = 4.5
@@ -58,19 +58,18 @@ def rows_for(ways: Sequence[Way], memory: int, goal: Goal, reserve: float) -> li
 def choose(rows: Sequence[Row], goal: Goal) -> Choice:
     """The row for `goal`. Rows of ways that this version cannot train do not count."""
     rows = [row for row in rows if row.way.needs is None]
-    usable = _usable(rows, goal)
+    serving = [row for row in rows if _serves(row, goal)] or rows
+    usable = _usable(serving)
     if not usable:
         return Choice(min(rows, key=lambda row: row.peak), "nothing fits", None)
     best = _best(usable, goal)
-    others = [row for row in rows if row is not best]
-    left = _usable(others, goal)
+    left = _usable([row for row in serving if row is not best])
     return Choice(best, _reason(best, rows, goal), _best(left, goal) if left else None)
 
 
-def _usable(rows: Sequence[Row], goal: Goal) -> list[Row]:
-    """Rows that serve the goal and fit; those that are tight where none fits."""
-    serving = [row for row in rows if _serves(row, goal)]
-    return [row for row in serving if row.fit == "fits"] or [row for row in serving if row.fit == "tight"]
+def _usable(rows: Sequence[Row]) -> list[Row]:
+    """Rows that fit; those that are tight where none fits."""
+    return [row for row in rows if row.fit == "fits"] or [row for row in rows if row.fit == "tight"]
 
 
 def _serves(row: Row, goal: Goal) -> bool:
@@ -93,7 +92,7 @@ def _best(rows: Sequence[Row], goal: Goal) -> Row:
 def _no_worse(rows: Sequence[Row]) -> list[Row]:
     """Rows whose expected quality is that of the best, or of which nobody knows."""
     known = [row.way.expected.points for row in rows if row.way.expected.points is not None]
-    floor = max(known, default=0.0) - _SAME_POINTS
+    floor = max(known, default=0.0) - SAME_POINTS
     good = [row for row in rows if row.way.expected.points is None or row.way.expected.points >= floor]
     # An unknown mix is no better than the share of NF4 in it, so it cannot replace every known one.
     return good or list(rows)
@@ -111,6 +110,8 @@ def _simplest(rows: Sequence[Row], cost: Callable[[Row], float]) -> Row:
 
 def _reason(best: Row, rows: Sequence[Row], goal: Goal) -> Reason:
     fitting = [row for row in rows if row.fit != "does not fit"]
+    if len(rows) == 1:
+        return "alone"
     if goal == "edge":
         return "edge"
     if len(fitting) == 1:

@@ -20,7 +20,7 @@ from twinlora.plan.overhead import Overhead, overhead
 from twinlora.plan.rows import RESERVE, Row, Way
 from twinlora.plan.speed import Rates, stated
 from twinlora.plan.ways import Conditions, Ways
-from twinlora.plan.words import change_lines, command, memory_note, runner_up, sentences
+from twinlora.plan.words import change_lines, command, gib, memory_note, runner_up, sentences
 from twinlora.plan.workload import Workload, assumed, tokenised
 from twinlora.reporter import Reporter
 
@@ -46,6 +46,7 @@ class Plan:
     choice: Choice
     changes: list[Change]
     claims: list[str]
+    left_out: str | None  # why QLoRA alone was planned
     notes: list[str]
 
     @property
@@ -87,6 +88,7 @@ class Plan:
             "changes": [dataclasses.asdict(change) for change in self.changes],
             "change_lines": self.change_lines,
             "claims": self.claims,
+            "left_out": self.left_out,
             "command": self.command,
             "notes": self.notes,
         }  # fmt: skip
@@ -129,10 +131,14 @@ def plan(
     """
     notes: list[str] = []
     planned = describe(options.model, trust_remote_code=options.trust_remote_code)
+    left_out = _left_out(planned, options) if only is None else None
+    if planned.nf4 not in (None, options.double_quant):
+        options = options.model_copy(update={"double_quant": planned.nf4})
+        notes.append(f"double_quant {'on' if planned.nf4 else 'off'}, as the checkpoint has it")
     here = options.device in ("auto", "cpu") or options.device.startswith("cuda")
     device = this_machine(pick_device(options.device)) if here else find(options.device)
     memory = device.memory_bytes if options.memory is None else parse_size(options.memory)
-    notes += [line for line in (memory_note(options.memory, memory),) if line]
+    notes += _memory_notes(options, device, memory)
     dtype, reason = _dtype(options, device)
     notes += [reason] if reason else []
     rates, reserve = _rates(device, notes)
@@ -144,14 +150,34 @@ def plan(
         Conditions(options, device.target, dtype, rates, _overhead(device)),
         lambda done, total: reporter.progress("simulating", done, total),
     )
-    made = [way for way in maker.make() if only in (None, way.method)]
+    wanted = "qlora" if left_out else only
+    made = [way for way in maker.make() if wanted in (None, way.method)]
     made = [way.recomputing() for way in made] if checkpointing else made
     ways, rows, choice = _settled(maker, made, memory, options, reserve)
     found = changes(ways, memory, options.goal, reserve)
     claims = checked({row.method: row for row in rows}, model=planned.given, rank=options.rank)
     return Plan(
-        options, planned, device, memory, dtype, workload, rates, reserve, ways, rows, choice, found, claims, notes
-    )
+        options, planned, device, memory, dtype, workload, rates, reserve, ways, rows, choice, found, claims, left_out,
+        notes,
+    )  # fmt: skip
+
+
+def _left_out(planned: Planned, options: PlanOptions) -> str | None:
+    """Why QLoRA alone is planned, or None."""
+    if planned.nf4 is not None:
+        return (
+            "QLoRA alone: this base is stored in 4 bits (bitsandbytes NF4), and the other ways want its 16-bit "
+            "weights; to plan them, name the model that it was made of"
+        )
+    return "QLoRA alone: --init loftq makes up for what NF4 loses" if options.init == "loftq" else None
+
+
+def _memory_notes(options: PlanOptions, device: Device, memory: int) -> list[str]:
+    """What the user may have meant otherwise."""
+    lines = [memory_note(options.memory, memory)]
+    if memory > 1.02 * device.memory_bytes:
+        lines.append(f"{gib(memory)} as given are more than {device.name} has: {gib(device.memory_bytes)}")
+    return [line for line in lines if line]
 
 
 def _settled(
@@ -193,12 +219,12 @@ def _rates(device: Device, notes: list[str]) -> tuple[Rates | None, float]:
     """Rates of the device and the reserve of memory, both corrected by what past runs took there."""
     table = stated(device)
     if table is not None:
-        notes.append("times follow from stated peaks, not from a measurement of this device")
+        notes.append(f"times follow from the maker's peaks ({device.source}, {device.date}), not from a measurement")
         return table, RESERVE
     hardware = calibrate.hardware(torch.device(device.target))
     measured = calibrate.load(hardware)
     history = score.of_hardware(score.read(notes.append), hardware)
     if measured is None:
-        notes.append("no times: the rates of this machine are not measured; twinlora plan --calibrate does (a minute)")
+        notes.append("no times: this machine is not measured yet; twinlora plan --calibrate does it in under a minute")
         return None, score.reserve(history)
     return dataclasses.replace(measured, factor=score.time_factor(history)), score.reserve(history)

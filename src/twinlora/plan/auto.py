@@ -26,6 +26,8 @@ def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> Trai
     found = plan(
         asked, notes.reporter, workload, only=options.method, checkpointing=options.gradient_checkpointing == "on"
     )
+    if found.left_out:
+        notes.add(f"plan: {found.left_out}")
     first, second = found.sentences
     if found.choice.method is None:
         raise ConfigError(f"plan auto: {first} {second}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from twinlora.plan.quality import FORMATS
 from twinlora.plan.rows import Row
+from twinlora.plan.words import gib
 
 __all__ = ["checked"]
 
-_GIB = 2**30
+_NF4 = FORMATS[1]
 
 
 def checked(rows: Mapping[str, Row], *, model: str, rank: int) -> list[str]:
@@ -23,11 +25,11 @@ def checked(rows: Mapping[str, Row], *, model: str, rank: int) -> list[str]:
         )
     if lora is not None and qlora is not None:
         before, after = (_stored(row) for row in (lora, qlora))
-        saved = 100 * (1 - after / before)
+        saved, bits = 100 * (1 - after / before), lora.way.bits
         out.append(
-            f"“QLoRA needs 75 % less memory”: its base takes {saved:.1f} % less ({after / _GIB:,.1f} for "
-            f"{before / _GIB:,.1f} GiB; 4.127 bits for 16 are 74.2 %, and embeddings and head stay), a whole step "
-            f"{100 * (1 - qlora.peak / lora.peak):.1f} % less"
+            f"“QLoRA needs 75 % less memory”: its base takes {saved:.1f} % less ({gib(after)} for {gib(before)}; "
+            f"{_NF4.bits:.3f} bits for {bits:.0f} are {100 * (1 - _NF4.bits / bits):.1f} %, and embeddings and head "
+            f"stay), a whole step {100 * (1 - qlora.peak / lora.peak):.1f} % less"
         )
     if model.startswith("gpt3") and lora is not None and qlora is not None:
         out.append(

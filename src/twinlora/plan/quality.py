@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-__all__ = ["FORMATS", "SMALL", "Expectation", "StoredAs", "expected", "rounding"]
+__all__ = ["FORMATS", "SAME_POINTS", "SMALL", "Expectation", "StoredAs", "expected", "rounding"]
 
 SMALL = 10**9  # parameters; below, our own measurement of a small model counts, from here on the papers'
+SAME_POINTS = 0.5  # of expected quality: no difference
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
-from twinlora.config import Goal, PlanOptions, TrainOptions
+from twinlora.config import AdapterOptions, Goal, PlanOptions, TrainOptions
 from twinlora.plan.advise import Change, Choice
+from twinlora.plan.quality import SAME_POINTS
 from twinlora.plan.rows import Row
 
 __all__ = ["change_lines", "command", "duration", "gib", "memory_note", "runner_up", "sentences"]
 
 _GIB = 2**30
 _DEFAULTS = PlanOptions(model="any")
-# Of the plan alone, or said in the command by other means.
-_NOT_GIVEN = {"model", "data", "device", "memory", "goal", "micro_batch_tokens", "json_output"}
+# What `twinlora train` takes as it was given to the plan.
+_PASSED_ON = [
+    name for name in PlanOptions.model_fields
+    if name in TrainOptions.model_fields
+    and name not in ("model", "data", "device", "micro_batch_tokens", "memory", "goal", "json_output")
+]  # fmt: skip
 
 
 def _title(method: str, bits: float) -> str:
@@ -29,7 +35,7 @@ def _name(row: Row) -> str:
 
 def gib(size: float) -> str:
     """A size of memory."""
-    return f"{size / _GIB:,.1f} GiB"
+    return f"{size / _GIB:,.1f} GiB" if size >= _GIB else f"{size / 2**20:,.0f} MiB"
 
 
 def duration(seconds: float) -> str:
@@ -63,7 +69,7 @@ def _why(choice: Choice, rows: Sequence[Row], goal: Goal) -> str:
     expectation = "" if quality.points is None else f"; expected quality {_points(quality.points)} ({quality.source})"
     too_large = f"LoRA in 16 bit needs {gib(lora.needed)} and does not fit into {gib(row.memory)}"
     reasons = {
-        "only way": f"it is the only way that fits into {gib(row.memory)}; {_short(rows, row)}",
+        "alone": f"no other way was planned, and it needs {gib(row.needed)} of {gib(row.memory)}",
         "not rounded": f"it fits with {gib(row.needed)}, and its base is not rounded",
         "switching": f"it fits, and switching between tasks swaps {_size(row.way.artefact_bytes)} of adapter over one "
         "base that is not rounded",
@@ -72,8 +78,12 @@ def _why(choice: Choice, rows: Sequence[Row], goal: Goal) -> str:
         "edge": "an edge device runs a base of about 4 bits, so train on the base that will run, and export both for it"
         + expectation,
     }
+    if choice.reason == "only way":
+        return f"it is the only way that fits into {gib(row.memory)}; {_short(rows, row)}"
     if choice.reason == "no rounding to fear":
         fits = too_large if lora.fit != "fits" else "LoRA in 16 bit fits, but only with smaller or recomputed steps"
+        if (quality.points or 0) <= -SAME_POINTS:
+            return f"{fits}, and QLoRA does{expectation}"
         return f"{fits}, and QLoRA's rounding is not expected to cost anything that matters{expectation}"
     if choice.reason == "less rounded":
         kept = 100 * (1 - row.rounding / max(qlora.rounding, 1e-9))
@@ -103,7 +113,8 @@ def _run(row: Row) -> str:
 
 
 def _points(points: float) -> str:
-    return "that of LoRA in 16 bit" if abs(points) < 0.5 else f"{points:+.1f} points against LoRA in 16 bit"
+    near = abs(points) < SAME_POINTS
+    return "that of LoRA in 16 bit" if near else f"{points:+.1f} points against LoRA in 16 bit"
 
 
 def _size(size: float) -> str:
@@ -137,10 +148,11 @@ def memory_note(given: str | None, size: int) -> str | None:
     """GB and GiB told apart, where somebody may have meant the other."""
     if given is None or not given.lower().rstrip("b").endswith(("g", "t")):
         return None
-    number = given.lower().rstrip("b").rstrip("gt").strip()
+    sold = given.strip().upper().rstrip("B") + "B"
+    number, unit = sold[:-2].strip(), sold[-2:]
     return (
-        f"{number} GB are {size / _GIB:.1f} GiB; a card sold as {number} GB has {number} GiB: if you mean that, give "
-        f"--memory {number}GiB"
+        f"{number} {unit} are {size / _GIB:,.1f} GiB; cards that are sold with {number} {unit} mostly have {number} "
+        f"{unit[0]}iB: for one give --memory {number}{unit[0]}iB, or its name with --device"
     )
 
 
@@ -153,19 +165,18 @@ def command(row: Row, options: PlanOptions, train_as: str) -> str:
     parts += ["--bits", f"{row.bits:.2f}"] if mixed else []
     parts += ["--micro-batch-tokens", str(setting.micro_batch_tokens)]
     parts += ["--gradient-checkpointing"] if setting.checkpointing else []
-    parts += ["--device", options.device] if options.device.startswith(("cpu", "cuda")) else []
-    parts += [*_given(options), "--output", f"runs/{row.method}"]
+    passed_on = [name for name in _PASSED_ON if row.method != "full" or name not in AdapterOptions.model_fields]
+    for name in passed_on:
+        if getattr(options, name) != getattr(_DEFAULTS, name):
+            parts += _flag(name, getattr(options, name))
+    if options.device.startswith(("cpu", "cuda")):
+        parts += ["--device", options.device]
+    parts += ["--output", f"runs/{row.method}"]
     return shlex.join(parts)
 
 
-def _given(options: PlanOptions) -> Iterator[str]:
-    """The options of a run that are not the defaults, as flags."""
-    for name in PlanOptions.model_fields:
-        value, flag = getattr(options, name), name.replace("_", "-")
-        if name in _NOT_GIVEN or name not in TrainOptions.model_fields or value == getattr(_DEFAULTS, name):
-            continue
-        if isinstance(value, bool):
-            yield f"--{flag}" if value else f"--no-{flag}"
-        else:
-            yield f"--{flag}"
-            yield from map(str, value if isinstance(value, list) else [value])
+def _flag(name: str, value: Any) -> list[str]:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
