@@ -20,8 +20,8 @@ __all__ = ["as_typed", "carry_out", "err", "figures_table", "out", "print_json",
 Given = TypeVar("Given", bound=Options)
 _WIDEST = 200  # columns of a table, also where stdout is no terminal and rich would cut it at 80
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def as_typed(command: str) -> str:
@@ -40,7 +40,7 @@ def print_json(document: Any) -> None:
 
 def print_table(table: Table) -> None:
     """A table as wide as it is; nothing is cut."""
-    Console(width=_WIDEST, highlight=False).print(table)
+    Console(width=_WIDEST, highlight=False, markup=False, emoji=False).print(table)
 
 
 def figures_table(*titles: str) -> Table:

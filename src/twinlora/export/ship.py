@@ -71,12 +71,9 @@ def _require_program(options: ExportOptions) -> None:
     program = _PROGRAMS.get(options.to)
     if program is None or not (options.gate or options.edge) or importlib.util.find_spec(program) is not None:
         return
-    way_out = "and leave --edge out, or give --no-gate " if options.edge and options.gate else "or give --no-gate "
-    if not options.gate:
-        way_out = "or leave --edge out "
     raise BackendError(
         f"export --to {options.to} runs the artefact in {program}, which is not installed: pip install {program}, "
-        f"{way_out}to write it unseen"
+        f"or write it unseen with --no-gate{' and without --edge' if options.edge else ''}"
     )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from twinlora.adapters.loaders import nearest, planned, refused, setting
+from twinlora.adapters.loaders import Refusal, nearest, planned, refused, setting
 from twinlora.config import TrainOptions
-from twinlora.errors import ConfigError
+from twinlora.errors import AdapterError, ConfigError
 from twinlora.model.load import Source, skeleton
 from twinlora.train.notes import Notes
 
@@ -15,7 +15,10 @@ __all__ = ["require_loadable"]
 
 def require_loadable(options: TrainOptions, source: Source, notes: Notes) -> None:
     """Raises ConfigError with every reason and the nearest options that the program takes."""
-    if options.program is None or options.method == "full":
+    if options.program is None:
+        return
+    if options.method == "full":
+        notes.add(f"for {options.program}: all weights are trained, there is no adapter that it could refuse")
         return
     model = skeleton(source, trust_remote_code=options.trust_remote_code)
     traits = planned(model, options)
@@ -24,15 +27,23 @@ def require_loadable(options: TrainOptions, source: Source, notes: Notes) -> Non
         how = setting(options.program, traits)
         notes.add(f"for {options.program}: it can be loaded{f', {how}' if how else ''}")
         return
-    changes = nearest(refusals, options)
-    still = refused(options.program, planned(model, options.model_copy(update=changes)))
-    assert not still, still
     reasons = "\n  ".join(refusal.reason for refusal in refusals)
     merged = "" if options.program != "llama.cpp" else "\nor leave --for out and fold it in: twinlora export --to gguf"
     raise ConfigError(
         f"--for {options.program}: it could not load what would be trained\n  {reasons}\n"
-        f"the nearest that it loads: {_as_flags(changes)}{merged}"
+        f"{_remedy(options, options.program, model, refusals)}{merged}"
     )
+
+
+def _remedy(options: TrainOptions, program: str, model: Any, refusals: list[Refusal]) -> str:
+    """The nearest options that the program takes, if they leave something to train."""
+    changes = nearest(refusals, options)
+    try:
+        still = refused(program, planned(model, options.model_copy(update=changes)))
+    except AdapterError:
+        return "without that nothing is left as it was asked for: give other targets, such as --target all-linear"
+    assert not still, still
+    return f"the nearest that it loads: {_as_flags(changes)}"
 
 
 def _as_flags(changes: dict[str, Any]) -> str:
