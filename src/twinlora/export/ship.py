@@ -61,6 +61,8 @@ def merge(options: MergeOptions, reporter: Reporter | None = None) -> dict[str, 
 def export(options: ExportOptions, reporter: Reporter | None = None) -> dict[str, Any]:
     """Write an artefact of any kind. Raises InputError, ParityError, BackendError."""
     _require_program(options)
+    if options.to == "bnb":
+        _nf4(options)
     if options.to == "gguf" and options.quant not in gguf_files.OURS:
         gguf_files.find_llama_quantize()
     return _ship(options, options.to, reporter or Reporter())
@@ -75,6 +77,11 @@ def _require_program(options: ExportOptions) -> None:
         f"export --to {options.to} runs the artefact in {program}, which is not installed: pip install {program}, "
         f"or write it unseen with --no-gate{' and without --edge' if options.edge else ''}"
     )
+
+
+def _nf4(options: ExportOptions) -> NF4Format:
+    """The format of a bnb checkpoint. Raises ConfigError for a block size that there is not."""
+    return NF4Format(options.block_size, 256 if options.double_quant else 0)
 
 
 def _ship(options: ArtefactOptions, kind: str, reporter: Reporter) -> dict[str, Any]:
@@ -197,7 +204,7 @@ def _merged(subject: Subject, quantized: Precision | None, directory: Path) -> A
 def _bnb(subject: Subject, quantized: Precision | None, directory: Path) -> Artefact:
     options = subject.options
     assert isinstance(options, ExportOptions)
-    fmt = NF4Format(options.block_size, 256 if options.double_quant else 0)
+    fmt = _nf4(options)
     weights = subject.merged(quantized)
     bnb.save_bnb(weights, directory, subject.tokenizer, weight_type(subject), fmt)
     return Artefact(
