@@ -21,7 +21,17 @@ from safetensors import SafetensorError
 
 from twinlora.errors import StorageError
 
-__all__ = ["PARTIAL", "make_directory", "remove", "sweep", "sync", "write_directory", "write_json", "write_text", "writing"]
+__all__ = [
+    "PARTIAL",
+    "make_directory",
+    "remove",
+    "sweep",
+    "sync",
+    "write_directory",
+    "write_json",
+    "write_text",
+    "writing",
+]
 
 PARTIAL, _OLD, _REMOVED = ".partial", ".old", ".removed"
 

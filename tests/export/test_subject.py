@@ -47,7 +47,9 @@ def test_a_base_that_has_moved_is_named_anew(own, tmp_path):
 
 
 def test_another_base_is_refused(lora, tiny, tmp_path):
-    with pytest.raises(AdapterError, match=r"(?s)trained on another base model\n.*trained on: .*loading on: .*give --mo"):
+    with pytest.raises(
+        AdapterError, match=r"(?s)trained on another base model\n.*trained on: .*loading on: .*give --mo"
+    ):
         opened(lora, tmp_path / "out", model=str(tiny))
 
 

@@ -182,9 +182,7 @@ def _record(run: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     record, problems = read_json(path)
-    problems += [
-        f"{key} is no object" for key in ("options", "deployed") if not isinstance(record.get(key, {}), dict)
-    ]
+    problems += [f"{key} is no object" for key in ("options", "deployed") if not isinstance(record.get(key, {}), dict)]
     if problems:
         raise AdapterError(f"{path}: damaged ({'; '.join(problems)}); delete it, and name held-out rows with --data")
     return record
