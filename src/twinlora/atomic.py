@@ -51,7 +51,7 @@ def _reason(error: Exception, path: Path) -> str:
     if re.fullmatch(r"\d+ requested and \d+ written", reason):  # numpy keeps the cause to itself
         reason = f"the disk is full, or files may not be so large ({reason})"
     name = getattr(error, "filename", None)
-    other = isinstance(name, str) and not Path(name).absolute().is_relative_to(path.parent.absolute())
+    other = isinstance(name, str) and not Path(name).absolute().parent.is_relative_to(path.parent.absolute())
     return f"{reason} ({name})" if other else reason
 
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,7 @@ def test_only_earlier_results_are_replaced(tmp_path):
         (run_directory, ARTEFACT), (trained, ADAPTER), (tmp_path / "file", ARTEFACT), (tmp_path / "link", ARTEFACT),
         (tmp_path / "dangling", ARTEFACT), (tmp_path, ARTEFACT),
     ):  # fmt: skip
-        with pytest.raises(ConfigError, match="is no earlier result .*never replaced; give another --output"):
+        with pytest.raises(ConfigError, match=r"is no earlier result .*never replaced; give another --output"):
             require_free(path, True, kind)
 
 
@@ -94,10 +93,12 @@ def glob_free(name: str) -> str:
 
 def test_sigterm_ends_in_order(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="stopped by SIGTERM; nothing was written") as caught:
-        with claimed(tmp_path / "out", False, ARTEFACT), scratch(tmp_path / "out"):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
+    with (
+        pytest.raises(Interrupted, match="stopped by SIGTERM; nothing was written") as caught,
+        claimed(tmp_path / "out", False, ARTEFACT),
+        scratch(tmp_path / "out"),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.exit_status == 143
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) == before

@@ -77,7 +77,7 @@ def test_a_damaged_or_unfinished_run_is_said(lora, tmp_path):
             opened(copy / "adapter", tmp_path / "out")
     shutil.rmtree(copy / "adapter")
     (copy / "run.json").unlink()
-    with pytest.raises(AdapterError, match="did not finish, and has no adapter yet; continue it .*--resume"):
+    with pytest.raises(AdapterError, match=r"did not finish, and has no adapter yet; continue it .*--resume"):
         opened(copy, tmp_path / "out")
 
 
@@ -116,7 +116,7 @@ def test_a_program_that_is_missing_is_said_before_anything_is_read(tmp_path, mon
         with pytest.raises(BackendError, match=f"pip install {package}, or write it unseen with --no-gate$"):
             ship.export(options)
     options = ExportOptions(run=tmp_path / "nothing", output=tmp_path / "out", to="gguf", edge=True, gate=False)
-    with pytest.raises(BackendError, match="with --no-gate and without --edge$"):
+    with pytest.raises(BackendError, match=r"with --no-gate and without --edge$"):
         ship.export(options)
 
 

@@ -93,7 +93,9 @@ def test_a_model_that_is_not_written_for_llama_cpp_is_refused(data_file, tmp_pat
     GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2)).save_pretrained(gpt2)
     tokenizer.save_pretrained(gpt2)
     for method in ("lora", "full"):
-        with pytest.raises(ConfigError, match="--for llama.cpp: gpt2 models are not written as GGUF; expected one of"):
+        with pytest.raises(
+            ConfigError, match=r"--for llama\.cpp: gpt2 models are not written as GGUF; expected one of"
+        ):
             train(options(gpt2, data_file, tmp_path, program="llama.cpp", method=method))
 
 

@@ -50,7 +50,7 @@ def require_apart(output: Path, read: Iterable[Path]) -> None:
 
 @contextmanager
 def claimed(output: Path, overwrite: bool, marks: Iterable[str]) -> Iterator[None]:
-    """Hold `output` against other processes, remove what one that was killed left beside it, and end in order on SIGTERM.
+    """Hold `output` against other processes, remove what a killed one left beside it, end in order on SIGTERM.
 
     Raises ConfigError if another process writes it or has written it meanwhile, StorageError if it cannot be written.
     """

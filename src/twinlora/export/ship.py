@@ -123,7 +123,7 @@ def _write(
 
 def _base_of(subject: Subject, kind: str, reporter: Reporter) -> tuple[Precision | None, Choice | None]:
     """The base of the artefact. An adapter that stays one is compared on a base that it will meet: for PEFT the one it
-    was trained on unless `--base 16bit` says otherwise, in llama.cpp the 16-bit one unless `--base dequantised` does."""
+    was trained on, in llama.cpp the 16-bit one, unless `--base` says otherwise."""
     if kind == "peft":
         return (None if subject.options.base == "16bit" else subject.trained_on), None
     if kind == "gguf-lora":

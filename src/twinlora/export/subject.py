@@ -176,7 +176,7 @@ def _require_finished(run: Path) -> None:
 
 
 def _record(run: Path) -> dict[str, Any]:
-    """run.json, of the run's directory or of the one above `adapter` or `model`. Raises AdapterError for a damaged one."""
+    """run.json of the run, also where `adapter` or `model` in it was given. Raises AdapterError for a damaged one."""
     run = run.resolve()
     path = (run.parent if run.name in ("adapter", "model") else run) / "run.json"
     if not path.is_file():
