@@ -7,8 +7,10 @@ that dies leaves temporary names behind; `sweep` puts them right. What the syste
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,9 +21,19 @@ from safetensors import SafetensorError
 
 from twinlora.errors import StorageError
 
-__all__ = ["make_directory", "remove", "sweep", "sync", "write_directory", "write_json", "write_text", "writing"]
+__all__ = [
+    "PARTIAL",
+    "make_directory",
+    "remove",
+    "sweep",
+    "sync",
+    "write_directory",
+    "write_json",
+    "write_text",
+    "writing",
+]
 
-_PARTIAL, _OLD, _REMOVED = ".partial", ".old", ".removed"
+PARTIAL, _OLD, _REMOVED = ".partial", ".old", ".removed"
 
 
 @contextlib.contextmanager
@@ -30,8 +42,17 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise StorageError(f"{path}: cannot be written: {reason}") from None
+        raise StorageError(f"{path}: cannot be written: {_reason(error, path)}") from None
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """What the system says, and about which file if that is another one."""
+    reason = getattr(error, "strerror", None) or str(error)
+    if re.fullmatch(r"\d+ requested and \d+ written", reason):  # numpy keeps the cause to itself
+        reason = f"the disk is full, or files may not be so large ({reason})"
+    name = getattr(error, "filename", None)
+    other = isinstance(name, str) and not Path(name).absolute().parent.is_relative_to(path.parent.absolute())
+    return f"{reason} ({name})" if other else reason
 
 
 def sync(path: Path) -> None:
@@ -61,7 +82,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace `path` by a file with `text`, in UTF-8. Raises StorageError; `path` is then as it was."""
     with writing(path):
         make_directory(path.parent)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
         temporary = Path(name)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -89,7 +110,7 @@ def write_directory(path: Path) -> Iterator[Path]:
     """
     with writing(path):
         make_directory(path.parent)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent))
         try:
             yield temporary
             mask = _umask()
@@ -130,8 +151,9 @@ def remove(path: Path) -> None:
 
 def sweep(path: Path) -> None:
     """Put right what a process that died while it wrote or removed `path` left. Only where no other can write it."""
-    for left in path.parent.glob(f".{path.name}.????????.*"):
-        if left.suffix == _OLD and not path.exists():
-            left.rename(path)  # it died between the two renames of a replacement
-        elif left.suffix in (_PARTIAL, _OLD, _REMOVED):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for kind in (_OLD, PARTIAL, _REMOVED):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.????????{kind}"):
+            if kind == _OLD and not path.exists():
+                left.rename(path)  # it died between the two renames of a replacement
+            else:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()

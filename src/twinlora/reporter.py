@@ -42,7 +42,7 @@ class ConsoleReporter(Reporter):
 
     def __init__(self, prefix: str = "") -> None:
         self._prefix = f"{prefix} · " if prefix else ""
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._printed: dict[str, float] = {}

@@ -156,3 +156,10 @@ def test_passport(tiny, tmp_path):
     (tmp_path / "a" / passport.FILE).unlink()
     (line,) = passport.check(tmp_path / "a", **check)
     assert "no passport" in line
+
+
+def test_a_path_that_is_no_directory_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name, what in (("file", "is a file"), ("nothing", "no such directory")):
+        with pytest.raises(AdapterError, match=f"{what}; expected a PEFT adapter directory or a run's directory"):
+            files.read_adapter(tmp_path / name)

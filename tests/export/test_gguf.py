@@ -129,11 +129,16 @@ def test_caveats_name_the_window():
     assert "long rotary factors" in families.caveats(FAMILIES["phi3-longrope"])[0]
 
 
-def test_k_quants_need_llama_quantize(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", [".", "package_for_tests/bin"])
+def test_k_quants_need_llama_quantize(place, tmp_path, monkeypatch):
+    """On PATH, or in a package that brings it."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(BackendError, match=r"llama-quantize, which is not on PATH: install llama\.cpp"):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(gguf, "_PACKAGE", "package_for_tests")
+    (tmp_path / "package_for_tests" / "bin").mkdir(parents=True)
+    with pytest.raises(BackendError, match=r"llama-quantize, which is not on PATH: `pip install"):
         gguf.llama_quantize(tmp_path / "a", tmp_path / "b", "q4_k_m")
-    program = tmp_path / "llama-quantize"
+    program = tmp_path / place / "llama-quantize"
     program.write_text('#!/bin/sh\n/bin/echo "$3" > "$2"\n')
     program.chmod(0o755)
     gguf.llama_quantize(tmp_path / "a", tmp_path / "b", "q4_k_m")

@@ -19,6 +19,7 @@ from twinlora.config import EvalOptions, ExportOptions, MergeOptions
 from twinlora.errors import AdapterError, BackendError, ConfigError, DataError, ModelError, ParityError
 from twinlora.evaluate.evaluate import evaluate
 from twinlora.export import families, gguf_lora, ship
+from twinlora.export import gguf as gguf_files
 from twinlora.export.llama_cpp import LlamaCpp
 from twinlora.export.subject import Subject
 from twinlora.model.load import load_model, resolve
@@ -182,6 +183,16 @@ def test_four_bits_of_a_random_model_need_a_wider_limit(to, quant, lora, tmp_pat
     assert 0.001 < record["parity"]["kl_mean"] < 5.0
 
 
+def test_a_k_quant_is_made_by_llama_quantize(lora, tmp_path):
+    try:
+        gguf_files.find_llama_quantize()
+    except BackendError as error:
+        pytest.skip(str(error))
+    record = export(lora, tmp_path / "out", "gguf", quant="q5_1", max_kl=5.0)
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".gguf"] == ["run-q5_1.gguf"]
+    assert 1e-4 < record["parity"]["kl_mean"] < 5.0
+
+
 def test_a_quantised_run_goes_to_llama_cpp_on_either_base(qlora, tmp_path):
     for base in ("16bit", "dequantised"):
         for to in ("gguf", "gguf-lora"):
@@ -255,6 +266,7 @@ def test_an_adapter_that_llama_cpp_cannot_add_is_refused(base, rows, tmp_path):
 def test_what_cannot_be_written_is_refused_before_anything_is_measured(qlora, tmp_path, monkeypatch):
     monkeypatch.setattr(ship, "choose_base", None)  # it would take long
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gguf_files, "_PACKAGE", "no_such_package")
     with pytest.raises(BackendError, match="llama-quantize, which is not on PATH"):
         export(qlora, tmp_path / "out", "gguf", quant="q4_k_m")
     monkeypatch.delitem(families.FAMILIES, "llama")

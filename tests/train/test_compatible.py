@@ -70,3 +70,38 @@ def test_peft_takes_everything(tiny, data_file, tmp_path):
             tiny, data_file, tmp_path, program="peft", dora=True, modules_to_save=["norm"], rank_pattern=["q_proj=8"]
         )
     )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"target": ["lm_head"]}, {"target": ["all-linear", "lm_head"], "rank_pattern": ["lm_head=8"]}], ids=str
+)
+def test_where_the_remedy_leaves_nothing_that_is_said(tiny, data_file, tmp_path, changes):
+    message = r"(?s)no adapter on lm_head\nwithout that nothing is left .*--target all-linear|scale 1 of"
+    with pytest.raises(ConfigError, match=message):
+        train(options(tiny, data_file, tmp_path, program="vllm", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_written_for_llama_cpp_is_refused(data_file, tmp_path, tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from twinlora.adapters.loaders import GGUF_MODELS
+    from twinlora.export.families import FAMILIES
+
+    assert set(GGUF_MODELS) == set(FAMILIES)
+    gpt2 = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2)).save_pretrained(gpt2)
+    tokenizer.save_pretrained(gpt2)
+    for method in ("lora", "full"):
+        with pytest.raises(
+            ConfigError, match=r"--for llama\.cpp: gpt2 models are not written as GGUF; expected one of"
+        ):
+            train(options(gpt2, data_file, tmp_path, program="llama.cpp", method=method))
+
+
+def test_all_weights_are_no_adapter(tiny, data_file, tmp_path):
+    import json
+
+    train(options(tiny, data_file, tmp_path, program="vllm", method="full"))
+    notes = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
+    assert "for vllm: all weights are trained, there is no adapter that it could refuse" in notes

@@ -9,13 +9,12 @@ from tests.train.test_loop import options
 from twinlora import machine
 from twinlora.adapters.merge import Merged
 from twinlora.errors import ConfigError, OutOfMemory
-from twinlora.plan import answer, predict, score
-from twinlora.plan.overhead import Overhead
 from twinlora.export.bnb import save_bnb
 from twinlora.model.checkpoint import Checkpoint
 from twinlora.model.load import resolve
 from twinlora.numerics.formats import NF4Format
-from twinlora.plan import predict, score
+from twinlora.plan import answer, predict, score
+from twinlora.plan.overhead import Overhead
 from twinlora.train import rehearsal
 from twinlora.train.loop import train
 

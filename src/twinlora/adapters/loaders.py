@@ -14,10 +14,12 @@ from twinlora.adapters.files import usual
 from twinlora.adapters.targets import LoraConfig, resolve_modules, resolve_targets
 from twinlora.config import AdapterOptions
 
-__all__ = ["VLLM_RANKS", "Refusal", "Traits", "nearest", "planned", "refused", "setting"]
+__all__ = ["GGUF_MODELS", "VLLM_RANKS", "Refusal", "Traits", "nearest", "planned", "refused", "setting"]
 
 # The values that vLLM's --max-lora-rank takes.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# The kinds of models (transformers' `model_type`) that export writes for llama.cpp.
+GGUF_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 
 
 @dataclass(frozen=True)

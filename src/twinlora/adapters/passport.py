@@ -19,7 +19,7 @@ import twinlora
 from twinlora.adapters.strict import read_json
 from twinlora.errors import AdapterError
 
-__all__ = ["FILE", "Passport", "check", "read", "tokenizer_digests", "versions"]
+__all__ = ["FILE", "Passport", "check", "check_tokenizer", "read", "tokenizer_digests", "versions"]
 
 FILE = "twinlora.json"
 
@@ -100,7 +100,7 @@ def check(
             f"  loading on: {base} (weights {fingerprint[:16]})\n"
             f"give --model {passport.base_model}, or delete {directory / FILE} if you know better"
         )
-    lines = _tokenizer_lines(directory, passport, tokenizer) if tokenizer else []
+    lines = check_tokenizer(directory, passport, tokenizer) if tokenizer else []
     if passport.deploy:
         lines.append(f"adapter {directory}: trained to be deployed as {passport.deploy}, running beside its base")
     if passport.base_precision != precision:
@@ -115,13 +115,14 @@ def check(
     return lines
 
 
-def _tokenizer_lines(directory: Path, passport: Passport, tokenizer: dict[str, str | None]) -> list[str]:
+def check_tokenizer(directory: Path, passport: Passport, tokenizer: dict[str, str | None]) -> list[str]:
+    """Lines to print about digests of the tokenizer in use. Raises AdapterError for another one than in training."""
     here, there = tokenizer["tokenizer_sha256"], passport.tokenizer_sha256
     if here != there:
         raise AdapterError(
             f"adapter {directory} was trained with another tokenizer\n"
             f"  trained with: {there[:16]}\n  running with: {str(here)[:16]}\n"
-            f"serve it on {passport.base_model} with its own tokenizer, or delete {directory / FILE} if you know better"
+            f"use it on {passport.base_model} with its own tokenizer, or delete {directory / FILE} if you know better"
         )
     if tokenizer["chat_template_sha256"] != passport.chat_template_sha256:
         return [f"adapter {directory}: trained with another chat template than the one in use"]

@@ -59,6 +59,9 @@ def read_adapter(directory: Path) -> AdapterFile:
     try:
         if not (directory / CONFIG).exists() and (directory / "adapter" / CONFIG).exists():
             directory = directory / "adapter"
+        if not directory.is_dir():
+            what = "is a file" if directory.exists() else "no such directory"
+            raise AdapterError(f"adapter {directory}: {what}; expected a PEFT adapter directory or a run's directory")
         missing = [_missing(directory / name) for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]
         if missing:
             raise AdapterError(

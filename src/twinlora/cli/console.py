@@ -21,8 +21,8 @@ Given = TypeVar("Given", bound=Options)
 Found = TypeVar("Found")
 _WIDEST = 200  # columns of a table, also where stdout is no terminal and rich would cut it at 80
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def as_typed(command: str) -> str:
@@ -41,7 +41,7 @@ def print_json(document: Any) -> None:
 
 def print_table(table: Table) -> None:
     """A table as wide as it is; nothing is cut."""
-    Console(width=_WIDEST, highlight=False).print(table)
+    Console(width=_WIDEST, highlight=False, markup=False, emoji=False).print(table)
 
 
 def figures_table(*titles: str, words: Collection[str] = (), gap: int = 3) -> Table:

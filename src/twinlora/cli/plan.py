@@ -167,7 +167,8 @@ def _head(plan: Plan) -> Table:
     data = (
         f"{work.rows:,} rows, {work.tokens:,} tokens, longest {work.longest:,}, {len(work.batches):,} steps"
         if work.from_data
-        else f"none; {work.rows:,} rows of {work.longest:,} tokens, {len(work.batches):,} steps (--data, --rows, --length)"
+        else f"none; {work.rows:,} rows of {work.longest:,} tokens, {len(work.batches):,} steps "
+        "(--data, --rows, --length)"
     )
     count = f"{size / 1e9:,.2f} B" if size >= 1e9 else f"{size / 1e6:,.0f} M"
     stored = ", in 4 bits (bitsandbytes NF4)" if planned.nf4 is not None else ""

@@ -28,7 +28,7 @@ def show(record: dict[str, Any], options: TrainOptions) -> None:
         f"{record['steps']} steps, loss {record['loss']:.4f}{loss}, {record['tokens_per_second'] or 0:,.0f} tokens/s, "
         f"peak {record['peak_rss_bytes'] / 1e9:.2f} GB"
     )
-    out.print(f"saved: {where}")
+    out.print(f"saved: {where}", markup=False)
     if options.method != "full":
         precision = "" if options.method == "lora" else " --precision auto"
         command = f"twinlora chat --model {options.model}{precision} --adapter mine={where}"

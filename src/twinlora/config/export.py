@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import tyro
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from twinlora.config.groups import Options
 from twinlora.config.values import HeldOut, Positive
@@ -19,6 +20,19 @@ __all__ = [
     "MergeOptions",
     "RankOptions",
 ]
+
+# Quants that are written here; those that llama-quantize makes.
+_OURS = ("f16", "bf16", "q8_0", "q4_0", "iq4_nl")
+_LLAMA_CPP = (
+    "q2_k", "q2_k_s", "q3_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k", "q4_k_s", "q4_k_m", "q5_k", "q5_k_s", "q5_k_m",
+    "q6_k", "q4_1", "q5_0", "q5_1", "iq4_xs",
+)  # fmt: skip
+_Limit = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _changed(options: Options, *names: str) -> list[str]:
+    """Those of the options that have another value than their default."""
+    return [name for name in names if getattr(options, name) != type(options).model_fields[name].get_default()]
 
 
 class ArtefactOptions(Options):
@@ -51,13 +65,19 @@ class ArtefactOptions(Options):
     columns: list[str] = Field([], description="FIELD=COLUMN for columns of other names, as in train.")
     rows: Positive = Field(32, description="How many of the rows are compared.")
     gate: bool = Field(True, description="Compare with the trained model, and write nothing if they differ.")
-    max_kl: Annotated[float, Field(gt=0)] | None = Field(
+    max_kl: _Limit | None = Field(
         None, description="Another limit on the mean divergence in nats; default: by format, see the page."
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type in which the trained model is asked; bfloat16 halves the memory and adds noise."
     )
     overwrite: bool = Field(False, description="Replace the output directory if it exists.")
+
+    @model_validator(mode="after")
+    def _gated(self) -> Self:
+        if self.max_kl is not None and not self.gate:
+            raise ValueError("max_kl is the gate's limit, and no-gate has none: leave one of them out")
+        return self
 
 
 class RankOptions(Options):
@@ -70,12 +90,20 @@ class RankOptions(Options):
     model: str | None = Field(None, description="Base model for measuring; default: the one that the adapters name.")
     overwrite: bool = Field(False, description="Replace the output directory if it exists.")
 
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        if (unused := _changed(self, "rows", "columns")) and not self.data:
+            raise ValueError(f"{' and '.join(unused)}: nothing is measured without rows; give some with --data")
+        return self
+
 
 class AdapterCombineOptions(RankOptions):
     """Several adapters as one: `twinlora adapter combine DIR DIR …`."""
 
     adapters: list[Path] = Field(min_length=2, description="PEFT adapter directories or runs, for the same base.")
-    weights: list[float] = Field([], description="What each counts, in the order of the adapters; default: 1 for all.")
+    weights: list[Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        [], description="What each counts, in the order of the adapters; default: 1 for all."
+    )
     method: Literal[
         "svd", "linear", "cat", "ties", "dare_linear", "dare_ties", "ties_svd", "dare_linear_svd", "dare_ties_svd"
     ] = Field(
@@ -91,6 +119,18 @@ class AdapterCombineOptions(RankOptions):
     def _weighted(self) -> Self:
         if self.weights and len(self.weights) != len(self.adapters):
             raise ValueError(f"weights: {len(self.weights)} for {len(self.adapters)} adapters")
+        if self.weights and not any(self.weights):
+            raise ValueError("weights: all are 0, and the result would do nothing")
+        return self
+
+    @model_validator(mode="after")
+    def _applicable(self) -> Self:
+        if self.rank is not None and not self.method.endswith("svd"):
+            raise ValueError(f"rank is what svd and …_svd cut to; method {self.method} cuts nothing: leave it out")
+        if _changed(self, "density") and not self.method.startswith(("ties", "dare")):
+            raise ValueError(f"density is what ties and dare keep; method {self.method} keeps all: leave it out")
+        if _changed(self, "seed") and not self.method.startswith("dare"):
+            raise ValueError(f"seed is dare's; method {self.method} draws nothing: leave it out")
         return self
 
 
@@ -127,7 +167,26 @@ class ExportOptions(ArtefactOptions):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        self.quant = self.quant.lower()
         if self.edge and self.to != "gguf":
             raise ValueError("edge measures GGUF files in llama.cpp: it needs to gguf")
+        if self.to not in ("gguf", "gguf-lora") and _changed(self, "quant"):
+            raise ValueError("quant is of GGUF files: it needs to gguf or gguf-lora")
+        if self.to not in ("merged", "bnb") and _changed(self, "weights"):
+            raise ValueError("weights is of 16-bit and bnb checkpoints: it needs to merged or bnb")
+        if self.to != "bnb" and (given := _changed(self, "block_size", "double_quant")):
+            raise ValueError(f"{' and '.join(given)}: of 4-bit checkpoints alone, they need to bnb")
+        if self.to == "gguf-lora" and self.quant not in _OURS:
+            raise ValueError(f"quant {self.quant}: the base for comparing is one of {', '.join(_OURS)}")
         return self
+
+    @field_validator("quant")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        quant = name.lower()
+        if quant not in _OURS + _LLAMA_CPP:
+            near = difflib.get_close_matches(quant, _OURS + _LLAMA_CPP, n=1)
+            raise ValueError(
+                f"{name!r} is not known{f', did you mean {near[0]}?' if near else ''}; expected one of "
+                f"{', '.join(_OURS)}, or with llama-quantize of {', '.join(_LLAMA_CPP)}"
+            )
+        return quant

@@ -7,19 +7,17 @@ to the trained model.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from twinlora import atomic
 from twinlora.evaluate.metrics import RowLoss, row_losses
 from twinlora.evaluate.stats import paired_interval
 from twinlora.export.merged import save_16bit
+from twinlora.export.output import scratch
 from twinlora.export.probes import model_answers
 from twinlora.export.subject import Subject
 from twinlora.model.forward import has_plain_head, packing_refusal
@@ -105,13 +103,10 @@ def _decide(found: dict[str, Candidate], difference: tuple[float, float, float])
 def _candidate(subject: Subject, fmt: Precision | None) -> PreTrainedModel:
     """The merged model as it would be shipped, loaded from a directory that is gone afterwards."""
     options = subject.options
-    weights = subject.merged(fmt)
-    with atomic.writing(options.output):
-        atomic.make_directory(options.output.parent)
-        with tempfile.TemporaryDirectory(prefix=".candidate.", dir=options.output.parent) as directory:
-            save_16bit(weights, Path(directory), subject.tokenizer, weight_type(subject))
-            trust = options.trust_remote_code
-            return load_model(resolve(directory), dtype=getattr(torch, options.dtype), trust_remote_code=trust)
+    with scratch(options.output) as directory:
+        save_16bit(subject.merged(fmt), directory, subject.tokenizer, weight_type(subject))
+        trust = options.trust_remote_code
+        return load_model(resolve(str(directory)), dtype=getattr(torch, options.dtype), trust_remote_code=trust)
 
 
 def weight_type(subject: Subject) -> torch.dtype:

@@ -11,7 +11,8 @@ from twinlora.adapters.read import AdapterFile
 from twinlora.config import AdapterCombineOptions, AdapterCompressOptions, EvalOptions, RankOptions
 from twinlora.errors import AdapterError
 from twinlora.evaluate.evaluate import evaluate
-from twinlora.export.subject import base_name, require_free
+from twinlora.export.output import ADAPTER, claimed, require_apart, require_free
+from twinlora.export.subject import find_base
 from twinlora.reporter import Reporter
 
 __all__ = ["combine", "compress"]
@@ -24,31 +25,63 @@ def combine(options: AdapterCombineOptions, reporter: Reporter | None = None) ->
     found = factors.combine(
         adapters, weights, options.method, rank=options.rank, density=options.density, seed=options.seed
     )
-    _save(options, adapters, found, f"combined ({options.method})")
-    return _result(options, options.adapters, found, reporter) | {"method": options.method, "weights": weights}
+    result = _save_and_measure(options, options.adapters, adapters, found, f"combined ({options.method})", reporter)
+    return result | {"method": options.method, "weights": weights}
 
 
 def compress(options: AdapterCompressOptions, reporter: Reporter | None = None) -> dict[str, Any]:
     """An adapter in a lower rank. Raises AdapterError for one that has no rank to cut."""
     adapters = _opened([options.directory], options)
     found = factors.compress(adapters[0], options.rank)
-    _save(options, adapters, found, f"compressed to rank {options.rank}")
-    lost = factors.energy_lost(adapters[0], found)
-    return _result(options, [options.directory], found, reporter) | {"energy_lost": lost}
+    how = f"compressed to rank {options.rank}"
+    result = _save_and_measure(options, [options.directory], adapters, found, how, reporter)
+    return result | {"energy_lost": factors.energy_lost(adapters[0], found)}
 
 
 def _opened(paths: list[Path], options: RankOptions) -> list[AdapterFile]:
-    require_free(options)
-    return [files.read_adapter(path) for path in paths]
+    require_free(options.output, options.overwrite, ADAPTER)
+    adapters = [files.read_adapter(path) for path in paths]
+    require_apart(options.output, [adapter.directory for adapter in adapters])
+    return adapters
 
 
-def _save(options: RankOptions, adapters: list[AdapterFile], found: dict[str, factors.Factors], how: str) -> None:
+def _save_and_measure(
+    options: RankOptions,
+    given: list[Path],
+    adapters: list[AdapterFile],
+    found: dict[str, factors.Factors],
+    how: str,
+    reporter: Reporter | None,
+) -> dict[str, Any]:
+    """Ranks, sizes, and with rows the loss of each adapter that was given, before anything is written, and of the new
+    one."""
     papers = [passport.read(adapter.directory) for adapter in adapters]
+    paper = _passport(adapters, papers, how)
+    with claimed(options.output, options.overwrite, ADAPTER):
+        losses = {str(path): _loss(options, path, reporter) for path in given} if options.data else {}
+        _save(options, adapters, found, paper)
+    if options.data:
+        losses[str(options.output)] = _loss(options, options.output, reporter)
+    return {
+        "adapter": str(options.output),
+        "layers": len(found),
+        "ranks": sorted({len(a) for a, _ in found.values()}),
+        "parameters": sum(t.numel() for pair in found.values() for t in pair),
+        "losses": losses,
+    }
+
+
+def _save(
+    options: RankOptions,
+    adapters: list[AdapterFile],
+    found: dict[str, factors.Factors],
+    paper: passport.Passport | None,
+) -> None:
     base = options.model or str(adapters[0].options.get("base_model_name_or_path") or "")
     targets = [adapter.options.get("target_modules") for adapter in adapters]
     kinds = sorted({kind for several in targets if isinstance(several, list) for kind in several})
     listed = kinds if all(isinstance(several, list) for several in targets) else sorted(found)
-    files.save_factors(options.output, found, listed, base, _passport(adapters, papers, how))
+    files.save_factors(options.output, found, listed, base, paper)
 
 
 def _passport(
@@ -77,26 +110,12 @@ def _passport(
     return known[0].model_copy(update=changes | {"system": systems.pop() if len(systems) == 1 else None})
 
 
-def _result(
-    options: RankOptions, given: list[Path], found: dict[str, factors.Factors], reporter: Reporter | None
-) -> dict[str, Any]:
-    """Ranks, sizes, and with rows the loss of each adapter that was given and of the new one."""
-    losses: dict[str, float] = {}
-    for path in [*given, options.output] if options.data else []:
-        adapter = files.read_adapter(path)
-        asked = EvalOptions(
-            model=base_name(options.model, adapter, passport.read(adapter.directory), path),
-            adapter=path,
-            data=options.data,
-            columns=options.columns,
-            rows=options.rows,
-            metric=["loss"],
-        )
-        losses[str(path)] = evaluate(asked, reporter)["loss"]
-    return {
-        "adapter": str(options.output),
-        "layers": len(found),
-        "ranks": sorted({len(a) for a, _ in found.values()}),
-        "parameters": sum(t.numel() for pair in found.values() for t in pair),
-        "losses": losses,
-    }
+def _loss(options: RankOptions, path: Path, reporter: Reporter | None) -> float:
+    """Held-out loss of an adapter on its base."""
+    adapter = files.read_adapter(path)
+    base = find_base(options.model, adapter, passport.read(adapter.directory))
+    asked = EvalOptions(
+        model=base.given, adapter=path, data=options.data, columns=options.columns, rows=options.rows, metric=["loss"]
+    )
+    loss: float = evaluate(asked, reporter)["loss"]
+    return loss

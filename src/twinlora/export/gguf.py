@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,9 +30,10 @@ OURS = {
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
     "iq4_nl": (GGMLQuantizationType.IQ4_NL, LlamaFileType.MOSTLY_IQ4_NL),
 }
+_PACKAGE = "ik_llama_cpp"  # its wheel, ik-llama-cpp-python, brings a llama-quantize that is not put on PATH
 _HINT = (
-    "K-quants are written by llama.cpp's llama-quantize, which is not on PATH: install llama.cpp "
-    "(`brew install llama.cpp`, `conda install -c conda-forge llama.cpp`, or a release from "
+    "K-quants are written by llama.cpp's llama-quantize, which is not on PATH: `pip install ik-llama-cpp-python`, or "
+    "install llama.cpp (`brew install llama.cpp`, `conda install -c conda-forge llama.cpp`, or a release from "
     "https://github.com/ggml-org/llama.cpp/releases), or choose --quant q4_0 or iq4_nl"
 )
 
@@ -115,8 +118,10 @@ def _announce(
 
 
 def find_llama_quantize() -> str:
-    """Where llama-quantize is. Raises BackendError if it is not there."""
-    program = shutil.which("llama-quantize")
+    """Where llama-quantize is: on PATH, or in a package that has it. Raises BackendError if it is nowhere."""
+    package = importlib.util.find_spec(_PACKAGE)
+    inside = [str(Path(place) / "bin") for place in (package and package.submodule_search_locations) or []]
+    program = shutil.which("llama-quantize") or shutil.which("llama-quantize", path=os.pathsep.join(inside))
     if program is None:
         raise BackendError(_HINT)
     return program

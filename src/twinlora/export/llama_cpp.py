@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -22,19 +21,10 @@ from twinlora.data.formats import Row
 from twinlora.errors import BackendError
 from twinlora.export.probes import Answer, Probe
 
-__all__ = ["LlamaCpp", "require_llama_cpp"]
+__all__ = ["LlamaCpp"]
 
 _SECONDS = 600
 LISTED = 1024  # likeliest tokens that are asked for; the others are known by their sum
-
-
-def require_llama_cpp() -> None:
-    """Raises BackendError if there is no llama.cpp to run an artefact in."""
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise BackendError(
-            "comparing a GGUF file needs llama.cpp: pip install xllamacpp, "
-            "or give --no-gate to write it without a comparison"
-        )
 
 
 class LlamaCpp:

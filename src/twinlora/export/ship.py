@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import tempfile
@@ -18,14 +19,15 @@ from twinlora import atomic, machine
 from twinlora.adapters import files
 from twinlora.adapters.merge import Merged
 from twinlora.config import ArtefactOptions, ExportOptions, MergeOptions
-from twinlora.errors import AdapterError, ConfigError, ParityError
+from twinlora.errors import AdapterError, BackendError, ParityError
 from twinlora.export import bnb, edge, families, readback
 from twinlora.export import gguf as gguf_files
 from twinlora.export.choose import Choice, choose_base, weight_type
 from twinlora.export.deployed import prove, require_match
 from twinlora.export.gguf_lora import write_gguf_lora
-from twinlora.export.llama_cpp import LlamaCpp, require_llama_cpp
+from twinlora.export.llama_cpp import LlamaCpp
 from twinlora.export.merged import save_16bit
+from twinlora.export.output import ARTEFACT, claimed
 from twinlora.export.parity import LIMITS, Limits, Parity, Runtime, compare
 from twinlora.export.probes import model_answers
 from twinlora.export.stock import Stock
@@ -39,6 +41,7 @@ __all__ = ["export", "merge"]
 
 
 _LIMIT_NAMES = {torch.float32: "float32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_PROGRAMS = {"bnb": "bitsandbytes", "peft": "peft", "gguf": "xllamacpp", "gguf-lora": "xllamacpp"}  # by pip's names
 
 
 @dataclass
@@ -58,13 +61,23 @@ def merge(options: MergeOptions, reporter: Reporter | None = None) -> dict[str, 
 
 def export(options: ExportOptions, reporter: Reporter | None = None) -> dict[str, Any]:
     """Write an artefact of any kind. Raises InputError, ParityError, BackendError."""
-    if (options.gate and options.to in ("gguf", "gguf-lora")) or options.edge:
-        require_llama_cpp()
+    _require_program(options)
+    if options.to == "bnb":
+        nf4_of(options)
     if options.to == "gguf" and options.quant not in gguf_files.OURS:
         gguf_files.find_llama_quantize()
-    if options.to == "gguf-lora" and options.quant not in gguf_files.OURS:
-        raise ConfigError(f"quant {options.quant}: the base for comparing is one of {', '.join(gguf_files.OURS)}")
     return _ship(options, options.to, reporter or Reporter())
+
+
+def _require_program(options: ExportOptions) -> None:
+    """Raises BackendError if what the artefact is to run in is not installed."""
+    program = _PROGRAMS.get(options.to)
+    if program is None or not (options.gate or options.edge) or importlib.util.find_spec(program) is not None:
+        return
+    raise BackendError(
+        f"export --to {options.to} runs the artefact in {program}, which is not installed: pip install {program}, "
+        f"or write it unseen with --no-gate{' and without --edge' if options.edge else ''}"
+    )
 
 
 def _ship(options: ArtefactOptions, kind: str, reporter: Reporter) -> dict[str, Any]:
@@ -75,30 +88,40 @@ def _ship(options: ArtefactOptions, kind: str, reporter: Reporter) -> dict[str, 
         require_match(options, subject.deployed)
     if kind in ("gguf", "gguf-lora"):
         families.family_of(subject.checkpoint.config)
-    quantized, choice = _base_of(subject, kind, reporter)
-    with atomic.write_directory(options.output) as directory:
-        reporter.note(f"writing {kind}: {options.output}")
-        artefact = _WRITERS[kind](subject, quantized, directory)
-        for line in artefact.facts.get("notes", ()):
-            reporter.note(line)
-        parity = _gate(subject, quantized, artefact, reporter) if options.gate else None
-        record = _record(subject, kind, quantized, choice, artefact, parity)
-        if subject.deployed is not None and subject.digests:
-            record["deploy"] = prove(subject.merged(quantized), subject.deployed, subject.digests)
-        if isinstance(options, ExportOptions) and options.edge:
-            record["edge"] = _edge(subject, quantized, directory, options)
-        name = "parity.json" if parity else "export.json"
-        (directory / name).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with claimed(options.output, options.overwrite, ARTEFACT):
+        quantized, choice = _base_of(subject, kind, reporter)
+        with atomic.write_directory(options.output) as directory:
+            record = _write(subject, kind, quantized, choice, directory)
     if not options.gate:
         reporter.note("NOT compared with the trained model (--no-gate)")
     return record | {"output": str(options.output), "peak_rss_bytes": machine.peak_rss_bytes()}
 
 
+def _write(
+    subject: Subject, kind: str, quantized: Precision | None, choice: Choice | None, directory: Path
+) -> dict[str, Any]:
+    """The artefact and its record, in a directory that is removed if anything is wrong with it."""
+    options, reporter = subject.options, subject.reporter
+    reporter.note(f"writing {kind}: {options.output}")
+    artefact = _WRITERS[kind](subject, quantized, directory)
+    for line in artefact.facts.get("notes", ()):
+        reporter.note(line)
+    parity = _gate(subject, quantized, artefact, reporter) if options.gate else None
+    record = _record(subject, kind, quantized, choice, artefact, parity)
+    if subject.deployed is not None and subject.digests:
+        record["deploy"] = prove(subject.merged(quantized), subject.deployed, subject.digests)
+    if isinstance(options, ExportOptions) and options.edge:
+        record["edge"] = _edge(subject, quantized, directory, options)
+    name = "parity.json" if parity else "export.json"
+    (directory / name).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return record
+
+
 def _base_of(subject: Subject, kind: str, reporter: Reporter) -> tuple[Precision | None, Choice | None]:
     """The base of the artefact. An adapter that stays one is compared on a base that it will meet: for PEFT the one it
-    was trained on, in llama.cpp the 16-bit one unless `--base dequantised` says otherwise."""
+    was trained on, in llama.cpp the 16-bit one, unless `--base` says otherwise."""
     if kind == "peft":
-        return subject.trained_on, None
+        return (None if subject.options.base == "16bit" else subject.trained_on), None
     if kind == "gguf-lora":
         quantized = subject.trained_on if subject.options.base == "dequantised" else None
         if subject.trained_on is not None and quantized is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +14,15 @@ from twinlora.adapters import files, passport
 from twinlora.adapters.deploy import Storage, deploy
 from twinlora.adapters.merge import Merged
 from twinlora.adapters.read import AdapterFile
-from twinlora.config import ArtefactOptions, RankOptions
+from twinlora.adapters.strict import read_json
+from twinlora.config import ArtefactOptions
 from twinlora.data import sources
 from twinlora.data.examples import encode_rows
 from twinlora.data.formats import Row
 from twinlora.data.template import Example
-from twinlora.errors import AdapterError, ConfigError, DataError
+from twinlora.errors import AdapterError, ConfigError, DataError, ModelError
 from twinlora.export.merged import generation_values
+from twinlora.export.output import ARTEFACT, require_apart, require_free
 from twinlora.export.probes import Probe, probes_of
 from twinlora.model.checkpoint import Checkpoint
 from twinlora.model.fingerprint import fingerprint
@@ -29,7 +30,7 @@ from twinlora.model.load import Source, load_model, load_tokenizer, resolve
 from twinlora.numerics.formats import DENSE, Precision, is_format, parse
 from twinlora.reporter import Reporter
 
-__all__ = ["Subject", "base_name", "open_subject", "require_free"]
+__all__ = ["Subject", "find_base", "open_subject"]
 
 _MAX_LENGTH = 2048
 
@@ -47,6 +48,7 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     rows: list[Row]
     digests: dict[str, str]  # of the deployed layers, by run.json
+    reporter: Reporter
 
     @property
     def deployed(self) -> Storage | None:
@@ -83,8 +85,16 @@ class Subject:
 
     @cached_property
     def examples(self) -> list[Example]:
-        """The rows as tokens; those that are too long are cut."""
-        return encode_rows(self.tokenizer, self.rows, _MAX_LENGTH, overlong="truncate", allow_untrained=True)
+        """The rows as tokens; those that are too long, also for the model, are cut."""
+        most = getattr(self.checkpoint.config.get_text_config(), "max_position_embeddings", None) or _MAX_LENGTH
+        return encode_rows(
+            self.tokenizer,
+            self.rows,
+            min(_MAX_LENGTH, most),
+            overlong="truncate",
+            allow_untrained=True,
+            note=self.reporter.note,
+        )
 
     @cached_property
     def probes(self) -> list[Probe]:
@@ -118,48 +128,79 @@ class Subject:
 
 def open_subject(options: ArtefactOptions, reporter: Reporter) -> Subject:
     """Read adapter, passport, tokenizer and rows. Raises InputError."""
-    require_free(options)
+    require_free(options.output, options.overwrite, ARTEFACT)
     record = _record(options.run)
-    if (options.run / "model" / "config.json").is_file() or (options.run / "config.json").is_file():
-        whole = options.run if (options.run / "config.json").is_file() else options.run / "model"
-        source, adapter, paper = resolve(options.model or str(whole)), None, None
+    whole, adapter, paper = _whole(options.run), None, None
+    if whole is not None:
+        if options.model is not None:
+            raise ConfigError(f"model {options.model}: {options.run} is a whole model and has no base; leave it out")
+        source = resolve(str(whole))
     else:
+        _require_finished(options.run)
         adapter = files.read_adapter(options.run)
         paper = passport.read(adapter.directory)
-        source = resolve(base_name(options.model, adapter, paper, options.run))
-        if paper is not None:
-            found = fingerprint(source, reporter.note)
-            passport.check(adapter.directory, fingerprint=found, base=source.given, precision=paper.base_precision)
-        else:
-            reporter.note(f"adapter {options.run}: no passport (not written by twinlora); taken as trained on 16 bit")
+        source = find_base(options.model, adapter, paper)
+    require_apart(options.output, [adapter.directory if adapter else source.path, source.path])
+    if paper is not None and adapter is not None:
+        found = fingerprint(source, reporter.note)
+        passport.check(adapter.directory, fingerprint=found, base=source.given, precision=paper.base_precision)
+    elif adapter is not None:
+        reporter.note(f"adapter {options.run}: no passport (not written by twinlora); taken as trained on 16 bit")
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    if paper is not None and adapter is not None:
+        digests = passport.tokenizer_digests(tokenizer)
+        for line in passport.check_tokenizer(adapter.directory, paper, digests):
+            reporter.note(line)
     trained_on = _trained_on(paper, options.run)
     chooses = options.base == "auto" and trained_on is not None
     rows = _rows(options, record.get("options", {}), reporter) if options.gate or chooses else []
-    return Subject(options, source, adapter, paper, trained_on, tokenizer, rows, record.get("deployed", {}))
+    deployed = record.get("deployed", {})
+    if paper is not None and paper.deploy and not deployed:
+        reporter.note(f"{options.run}: no run.json with the digests of what was trained; not compared to the bit")
+    return Subject(options, source, adapter, paper, trained_on, tokenizer, rows, deployed, reporter)
+
+
+def _whole(run: Path) -> Path | None:
+    """Where all weights of a model are, if they are there and no adapter is."""
+    if (run / files.CONFIG).exists():
+        return None
+    return next((path for path in (run, run / "model") if (path / "config.json").is_file()), None)
+
+
+def _require_finished(run: Path) -> None:
+    begun = (run / "metrics.jsonl").exists() or (run / "checkpoints").is_dir()
+    if begun and not (run / "adapter").exists():
+        raise AdapterError(
+            f"run {run}: did not finish, and has no adapter yet; continue it with its own command and --resume"
+        )
 
 
 def _record(run: Path) -> dict[str, Any]:
-    """run.json, of the run's directory or of the one above `adapter`."""
-    for directory in (run, run.parent):
-        if (directory / "run.json").is_file():
-            record: dict[str, Any] = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-            return record
-    return {}
+    """run.json of the run, also where `adapter` or `model` in it was given. Raises AdapterError for a damaged one."""
+    run = run.resolve()
+    path = (run.parent if run.name in ("adapter", "model") else run) / "run.json"
+    if not path.is_file():
+        return {}
+    record, problems = read_json(path)
+    problems += [f"{key} is no object" for key in ("options", "deployed") if not isinstance(record.get(key, {}), dict)]
+    if problems:
+        raise AdapterError(f"{path}: damaged ({'; '.join(problems)}); delete it, and name held-out rows with --data")
+    return record
 
 
-def require_free(options: ArtefactOptions | RankOptions) -> None:
-    """Raise ConfigError if the output is there and may not be replaced."""
-    if options.output.exists() and not options.overwrite:
-        raise ConfigError(f"output {options.output}: exists; give --overwrite to replace it, or another --output")
-
-
-def base_name(given: str | None, adapter: AdapterFile, paper: passport.Passport | None, where: Path) -> str:
-    """The base model: what is `given`, else what passport or adapter name. Raises ConfigError."""
+def find_base(given: str | None, adapter: AdapterFile, paper: passport.Passport | None) -> Source:
+    """The base of `adapter`: `given`, or the one that it names. Raises ConfigError, ModelError."""
     name = given or (paper and paper.base_model) or adapter.options.get("base_model_name_or_path")
     if not name:
-        raise ConfigError(f"adapter {where} names no base model: give --model")
-    return str(name)
+        raise ConfigError(f"adapter {adapter.directory} names no base model: give --model")
+    try:
+        return resolve(str(name))
+    except ModelError as error:
+        if given:
+            raise
+        raise ModelError(
+            f"{error}\nso it stands in {adapter.directory}; if the base has moved, give --model with its place now"
+        ) from None
 
 
 def _trained_on(paper: passport.Passport | None, run: Path) -> Precision | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from twinlora.adapters.loaders import nearest, planned, refused, setting
+from twinlora.adapters.loaders import GGUF_MODELS, Refusal, nearest, planned, refused, setting
 from twinlora.config import TrainOptions
-from twinlora.errors import ConfigError
+from twinlora.errors import AdapterError, ConfigError
 from twinlora.model.load import Source, skeleton
 from twinlora.train.notes import Notes
 
@@ -15,24 +15,41 @@ __all__ = ["require_loadable"]
 
 def require_loadable(options: TrainOptions, source: Source, notes: Notes) -> None:
     """Raises ConfigError with every reason and the nearest options that the program takes."""
-    if options.program is None or options.method == "full":
+    program = options.program
+    if program is None:
         return
     model = skeleton(source, trust_remote_code=options.trust_remote_code)
-    traits = planned(model, options)
-    refusals = refused(options.program, traits)
-    if not refusals:
-        how = setting(options.program, traits)
-        notes.add(f"for {options.program}: it can be loaded{f', {how}' if how else ''}")
+    kind = model.config.model_type
+    if program == "llama.cpp" and kind not in GGUF_MODELS:
+        raise ConfigError(
+            f"--for llama.cpp: {kind} models are not written as GGUF; expected one of {', '.join(GGUF_MODELS)}"
+        )
+    if options.method == "full":
+        notes.add(f"for {program}: all weights are trained, there is no adapter that it could refuse")
         return
-    changes = nearest(refusals, options)
-    still = refused(options.program, planned(model, options.model_copy(update=changes)))
-    assert not still, still
+    traits = planned(model, options)
+    refusals = refused(program, traits)
+    if not refusals:
+        how = setting(program, traits)
+        notes.add(f"for {program}: it can be loaded{f', {how}' if how else ''}")
+        return
     reasons = "\n  ".join(refusal.reason for refusal in refusals)
-    merged = "" if options.program != "llama.cpp" else "\nor leave --for out and fold it in: twinlora export --to gguf"
+    merged = "" if program != "llama.cpp" else "\nor leave --for out and fold it in: twinlora export --to gguf"
     raise ConfigError(
-        f"--for {options.program}: it could not load what would be trained\n  {reasons}\n"
-        f"the nearest that it loads: {_as_flags(changes)}{merged}"
+        f"--for {program}: it could not load what would be trained\n  {reasons}\n"
+        f"{_remedy(options, program, model, refusals)}{merged}"
     )
+
+
+def _remedy(options: TrainOptions, program: str, model: Any, refusals: list[Refusal]) -> str:
+    """The nearest options that the program takes, if they leave something to train."""
+    changes = nearest(refusals, options)
+    try:
+        still = refused(program, planned(model, options.model_copy(update=changes)))
+    except AdapterError:
+        return "without that nothing is left as it was asked for: give other targets, such as --target all-linear"
+    assert not still, still
+    return f"the nearest that it loads: {_as_flags(changes)}"
 
 
 def _as_flags(changes: dict[str, Any]) -> str:

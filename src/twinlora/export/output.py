@@ -1,0 +1,118 @@
+"""The directory that an artefact goes to: one process writes it at a time, and over nothing but an earlier artefact."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from twinlora import atomic
+from twinlora.errors import ConfigError, Interrupted
+
+__all__ = ["ADAPTER", "ARTEFACT", "claimed", "require_apart", "require_free", "scratch"]
+
+# A directory with one of these is an earlier result, which --overwrite may replace.
+ARTEFACT, ADAPTER = ("parity.json", "export.json"), ("adapter_config.json",)
+
+
+def require_free(output: Path, overwrite: bool, marks: Iterable[str]) -> None:
+    """Raises ConfigError if `output` exists, unless it is empty or an earlier result and may be replaced."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if not _replaceable(output, marks):
+        raise ConfigError(
+            f"output {output}: exists and is no earlier result (a directory with {' or '.join(marks)}), "
+            "so that it is never replaced; give another --output"
+        )
+    if not overwrite:
+        raise ConfigError(f"output {output}: exists; give --overwrite to replace it, or another --output")
+
+
+def _replaceable(output: Path, marks: Iterable[str]) -> bool:
+    if output.is_symlink() or not output.is_dir():
+        return False
+    if output.name == "adapter" and (output.parent / "run.json").exists():
+        return False  # what a run trained
+    return any((output / mark).is_file() for mark in marks) or not any(output.iterdir())
+
+
+def require_apart(output: Path, read: Iterable[Path]) -> None:
+    """Raises ConfigError if something that is read lies in `output`."""
+    for path in read:
+        if path.resolve().is_relative_to(output.resolve()):
+            raise ConfigError(f"output {output}: holds {path}, which is read here; give another --output")
+
+
+@contextmanager
+def claimed(output: Path, overwrite: bool, marks: Iterable[str]) -> Iterator[None]:
+    """Hold `output` against other processes, remove what a killed one left beside it, end in order on SIGTERM.
+
+    Raises ConfigError if another process writes it or has written it meanwhile, StorageError if it cannot be written.
+    """
+    with atomic.writing(output):
+        atomic.make_directory(output.parent)
+        lock = _lock(output)
+    path = _lock_of(output)
+    try:
+        require_free(output, overwrite, marks)
+        with atomic.writing(output):
+            atomic.sweep(output)
+        with _ended_by_sigterm(output):
+            yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+@contextmanager
+def scratch(output: Path) -> Iterator[Path]:
+    """A directory beside `output`, on the same disk, that is gone afterwards; what a killed process leaves is swept."""
+    with (
+        atomic.writing(output),
+        tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=atomic.PARTIAL, dir=output.parent) as directory,
+    ):
+        yield Path(directory)
+
+
+def _lock_of(output: Path) -> Path:
+    return output.parent / f".{output.name}.lock"
+
+
+def _lock(output: Path) -> int:
+    path = _lock_of(output)
+    while True:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ConfigError(
+                f"output {output}: another process is writing it; wait for it, or give another --output"
+            ) from None
+        except OSError:
+            os.close(handle)
+            raise
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            return handle
+        os.close(handle)  # its last holder has removed it meanwhile
+
+
+@contextmanager
+def _ended_by_sigterm(output: Path) -> Iterator[None]:
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by SIGTERM; nothing was written to {output}", number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread: whoever runs us handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
