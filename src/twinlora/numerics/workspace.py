@@ -88,7 +88,7 @@ def _of_cpu(op: str, args: tuple[Any, ...], threads: int) -> Workspace:
         copied: int = sum(t.nbytes for t in heads if t.stride(2) != 1 or t.stride(1) != t.shape[2])
         copied += copy_bytes(*tables, *((x,) if backward else ()))
         shape = heads[0].shape[1], heads[1].shape[1], heads[0].shape[2]
-        return Workspace(copied, {op: attention_bytes(starts, *shape, args[-1], threads, backward=backward)})
+        return Workspace(copied, attention_bytes(starts, *shape, args[-1], threads, backward=backward))
     return Workspace(copy_bytes(*(t for t in args if isinstance(t, Tensor))))  # between the products, and codes
 
 
@@ -119,15 +119,23 @@ def few_rows_bytes(rows: int, n: int, k: int, block: int, threads: int, path: st
 
 def attention_bytes(
     starts: list[int], heads: int, kv_heads: int, size: int, window: int, threads: int, *, backward: bool
-) -> int:
-    """Of the attention kernels: a thread's buffers, each as large as any item of work needs it, and parts of dK, dV."""
+) -> dict[str, int]:
+    """Of the attention kernels: a thread's buffers, each as large as an item of work needs it, and dK and dV."""
     items, parts = cpu.attention_work(starts, heads, kv_heads, size, window, threads, backward=backward)
-    if backward:
-        group = heads // kv_heads
-        needed = {_backward_buffers(keys, stop - query, size, b - a == group) for _, a, b, query, stop, keys in items}
-    else:
-        needed = {_forward_buffers(keys, size) for *_, keys in items}
-    return min(threads, len(items)) * sum(max(sizes) for sizes in zip(*needed, strict=True)) + parts
+    used = min(threads, len(items))
+    if not backward:
+        return {"attention": used * _largest({_forward_buffers(keys, size) for *_, keys in items})}
+    alone = [keys for _, first, last, *_, keys in items if last - first == heads // kv_heads]
+    return {
+        "attention_backward": used * _largest({_backward_buffers(k, stop - q, size) for *_, q, stop, k in items}),
+        "attention_backward sums": used * 4 * 2 * max(alone, default=0) * size,
+        "attention_backward parts": parts,
+    }
+
+
+def _largest(items: set[tuple[int, ...]]) -> int:
+    """All buffers, each as large as the item that needs most of it."""
+    return sum(map(max, zip(*items, strict=True)))
 
 
 def _forward_buffers(keys: int, size: int) -> tuple[int, ...]:
@@ -136,12 +144,12 @@ def _forward_buffers(keys: int, size: int) -> tuple[int, ...]:
     return 3 * 2 * keys * size, panel, 4 * keys // _BLOCK * _STEP_PAIRS, 4 * keys * _BLOCK, row
 
 
-def _backward_buffers(keys: int, queries: int, size: int, alone: bool) -> tuple[int, ...]:
-    """As those. An item that is alone with its key/value head keeps dK and dV among its own."""
+def _backward_buffers(keys: int, queries: int, size: int) -> tuple[int, ...]:
+    """As those, but for dK and dV."""
     blocks = min(-(-queries // _BLOCK), _QUERIES // _BLOCK)
     panels, scores = 4 * 4 * blocks * size // _STEP_DEPTH * _STEP_PAIRS, 4 * blocks * keys // _BLOCK * _STEP_PAIRS
     rows, strips = 2 * 2 * blocks * _BLOCK * size, 2 * 2 * _BLOCK * blocks * _BLOCK
-    return 3 * 2 * keys * size, rows, strips, panels, scores, 4 * 2 * keys * size if alone else 0, 4 * _BLOCK * size
+    return 3 * 2 * keys * size, rows, strips, panels, scores, 4 * _BLOCK * size
 
 
 def attention_step_bytes(lengths: list[int], window: int, q_shape: torch.Size, kv_heads: int, threads: int) -> int:
