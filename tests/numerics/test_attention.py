@@ -8,6 +8,8 @@ import torch
 from twinlora.numerics import attention as reference
 from twinlora.numerics import cpu, ops
 
+kernels = pytest.mark.skipif("avx512-bf16" not in cpu.paths(), reason="this machine has no kernels for attention")
+
 
 def starts(lengths):
     return [0, *itertools.accumulate(lengths)]
@@ -57,7 +59,7 @@ def relative(found, truth):
     return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
-@pytest.mark.skipif("avx512-bf16" not in cpu.paths(), reason="this machine has no kernels for attention")
+@kernels
 @pytest.mark.parametrize("lengths", [[1], [31, 1, 33], [300, 1, 257, 600]])
 @pytest.mark.parametrize(("heads", "size"), [((3, 1), 64), ((4, 4), 32), ((2, 1), 96)])
 @pytest.mark.parametrize("window", [0, 50, 300])
@@ -81,18 +83,134 @@ def test_kernels_are_as_exact_as_the_reference(lengths, heads, size, window, rot
             assert relative(found, truth) <= 1.05 * relative(naive, truth) + 1e-6
 
 
-@pytest.mark.skipif("avx512-bf16" not in cpu.paths(), reason="this machine has no kernels for attention")
-def test_kernels_do_not_depend_on_threads_or_neighbours():
-    q, k, v, dout = (torch.randn(200, h, 64).bfloat16() for h in (6, 2, 2, 6))
+@kernels
+@pytest.mark.parametrize("heads", [(4, 4), (9, 3), (8, 1)])  # groups of 1, 3 and 8
+@pytest.mark.parametrize(("lengths", "window"), [([1000], 0), ([1, 700, 40, 290], 0), ([1100, 64], 300)])
+def test_kernels_against_torchs_attention(heads, lengths, window):
+    tokens, ends = sum(lengths), starts(lengths)
+    inputs = [torch.randn(tokens, h, 64).bfloat16() for h in (heads[0], heads[1], heads[1])]
+    dout = torch.randn(tokens, heads[0], 64).bfloat16()
+    out, lse = cpu.attention(*inputs, None, None, ends, 0.125, window)
+    gradients = cpu.attention_backward(dout, *inputs, None, None, out, lse, ends, 0.125, window)
+    wide, expected = [x.double().requires_grad_() for x in inputs], []
+    for start, stop in itertools.pairwise(ends):
+        q, k, v = (x[start:stop].transpose(0, 1) for x in wide)
+        i = torch.arange(stop - start)
+        seen = (i[None] <= i[:, None]) & (i[None] > i[:, None] - (window or tokens))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=0.125, enable_gqa=True)
+        expected.append(y.transpose(0, 1))
+    truth = torch.cat(expected)
+    for found, true in zip((out, *gradients), (truth, *torch.autograd.grad(truth, wide, dout.double())), strict=True):
+        assert relative(found, true) < 0.006
+        for start, stop in itertools.pairwise(ends):  # short sequences are not lost among long ones
+            if stop - start > 1:
+                assert relative(found[start:stop], true[start:stop]) < 0.01
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("lengths", "heads", "window"),
+    [
+        ([1000], (9, 3), 0),  # heads, and their queries in ranges
+        ([700, 650], (8, 1), 0),
+        ([1200, 300, 1, 40], (6, 2), 500),
+        ([800], (4, 4), 0),  # nothing to cut in the backward pass
+    ],
+)
+def test_kernels_do_not_depend_on_threads(lengths, heads, window):
+    tokens, ends = sum(lengths), starts(lengths)
+    q, k, v, dout = (torch.randn(tokens, h, 64).bfloat16() for h in (*heads, heads[1], heads[0]))
+    rotation = torch.randn(2, tokens, 64).bfloat16().unbind()
     before, results = torch.get_num_threads(), []
-    for threads, ends in ((1, [0, 70, 200]), (2, [0, 70, 200]), (2, [0, 30, 70, 200])):
-        torch.set_num_threads(threads)
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            for _ in range(3):
+                out, lse = cpu.attention(q, k, v, *rotation, ends, 0.125, window)
+                gradients = cpu.attention_backward(dout, q, k, v, *rotation, out, lse, ends, 0.125, window)
+                results.append((out, lse, *gradients))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@kernels
+def test_kernels_do_not_depend_on_neighbours():
+    """Long sequences are cut by what share of the work they are, and then dK and dV are summed in parts."""
+    q, k, v, dout = (torch.randn(1200, h, 64).bfloat16() for h in (6, 2, 2, 6))
+    results = []
+    for ends in ([0, 700, 1070, 1200], [0, 30, 700, 1070, 1200]):
         out, lse = cpu.attention(q, k, v, None, None, ends, 0.125, 0)
-        results.append((out, *cpu.attention_backward(dout, q, k, v, None, None, out, lse, ends, 0.125, 0)))
-    torch.set_num_threads(before)
-    for one, two, other in zip(*results, strict=True):
-        assert torch.equal(one, two)
-        assert torch.equal(one[70:], other[70:])
+        results.append((out, lse, *cpu.attention_backward(dout, q, k, v, None, None, out, lse, ends, 0.125, 0)))
+    for name, one, other in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
+        start = 1070 if name in ("dk", "dv") else 700
+        assert torch.equal(one[start:], other[start:])
+
+
+def cost(query, stop, keys):
+    """Squares of scores, 32 by 32; without a window."""
+    blocks = range(query // 32, -(-stop // 32))
+    assert keys == 32 * blocks[-1] + 32
+    return sum(b + 1 for b in blocks)
+
+
+@kernels
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("heads", [(9, 3), (32, 8), (8, 1), (12, 12)])
+@pytest.mark.parametrize("lengths", [[512], [1000, 3000, 7], [50] * 16, [129, 128, 31]])
+def test_items_cover_every_query_of_every_head_once(lengths, heads, backward):
+    items, _ = cpu.attention_work(starts(lengths), *heads, 64, 0, 2, backward=backward)
+    seen = torch.zeros(len(lengths), heads[0], max(lengths), dtype=torch.int)
+    for sequence, first, last, query, stop, _ in items:
+        seen[sequence, first:last, query:stop] += 1
+        assert first // (heads[0] // heads[1]) == (last - 1) // (heads[0] // heads[1])  # they share keys
+    for length, found in zip(lengths, seen, strict=True):
+        assert (found[:, :length] == 1).all()
+        assert (found[:, length:] == 0).all()
+    means = []
+    for _, found in itertools.groupby(items, key=lambda item: item[0]):
+        costs = [cost(query, stop, keys) * (last - first) for _, first, last, query, stop, keys in found]
+        means.append(sum(costs) / len(costs))
+    assert len(means) == len(lengths)  # side by side
+    assert means == sorted(means, reverse=True)
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("lengths", "heads", "forward", "backward"),
+    [
+        ([512], (9, 3), 18, 18),
+        ([512, 512], (9, 3), 36, 18),
+        ([2048], (32, 8), 64, 32),
+        ([512], (12, 12), 24, 12),  # no heads that share keys
+        ([50] * 16, (9, 3), 48, 48),  # too short to pay
+        ([512] * 22, (9, 3), 66, 66),  # enough already
+    ],
+)
+def test_few_items_are_cut_into_more_of_about_equal_cost(lengths, heads, forward, backward):
+    for wanted, is_backward in ((forward, False), (backward, True)):
+        items, _ = cpu.attention_work(starts(lengths), *heads, 64, 0, 2, backward=is_backward)
+        costs = [cost(query, stop, keys) * (last - first) for _, first, last, query, stop, keys in items]
+        assert len(items) == wanted
+        assert max(costs) < 1.4 * sum(costs) / len(costs)
+
+
+@kernels
+def test_parts_of_gradients_are_those_of_the_heads_at_work():
+    part = 2 * 4 * 8192 * 128
+    for threads, heads, most in (
+        (1, (32, 8), 2),
+        (2, (32, 8), 4),
+        (16, (32, 8), 21),
+        (2, (32, 1), 4),
+        (64, (32, 8), 32),
+    ):
+        items, parts = cpu.attention_work([0, 8192], *heads, 128, 0, threads, backward=True)
+        assert len(items) == 32
+        assert parts == most * part
+    for backward, heads in ((False, (32, 8)), (True, (8, 8))):
+        assert cpu.attention_work([0, 8192], *heads, 128, 0, 2, backward=backward)[1] == 0
 
 
 def test_heads_may_be_slices_of_one_tensor():
@@ -113,7 +231,7 @@ def test_declared_as_it_behaves(dtype, rotated):
     torch.library.opcheck(torch.ops.twinlora.attention.default, arguments)
 
 
-@pytest.mark.skipif("avx512-bf16" not in cpu.paths(), reason="this machine has no kernels for attention")
+@kernels
 @pytest.mark.parametrize("window", [0, 5])
 def test_step_kernel(window):
     q, k, v = (torch.randn(3, h, 64).bfloat16() for h in (6, 2, 2))

@@ -129,7 +129,8 @@ calls = {
 }
 op, tiny, large = calls[sys.argv[1]]()
 run = getattr(torch.ops.twinlora, op)
-claimed = workspace(op, *large).total - workspace(op, *tiny).total
+first, second = workspace(op, *tiny).kept, workspace(op, *large).kept
+claimed = sum(max(0, size - first.get(name, 0)) for name, size in second.items())
 run(*tiny), run(*tiny)
 before = in_use()
 run(*large)

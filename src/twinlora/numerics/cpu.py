@@ -28,7 +28,10 @@ try:
 except ImportError:
     _native = None
 
-__all__ = ["FEW_LORA_ROWS", "OPS", "add_lora", "has_blocks", "lora_entry", "path", "paths", "runtime", "use_path"]
+__all__ = [
+    "FEW_LORA_ROWS", "OPS", "add_lora", "attention_work", "has_blocks", "lora_entry", "path", "paths", "runtime",
+    "use_path",
+]  # fmt: skip
 
 OPS = (
     "nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linears",
@@ -43,6 +46,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FEW_DENSE_ROWS = 12  # more are bound by arithmetic, where oneDNN is better
 FEW_LORA_ROWS = 16  # of one adapter; more are a matter for GEMMs
 _FEW_ROWS = 64  # up to here weights are decoded into the product or just before it; above, into a GEMM's buffer
+_NO_WINDOW = 1 << 40  # more keys than there are
 
 
 @cache
@@ -316,6 +320,18 @@ def attention_backward(
     return gradients
 
 
+def attention_work(
+    starts: list[int], heads: int, kv_heads: int, size: int, window: int, threads: int, *, backward: bool
+) -> tuple[list[list[int]], int]:
+    """How the kernels cut a call, and the bytes that they keep for parts of dK and dV beside each thread's buffers.
+
+    Of each item of work: sequence, query heads [first, last), queries [first, last), keys. The items do not depend
+    on `threads`.
+    """
+    items, parts = _library().attention_work(backward, starts, heads, kv_heads, size, window or _NO_WINDOW, threads)
+    return items, parts
+
+
 def _attend(
     kernel: Any,
     heads: tuple[Tensor | None, ...],
@@ -329,7 +345,7 @@ def _attend(
     rotation = [None if x is None else x.contiguous() for x in heads[3:]]
     pointers = [0 if x is None else x.data_ptr() for x in (q, k, v, *rotation, *rest)]
     strides = [x.stride(0) for x in (q, k, v)]
-    kernel(pointers, strides, *where, q.shape[1], k.shape[1], q.shape[2], scale, window or 1 << 40, _threads())
+    kernel(pointers, strides, *where, q.shape[1], k.shape[1], q.shape[2], scale, window or _NO_WINDOW, _threads())
 
 
 def attention_step(

@@ -8,7 +8,6 @@ a product (oneDNN at most 2 MB a thread, as measured up to 4,096 × 11,008).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
@@ -25,7 +24,7 @@ __all__ = ["WEIGHT", "Workspace", "has_kernel", "workspace"]
 
 WEIGHT = "weight "  # buffers of decoded weights, one for each type, are torch's; the others are C++'s
 
-_BLOCK, _STEP_PAIRS, _STEP_DEPTH, _QUERIES = 32, 512, 32, 256  # csrc/tiles.hpp, csrc/attention.cpp
+_BLOCK, _STEP_PAIRS, _STEP_DEPTH, _QUERIES = 32, 512, 32, 256  # csrc/tiles.hpp, attention.cpp
 _PANEL, _FROM_DECODED = 16, 17  # csrc/avx512.cpp
 _GRAIN, _ELEMENT_GRAIN = 1 << 14, 1 << 13  # csrc/module.cpp
 
@@ -86,11 +85,10 @@ def _of_cpu(op: str, args: tuple[Any, ...], threads: int) -> Workspace:
     if op in ("attention", "attention_backward"):
         backward = op == "attention_backward"
         heads, tables, starts = (args[1:4], args[4:6], args[8]) if backward else (args[:3], args[3:5], args[5])
-        longest = max(stop - start for start, stop in itertools.pairwise(starts))
-        items = (len(starts) - 1) * heads[1].shape[1]
         copied: int = sum(t.nbytes for t in heads if t.stride(2) != 1 or t.stride(1) != t.shape[2])
         copied += copy_bytes(*tables, *((x,) if backward else ()))
-        return Workspace(copied, {op: attention_bytes(longest, heads[0].shape[2], items, threads, backward=backward)})
+        shape = heads[0].shape[1], heads[1].shape[1], heads[0].shape[2]
+        return Workspace(copied, attention_bytes(starts, *shape, args[-1], threads, backward=backward))
     return Workspace(copy_bytes(*(t for t in args if isinstance(t, Tensor))))  # between the products, and codes
 
 
@@ -119,18 +117,39 @@ def few_rows_bytes(rows: int, n: int, k: int, block: int, threads: int, path: st
     return used * ((4 * _PANEL * (k // block) if block else 0) + 2 * rows * k + decoded)
 
 
-def attention_bytes(longest: int, size: int, items: int, threads: int, *, backward: bool) -> int:
-    """Of the attention kernels: `items` sequences times key/value heads, of which the longest has so many tokens."""
-    padded, panel = -(-longest // _BLOCK) * _BLOCK, size // _STEP_DEPTH * _STEP_PAIRS
-    blocks, row = padded // _BLOCK, 4 * _BLOCK * size
-    if backward:
-        most = min(padded, _QUERIES)
-        strips, scores = 2 * 2 * _BLOCK * most, 4 * (most // _BLOCK) * blocks * _STEP_PAIRS
-        panels = 4 * 4 * (most // _BLOCK) * panel
-        each = 3 * 2 * padded * size + 2 * 2 * most * size + strips + panels + scores + 4 * 2 * padded * size + row
-    else:
-        each = 3 * 2 * padded * size + 4 * panel + 4 * blocks * _STEP_PAIRS + 4 * padded * _BLOCK + row
-    return min(threads, items) * each
+def attention_bytes(
+    starts: list[int], heads: int, kv_heads: int, size: int, window: int, threads: int, *, backward: bool
+) -> dict[str, int]:
+    """Of the attention kernels: a thread's buffers, each as large as an item of work needs it, and dK and dV."""
+    items, parts = cpu.attention_work(starts, heads, kv_heads, size, window, threads, backward=backward)
+    used = min(threads, len(items))
+    if not backward:
+        return {"attention": used * _largest({_forward_buffers(keys, size) for *_, keys in items})}
+    alone = [keys for _, first, last, *_, keys in items if last - first == heads // kv_heads]
+    return {
+        "attention_backward": used * _largest({_backward_buffers(k, stop - q, size) for *_, q, stop, k in items}),
+        "attention_backward sums": used * 4 * 2 * max(alone, default=0) * size,
+        "attention_backward parts": parts,
+    }
+
+
+def _largest(items: set[tuple[int, ...]]) -> int:
+    """All buffers, each as large as the item that needs most of it."""
+    return sum(map(max, zip(*items, strict=True)))
+
+
+def _forward_buffers(keys: int, size: int) -> tuple[int, ...]:
+    """Bytes of each buffer of an item of work that reads so many keys, a multiple of 32."""
+    panel, row = 4 * size // _STEP_DEPTH * _STEP_PAIRS, 4 * _BLOCK * size
+    return 3 * 2 * keys * size, panel, 4 * keys // _BLOCK * _STEP_PAIRS, 4 * keys * _BLOCK, row
+
+
+def _backward_buffers(keys: int, queries: int, size: int) -> tuple[int, ...]:
+    """As those, but for dK and dV."""
+    blocks = min(-(-queries // _BLOCK), _QUERIES // _BLOCK)
+    panels, scores = 4 * 4 * blocks * size // _STEP_DEPTH * _STEP_PAIRS, 4 * blocks * keys // _BLOCK * _STEP_PAIRS
+    rows, strips = 2 * 2 * blocks * _BLOCK * size, 2 * 2 * _BLOCK * blocks * _BLOCK
+    return 3 * 2 * keys * size, rows, strips, panels, scores, 4 * _BLOCK * size
 
 
 def attention_step_bytes(lengths: list[int], window: int, q_shape: torch.Size, kv_heads: int, threads: int) -> int:

@@ -4,8 +4,7 @@
 //
 // The backward pass (FlashAttention-2, arXiv 2307.08691, in other blocks) takes 256 queries at a time past blocks of 32
 // keys: dV and dK of a block are products over all these queries, dQ is one over all keys at the end.
-#include "attention.hpp"
-
+#include "attention_rows.hpp"
 #include "tiles.hpp"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
@@ -14,24 +13,8 @@
 namespace twinlora {
 namespace {
 
-constexpr i64 block = 32;          // keys, and queries, of a square of scores
+constexpr i64 block = attention_block;
 constexpr i64 queries_at_once = 256;
-
-// One head of one token [D], rotated if there is a rotation -> out [D].
-inline void load_row(const Heads& a, const u16* x, i64 token, u16* out) {
-    const i64 half = a.size / 2;
-    if (!a.cos) {
-        __builtin_memcpy(out, x, 2 * a.size);
-        return;
-    }
-    const u16 *cos = a.cos + token * a.size, *sin = a.sin + token * a.size;
-    for (i64 d = 0; d < half; d += 16) {
-        const __m512 first = load_bf16(x + d), second = load_bf16(x + d + half);
-        store_bf16(out + d, _mm512_fmsub_ps(first, load_bf16(cos + d), _mm512_mul_ps(second, load_bf16(sin + d))));
-        store_bf16(out + d + half, _mm512_fmadd_ps(second, load_bf16(cos + d + half),
-                                                   _mm512_mul_ps(first, load_bf16(sin + d + half))));
-    }
-}
 
 // The gradient of load_row: float32 [D] -> bfloat16.
 inline void store_gradient(const Attention& a, const float* g, i64 token, u16* out) {
@@ -107,18 +90,14 @@ inline bool partial(const Attention& a, i64 key, i64 query) {
     return key + block > query + 1 || query + block - key > a.window;
 }
 
-inline i64 first_block(const Attention& a, i64 query) {
-    return query < a.window ? 0 : (query - a.window + 1) / block;
-}
-
 // Two rows of 16 values as pairs.
 inline __m512i pairs_of(__m512 even, __m512 odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(narrow(even)), _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(odd)), 16));
 }
 
-void forward(const Attention& a, i64 sequence, i64 kv_head) {
-    const i64 start = a.starts[sequence], length = a.starts[sequence + 1] - start, padded = round_up(length, block);
-    const i64 D = a.size, steps = D / step_depth, group = a.heads / a.kv_heads;
+void forward(const Attention& a, const AttentionItem& item) {
+    const i64 start = a.starts[item.sequence], length = a.starts[item.sequence + 1] - start, padded = item.keys;
+    const i64 D = a.size, steps = D / step_depth, from = item.first_key;
     thread_local Kept<u16> kept_keys, kept_rows, kept_values;
     thread_local Kept<u32> kept_panel, kept_weights;
     thread_local Kept<float> kept_scores, kept_result;
@@ -129,12 +108,12 @@ void forward(const Attention& a, i64 sequence, i64 kv_head) {
     float *scores = kept_scores.at_least(padded * block), *result = kept_result.at_least(block * D);
     alignas(64) float product[1024], sums[block], tops[block];
 
-    load_rows(a, a.v + kv_head * D, a.v_stride, start, length, 0, padded, false, rows);
+    load_rows(a, a.v + item.kv_head * D, a.v_stride, start, length, from, padded, false, rows);
     transpose_rows(rows, D, padded, panel, values_t);
-    load_rows(a, a.k + kv_head * D, a.k_stride, start, length, 0, padded, true, keys);
+    load_rows(a, a.k + item.kv_head * D, a.k_stride, start, length, from, padded, true, keys);
     const __m512 scale = _mm512_set1_ps(a.scale), lowest = _mm512_set1_ps(-3.0e38f);
-    for (i64 head = kv_head * group; head < (kv_head + 1) * group; ++head)
-        for (i64 query = 0; query < length; query += block) {
+    for (i64 head = item.first_head; head < item.last_head; ++head)
+        for (i64 query = item.first_query; query < item.last_query; query += block) {
             load_rows(a, a.q + head * D, a.q_stride, start, length, query, block, true, rows);
             pack_rows(rows, D, D, panel);
             const i64 first = first_block(a, query), count = query / block + 1 - first;
@@ -142,7 +121,7 @@ void forward(const Attention& a, i64 sequence, i64 kv_head) {
             for (i64 j = 0; j < count; ++j) {
                 const i64 key = (first + j) * block;
                 float* s = scores + j * 1024;
-                multiply_block(keys + key * D, D, steps, panel, s);
+                multiply_block(keys + (key - from) * D, D, steps, panel, s);
                 const bool masked = partial(a, key, query);
                 for (i64 r = 0; r < block; ++r)
                     for (int h = 0; h < 2; ++h) {
@@ -173,7 +152,7 @@ void forward(const Attention& a, i64 sequence, i64 kv_head) {
                 total[h] = _mm512_div_ps(_mm512_set1_ps(1.0f), total[h]);
             }
             for (i64 d = 0; d < D; d += 32) {
-                multiply_block(values_t + d * padded + first * block, padded, count, weights, product);
+                multiply_block(values_t + d * padded + first * block - from, padded, count, weights, product);
                 transpose_block(product, total, result + d, D);
             }
             const i64 last = length - query < block ? length - query : block;
@@ -217,10 +196,43 @@ inline void square(const Attention& a, const Queries& q, const float* s, const f
     }
 }
 
-void backward(const Attention& a, i64 sequence, i64 kv_head) {
-    const i64 start = a.starts[sequence], length = a.starts[sequence + 1] - start, padded = round_up(length, block);
-    const i64 D = a.size, steps = D / step_depth, group = a.heads / a.kv_heads, panel = steps * step_pairs;
-    const i64 most = padded < queries_at_once ? padded : queries_at_once, key_blocks = padded / block;
+// Float32 dK and dV of a key/value head in a sequence: each [keys / 32][D / 32] of [32, 32], for all its keys.
+struct Sums {
+    float *dk, *dv;
+};
+
+inline Sums sums_in(const Attention& a, const AttentionItem& item, float* memory) {
+    return {memory, memory + round_up(a.starts[item.sequence + 1] - a.starts[item.sequence], block) * a.size};
+}
+
+void add(const Attention& a, const AttentionItem& item, float* part, float* total) {
+    const Sums from = sums_in(a, item, part), to = sums_in(a, item, total);
+    for (i64 i = item.first_key * a.size; i < (item.first_key + item.keys) * a.size; i += 16) {
+        _mm512_store_ps(to.dk + i, _mm512_add_ps(_mm512_load_ps(to.dk + i), _mm512_load_ps(from.dk + i)));
+        _mm512_store_ps(to.dv + i, _mm512_add_ps(_mm512_load_ps(to.dv + i), _mm512_load_ps(from.dv + i)));
+    }
+}
+
+void store(const Attention& a, const AttentionItem& item, float* total) {
+    const Sums sums = sums_in(a, item, total);
+    alignas(64) float row[256];
+    for (i64 i = 0; i < a.starts[item.sequence + 1] - a.starts[item.sequence]; ++i) {
+        const i64 token = a.starts[item.sequence] + i, target = (token * a.kv_heads + item.kv_head) * a.size;
+        const i64 source = i / block * block * a.size + i % block * 32;
+        for (i64 d = 0; d < a.size; d += 16) {
+            const i64 at = source + d / 32 * 1024 + d % 32;
+            _mm512_store_ps(row + d, _mm512_load_ps(sums.dk + at));
+            store_bf16(a.dv + target + d, _mm512_load_ps(sums.dv + at));
+        }
+        store_gradient(a, row, token, a.dk + target);
+    }
+}
+
+void backward(const Attention& a, const AttentionItem& item, float* part) {
+    const i64 start = a.starts[item.sequence], length = a.starts[item.sequence + 1] - start;
+    const i64 from = item.first_key, padded = item.keys, key_blocks = padded / block, end = from + padded;
+    const i64 queries = end - item.first_query, most = queries < queries_at_once ? queries : queries_at_once;
+    const i64 D = a.size, steps = D / step_depth, panel = steps * step_pairs;
     thread_local Kept<u16> kept_keys, kept_keys_t, kept_values, kept_rows, kept_strips;
     thread_local Kept<u32> kept_panels, kept_scores;
     thread_local Kept<float> kept_sums, kept_rows32;
@@ -233,19 +245,19 @@ void backward(const Attention& a, i64 sequence, i64 kv_head) {
     q.d_across = q.across + panels, q.down = q.across + 2 * panels, q.d_down = q.across + 3 * panels;
     q.weights = kept_strips.at_least(2 * block * most), q.d_scores = q.weights + block * most;
     q.d_scores_down = kept_scores.at_least(most / block * key_blocks * step_pairs);
-    float* dk = kept_sums.at_least(2 * padded * D);  // blocks [padded / 32][D / 32] of [32, 32]
-    float *dv = dk + padded * D, *result = kept_rows32.at_least(block * D);
+    float *sums = part ? part : kept_sums.at_least(2 * padded * D), *result = kept_rows32.at_least(block * D);
+    float *dk = sums_in(a, item, sums).dk + from * D, *dv = sums_in(a, item, sums).dv + from * D;
     alignas(64) float s[1024], dp[1024], lse[queries_at_once], delta[queries_at_once];
     q.lse = lse, q.delta = delta;
 
-    load_rows(a, a.v + kv_head * D, a.v_stride, start, length, 0, padded, false, values);
-    load_rows(a, a.k + kv_head * D, a.k_stride, start, length, 0, padded, true, keys);
+    load_rows(a, a.v + item.kv_head * D, a.v_stride, start, length, from, padded, false, values);
+    load_rows(a, a.k + item.kv_head * D, a.k_stride, start, length, from, padded, true, keys);
     transpose_rows(keys, D, padded, q.across, keys_t);
-    __builtin_memset(dk, 0, 4 * 2 * padded * D);
+    __builtin_memset(dk, 0, 4 * padded * D), __builtin_memset(dv, 0, 4 * padded * D);
     const __m512 ones[2] = {_mm512_set1_ps(1.0f), _mm512_set1_ps(1.0f)};
-    for (i64 head = kv_head * group; head < (kv_head + 1) * group; ++head)
-        for (q.first = 0; q.first < padded; q.first += most) {
-            const i64 count = padded - q.first < most ? padded - q.first : most;
+    for (i64 head = item.first_head; head < item.last_head; ++head)
+        for (q.first = item.first_query; q.first < end; q.first += most) {
+            const i64 count = end - q.first < most ? end - q.first : most;
             q.blocks = count / block;
             load_rows(a, a.q + head * D, a.q_stride, start, length, q.first, count, true, q_rows);
             load_rows(a, a.dout + head * D, a.heads * D, start, length, q.first, count, false, d_rows);
@@ -254,10 +266,10 @@ void backward(const Attention& a, i64 sequence, i64 kv_head) {
                 const i64 row = (start + q.first + i) * a.heads + head;
                 const bool real = q.first + i < length;
                 lse[i] = real ? a.lse[row] : 0.0f;
-                __m512 sum = _mm512_setzero_ps();
+                __m512 total = _mm512_setzero_ps();
                 for (i64 d = 0; real && d < D; d += 16)
-                    sum = _mm512_fmadd_ps(load_bf16(a.out + row * D + d), load_bf16(d_rows + i * D + d), sum);
-                delta[i] = _mm512_reduce_add_ps(sum);
+                    total = _mm512_fmadd_ps(load_bf16(a.out + row * D + d), load_bf16(d_rows + i * D + d), total);
+                delta[i] = _mm512_reduce_add_ps(total);
             }
             for (i64 i = 0; i < q.blocks; ++i) {
                 pack_rows(q_rows + i * block * D, D, D, q.across + i * panel);
@@ -269,30 +281,31 @@ void backward(const Attention& a, i64 sequence, i64 kv_head) {
                 pack_columns(d_rows + d * 32, D, count, q.d_down + d * depth);
             }
             for (i64 j = first_block(a, q.first); j < (q.first + count) / block; ++j) {
-                const i64 key = j * block, from = key > q.first ? (key - q.first) / block : 0;
+                const i64 key = j * block, row = key - from, first = key > q.first ? (key - q.first) / block : 0;
                 // The last query that sees the block's last key is `window - 1` behind it.
                 i64 to = q.blocks;
                 if (a.window < length) {
                     const i64 past = (key + block - 1 + a.window - q.first + block - 1) / block;
                     to = past < to ? past : to;
                 }
-                if (from >= to) continue;
-                for (i64 i = from; i < to; ++i) {
-                    multiply_block(keys + key * D, D, steps, q.across + i * panel, s);
-                    multiply_block(values + key * D, D, steps, q.d_across + i * panel, dp);
-                    square(a, q, s, dp, key, i, q.d_scores_down + (i * key_blocks + j) * step_pairs);
+                if (first >= to) continue;
+                for (i64 i = first; i < to; ++i) {
+                    multiply_block(keys + row * D, D, steps, q.across + i * panel, s);
+                    multiply_block(values + row * D, D, steps, q.d_across + i * panel, dp);
+                    square(a, q, s, dp, key, i, q.d_scores_down + (i * key_blocks + row / block) * step_pairs);
                 }
                 for (i64 d = 0; d < steps; ++d) {
-                    const i64 target = (j * steps + d) * 1024, rows = from * block, skip = d * depth + from * step_pairs;
-                    multiply_block<true>(q.weights + rows, count, to - from, q.d_down + skip, dv + target);
-                    multiply_block<true>(q.d_scores + rows, count, to - from, q.down + skip, dk + target);
+                    const i64 target = row * D + d * 1024, skip = d * depth + first * step_pairs;
+                    multiply_block<true>(q.weights + first * block, count, to - first, q.d_down + skip, dv + target);
+                    multiply_block<true>(q.d_scores + first * block, count, to - first, q.down + skip, dk + target);
                 }
             }
             for (i64 i = 0; i < q.blocks; ++i) {
-                const i64 query = q.first + i * block, first = first_block(a, query), blocks = query / block + 1 - first;
+                const i64 query = q.first + i * block, row = first_block(a, query) * block - from;
+                const i64 blocks = (query + block - from - row) / block;
                 for (i64 d = 0; d < D; d += 32) {
-                    multiply_block(keys_t + d * padded + first * block, padded, blocks,
-                                   q.d_scores_down + (i * key_blocks + first) * step_pairs, s);
+                    multiply_block(keys_t + d * padded + row, padded, blocks,
+                                   q.d_scores_down + (i * key_blocks + row / block) * step_pairs, s);
                     transpose_block(s, ones, result + d, D);
                 }
                 for (i64 r = 0; r < block && query + r < length; ++r) {
@@ -301,91 +314,25 @@ void backward(const Attention& a, i64 sequence, i64 kv_head) {
                 }
             }
         }
-    for (i64 i = 0; i < length; ++i) {
-        const i64 token = start + i, row = (token * a.kv_heads + kv_head) * D;
-        const i64 source = i / block * steps * 1024 + i % block * 32;
-        for (i64 d = 0; d < D; d += 16) {
-            const i64 at = source + d / 32 * 1024 + d % 32;
-            _mm512_store_ps(result + d, _mm512_load_ps(dk + at));
-            store_bf16(a.dv + row + d, _mm512_load_ps(dv + at));
-        }
-        store_gradient(a, result, token, a.dk + row);
-    }
-}
-
-// The sum of `count` rows [16 * Width], `between` apart, each times its weight, times `scale` -> out.
-template <int Width>
-void weighted_sum(const u16* rows, i64 between, const float* weights, i64 count, __m512 scale, u16* out) {
-    __m512 sums[2][Width];  // of even and odd rows: they hide each other's latency
-    for (auto& part : sums)
-        for (auto& sum : part) sum = _mm512_setzero_ps();
-    const auto add = [&](i64 t, __m512* part) {
-        const __m512 weight = _mm512_set1_ps(weights[t]);
-#pragma GCC unroll 4
-        for (int i = 0; i < Width; ++i) part[i] = _mm512_fmadd_ps(weight, load_bf16(rows + t * between + 16 * i), part[i]);
-    };
-    i64 t = 0;
-    for (; t + 2 <= count; t += 2) add(t, sums[0]), add(t + 1, sums[1]);
-    if (t < count) add(t, sums[0]);
-    for (int i = 0; i < Width; ++i) store_bf16(out + 16 * i, _mm512_mul_ps(_mm512_add_ps(sums[0][i], sums[1][i]), scale));
-}
-
-// Appends the token, then attends with the heads of a key/value head.
-void step(const AttentionStep& a, i64 token, i64 kv_head) {
-    const i64 D = a.size, group = a.heads / a.kv_heads, length = a.lengths[token] + 1;
-    const i64 base = (a.rows[token] * a.kv_heads + kv_head) * a.capacity * D;
-    load_row(a, a.k + token * a.k_stride + kv_head * D, token, a.keys + base + (length - 1) * D);
-    __builtin_memcpy(a.values + base + (length - 1) * D, a.v + token * a.v_stride + kv_head * D, 2 * D);
-    const i64 first = length > a.window ? length - a.window : 0, seen = length - first;
-    const u16 *keys = a.keys + base + first * D, *values = a.values + base + first * D;
-    thread_local Kept<float> kept;
-    float* scores = kept.at_least(round_up(seen, 16));
-    alignas(64) u16 q[256];
-    for (i64 head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-        load_row(a, a.q + token * a.q_stride + head * D, token, q);
-        __m512 top = _mm512_set1_ps(-3.0e38f);
-        for (i64 t = 0; t < seen; t += 16) {
-            __m512 products[16];
-            for (i64 i = 0; i < 16; ++i) {
-                const u16* key = keys + (t + i < seen ? t + i : seen - 1) * D;
-                products[i] = _mm512_setzero_ps();
-                for (i64 d = 0; d < D; d += 32)
-                    products[i] = _mm512_dpbf16_ps(products[i], (__m512bh)_mm512_load_si512(q + d),
-                                                   (__m512bh)_mm512_loadu_si512(key + d));
-            }
-            const __m512 s = _mm512_mul_ps(sums_of(products, 1), _mm512_set1_ps(a.scale));
-            top = _mm512_max_ps(top, s);
-            _mm512_store_ps(scores + t, s);
-        }
-        top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
-        __m512 total = _mm512_setzero_ps();
-        for (i64 t = 0; t < seen; t += 16) {
-            const __m512 p = exponential(_mm512_sub_ps(_mm512_load_ps(scores + t), top));
-            total = _mm512_mask_add_ps(total, mask16(seen - t), total, p);
-            _mm512_store_ps(scores + t, p);
-        }
-        const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-        u16* out = a.out + (token * a.heads + head) * D;
-        i64 d = 0;
-        for (; d + 64 <= D; d += 64) weighted_sum<4>(values + d, D, scores, seen, inverse, out + d);
-        if (d < D) weighted_sum<2>(values + d, D, scores, seen, inverse, out + d);
-    }
+    if (!part) store(a, item, sums);
 }
 
 }  // namespace
 
-AttentionItem* const attention_forward = forward;
-AttentionItem* const attention_backward = backward;
-AttentionStepItem* const attention_step = step;
+AttentionForward* const attention_forward = forward;
+AttentionBackward* const attention_backward = backward;
+AttentionAdd* const attention_add = add;
+AttentionStore* const attention_store = store;
 
 }  // namespace twinlora
 
 #else
 
 namespace twinlora {
-AttentionItem* const attention_forward = nullptr;
-AttentionItem* const attention_backward = nullptr;
-AttentionStepItem* const attention_step = nullptr;
+AttentionForward* const attention_forward = nullptr;
+AttentionBackward* const attention_backward = nullptr;
+AttentionAdd* const attention_add = nullptr;
+AttentionStore* const attention_store = nullptr;
 }  // namespace twinlora
 
 #endif

@@ -25,8 +25,30 @@ struct Attention : Heads {
     std::uint16_t *dq, *dk, *dv;   // as q, k, v, but contiguous
 };
 
-// One item of work: the queries of one key/value head in one sequence. Items are independent.
-using AttentionItem = void(const Attention&, std::int64_t sequence, std::int64_t kv_head);
+constexpr std::int64_t attention_block = 32;  // keys, and queries, of a square of scores
+
+// The first block of keys that the block of queries from `query` on sees. (Internal linkage, as in portable.hpp.)
+namespace {
+[[maybe_unused]] inline std::int64_t first_block(const Heads& a, std::int64_t query) {
+    return query < a.window ? 0 : (query - a.window + 1) / attention_block;
+}
+}  // namespace
+
+// One item of work: queries of some heads that share a key/value head, in one sequence. Items are independent.
+struct AttentionItem {
+    std::int64_t sequence, kv_head;
+    std::int64_t first_head, last_head;    // up to, not with, the last; so too the queries
+    std::int64_t first_query, last_query;  // from the sequence's start; the first is a block's first
+    std::int64_t first_key, keys;          // whole blocks: what these queries see, and what rounds it up
+};
+using AttentionForward = void(const Attention&, const AttentionItem&);
+
+// `part` has room for float32 dK and dV of the item's sequence and key/value head (2 * D values a key, keys rounded up to
+// whole blocks). The item writes those of its own keys; attention_add adds them to another's, and attention_store writes
+// a sum to dk and dv. An item that is alone with its keys has nullptr and does so itself.
+using AttentionBackward = void(const Attention&, const AttentionItem&, float* part);
+using AttentionAdd = void(const Attention&, const AttentionItem&, float* part, float* total);
+using AttentionStore = void(const Attention&, const AttentionItem&, float* total);
 
 // One new token of several sequences against cached keys and values.
 struct AttentionStep : Heads {
@@ -37,8 +59,10 @@ struct AttentionStep : Heads {
 using AttentionStepItem = void(const AttentionStep&, std::int64_t token, std::int64_t kv_head);
 
 // nullptr where the compiler cannot; needs what the path avx512-bf16 needs.
-extern AttentionItem* const attention_forward;
-extern AttentionItem* const attention_backward;
+extern AttentionForward* const attention_forward;
+extern AttentionBackward* const attention_backward;
+extern AttentionAdd* const attention_add;
+extern AttentionStore* const attention_store;
 extern AttentionStepItem* const attention_step;
 
 }  // namespace twinlora

@@ -1,11 +1,12 @@
 // The Python module: checked by numerics/cpu.py, which hands over addresses of contiguous tensors.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <atomic>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -15,7 +16,7 @@
 #include <tuple>
 #include <vector>
 
-#include "attention.hpp"
+#include "attention_items.hpp"
 #include "elementwise.hpp"
 #include "lora.hpp"
 #include "portable.hpp"
@@ -159,19 +160,6 @@ bool has_blocks() { return path == &avx512 && attention_forward && elementwise; 
 
 constexpr std::int64_t element_grain = 1 << 13;  // values of a thread's share, at least
 
-// Items by falling cost, taken by the threads one by one: every item has the same result wherever it runs.
-void run_attention(AttentionItem* item, const Attention& a, int threads) {
-    std::vector<std::int64_t> order(a.sequences);
-    std::iota(order.begin(), order.end(), 0);
-    const auto length = [&](std::int64_t i) { return a.starts[i + 1] - a.starts[i]; };
-    std::stable_sort(order.begin(), order.end(), [&](auto i, auto j) { return length(i) > length(j); });
-    const std::int64_t items = a.sequences * a.kv_heads;
-    std::atomic<std::int64_t> next{0};
-    parallel_for(static_cast<int>(std::min<std::int64_t>(threads, items)), threads, 1, [&](std::int64_t, std::int64_t) {
-        for (std::int64_t i = next++; i < items; i = next++) item(a, order[i / a.kv_heads], i % a.kv_heads);
-    });
-}
-
 // What is common to the passes; tensors: q, k, v, cos, sin, out.
 void set_heads(Heads& a, const std::vector<Address>& tensors, const std::vector<std::int64_t>& strides, std::int64_t heads,
                std::int64_t kv_heads, std::int64_t size, float scale, std::int64_t window) {
@@ -195,7 +183,22 @@ void attend(bool backward, const std::vector<Address>& tensors, const std::vecto
         a.dout = pointer<const T>(tensors[7]);
         a.dq = pointer<T>(tensors[8]), a.dk = pointer<T>(tensors[9]), a.dv = pointer<T>(tensors[10]);
     }
-    run_attention(backward ? attention_backward : attention_forward, a, threads);
+    run_attention(a, backward, threads);
+}
+
+// Per item of `attend`: sequence, heads [first, last), queries [first, last), keys. And the bytes for parts of dK and dV.
+std::tuple<std::vector<std::array<std::int64_t, 6>>, std::int64_t> attention_work(
+    bool backward, const std::vector<std::int64_t>& starts, std::int64_t heads, std::int64_t kv_heads, std::int64_t size,
+    std::int64_t window, int threads) {
+    Attention a{};
+    a.heads = heads, a.kv_heads = kv_heads, a.size = size, a.window = window;
+    a.starts = starts.data(), a.sequences = static_cast<std::int64_t>(starts.size()) - 1;
+    const AttentionWork work = cut_attention(a, backward);
+    std::vector<std::array<std::int64_t, 6>> items;
+    for (const AttentionItem& i : work.items)
+        items.push_back({i.sequence, i.first_head, i.last_head, i.first_query, i.last_query, i.keys});
+    const AttentionParts parts = attention_parts(work, size, threads);
+    return {items, parts.count * parts.floats * static_cast<std::int64_t>(sizeof(float))};
 }
 
 // Tensors: those, then keys, values.
@@ -298,6 +301,7 @@ NB_MODULE(_cpu, m) {
     m.def("has_dense", &has_dense, "Whether the path in use multiplies few rows with a dense weight.");
     m.def("has_blocks", &has_blocks, "Whether the path in use has kernels for attention, norms, SwiGLU and the loss.");
     m.def("attend", &attend, release());
+    m.def("attention_work", &attention_work);
     m.def("attend_step", &attend_step, release());
     m.def("grouped_lora", &grouped_lora, release());
     m.def("rms_norm", &rms_norm, release());
