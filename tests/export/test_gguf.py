@@ -1,8 +1,10 @@
 """GGUF files in llama.cpp: logits of every family, tokens of both kinds of tokenizers, and what is refused."""
 
+import struct
+
 import pytest
 import torch
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
 
 from tests.conftest import tiny_tokenizer
@@ -129,6 +131,17 @@ def test_caveats_name_the_window():
     assert "long rotary factors" in families.caveats(FAMILIES["phi3-longrope"])[0]
 
 
+def small_gguf(path, kind):
+    """A file with one tensor of 32 × 32 weights."""
+    writer = GGUFWriter(path, "llama")
+    data = ggml.quantize(torch.randn(32, 32), kind).numpy()
+    writer.add_tensor("blk.0.attn_q.weight", data, raw_dtype=GGMLQuantizationType[kind.upper()])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 @pytest.mark.parametrize("place", [".", "package_for_tests/bin"])
 def test_k_quants_need_llama_quantize(place, tmp_path, monkeypatch):
     """On PATH, or in a package that brings it."""
@@ -139,10 +152,22 @@ def test_k_quants_need_llama_quantize(place, tmp_path, monkeypatch):
     with pytest.raises(BackendError, match=r"llama-quantize, which is not on PATH: `pip install"):
         gguf.llama_quantize(tmp_path / "a", tmp_path / "b", "q4_k_m")
     program = tmp_path / place / "llama-quantize"
-    program.write_text('#!/bin/sh\n/bin/echo "$3" > "$2"\n')
+    small_gguf(tmp_path / "a", "q4_0")
+    program.write_text('#!/bin/sh\n/bin/cp "$1" "$2" && /bin/echo "$3" > said\n')
     program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
     gguf.llama_quantize(tmp_path / "a", tmp_path / "b", "q4_k_m")
-    assert (tmp_path / "b").read_text() == "Q4_K_M\n"
+    assert (tmp_path / "said").read_text() == "Q4_K_M\n"
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    kind = struct.pack("<I", 2)  # of its one tensor, Q4_0: the last thing but its offset before the data
+    data = (tmp_path / "a").read_bytes()
+    at = data.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16
+    assert data[at : at + 4] == kind
+    (tmp_path / "a").write_bytes(data[:at] + struct.pack("<I", 133) + data[at + 4 :])  # one of a fork
+    with pytest.raises(
+        BackendError, match=r"wrote tensors that llama.cpp does not know \(133 .*choose another --quant"
+    ):
+        gguf.llama_quantize(tmp_path / "a", tmp_path / "b", "q5_k_s")
     program.write_text("#!/bin/sh\n/bin/echo bad tensor >&2\nexit 3\n")
     with pytest.raises(BackendError, match=r"llama-quantize failed \(3\): bad tensor"):
         gguf.llama_quantize(tmp_path / "a", tmp_path / "b", "q4_k_m")

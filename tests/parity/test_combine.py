@@ -145,10 +145,27 @@ def test_the_verbs(tiny, tmp_path, data_file, capsys):
     assert "14 layers of rank 2" in shown
     assert "of the updates' squared norm is lost" in shown
     assert "held-out loss" in shown
+    assert main(["adapter", "compress", one, "--rank", "4", "--output", str(tmp_path / "same")]) == 2
+    assert "has rank 4; give a lower one" in capsys.readouterr().err
+    for data, said in (([str(tmp_path / "nothing.jsonl")], "no such file"), ([], "nothing is measured without rows")):
+        command = ["adapter", "combine", one, two, "--output", str(tmp_path / "no"), "--rows", "2"]
+        assert main([*command, *(["--data", *data] if data else [])]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "no").exists(), "nothing is written before it is known to be measured"
     passport = json.loads((tmp_path / "two" / "adapter" / "twinlora.json").read_text())
     passport["base_fingerprint"] = "0" * 64
     (tmp_path / "two" / "adapter" / "twinlora.json").write_text(json.dumps(passport))
     assert main(["adapter", "combine", one, two, "--output", str(tmp_path / "no")]) == 2
-    assert "were trained with other base models" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="weights: 1 for 2 adapters"):
-        validated(AdapterCombineOptions, {"adapters": [one, two], "weights": [1.0], "output": "x"})
+    error = capsys.readouterr().err
+    assert "were trained with other base models" in error
+    assert "or delete their twinlora.json if you know better" in error
+    for options, said in (
+        ({"weights": [1.0]}, "weights: 1 for 2 adapters"),
+        ({"weights": [0.0, 0.0]}, "weights: all are 0"),
+        ({"weights": [float("nan"), 1.0]}, "finite number"),
+        ({"rank": 2, "method": "cat"}, "method cat cuts nothing"),
+        ({"density": 0.2}, "method svd keeps all"),
+        ({"seed": 1, "method": "ties"}, "method ties draws nothing"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            validated(AdapterCombineOptions, {"adapters": [one, two], "output": "x"} | options)

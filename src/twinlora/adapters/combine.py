@@ -77,7 +77,10 @@ def _require_plain(adapters: Sequence[AdapterFile]) -> None:
     lines = [f"{a.directory}: a DoRA, whose update is not B·A" for a in adapters if a.magnitudes]
     lines += [f"{a.directory}: trained whole modules ({', '.join(a.modules)})" for a in adapters if a.modules]
     if lines:
-        raise AdapterError("what cannot be combined or cut to a rank:\n  " + "\n  ".join(lines))
+        listed = "\n  ".join(lines)
+        raise AdapterError(
+            f"what cannot be combined or cut to a rank:\n  {listed}\nfold it into its base instead: twinlora merge DIR"
+        )
 
 
 def _layer(

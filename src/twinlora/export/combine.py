@@ -9,7 +9,7 @@ from twinlora.adapters import combine as factors
 from twinlora.adapters import files, passport
 from twinlora.adapters.read import AdapterFile
 from twinlora.config import AdapterCombineOptions, AdapterCompressOptions, EvalOptions, RankOptions
-from twinlora.errors import AdapterError
+from twinlora.errors import AdapterError, ConfigError
 from twinlora.evaluate.evaluate import evaluate
 from twinlora.export.output import ADAPTER, claimed, require_apart, require_free
 from twinlora.export.subject import find_base
@@ -30,8 +30,11 @@ def combine(options: AdapterCombineOptions, reporter: Reporter | None = None) ->
 
 
 def compress(options: AdapterCompressOptions, reporter: Reporter | None = None) -> dict[str, Any]:
-    """An adapter in a lower rank. Raises AdapterError for one that has no rank to cut."""
+    """An adapter in a lower rank. Raises AdapterError for one that has no rank to cut, ConfigError for one no lower."""
     adapters = _opened([options.directory], options)
+    highest = max((config.rank for config in adapters[0].configs.values()), default=0)
+    if options.rank >= highest > 0:
+        raise ConfigError(f"rank {options.rank}: {options.directory} has rank {highest}; give a lower one")
     found = factors.compress(adapters[0], options.rank)
     how = f"compressed to rank {options.rank}"
     result = _save_and_measure(options, [options.directory], adapters, found, how, reporter)
@@ -96,7 +99,10 @@ def _passport(
         values = {str(getattr(paper, key)) for paper in known}
         if len(values) > 1:
             named = "\n  ".join(f"{a.directory}: {getattr(p, key)}" for a, p in zip(adapters, papers, strict=True) if p)
-            raise AdapterError(f"the adapters were trained with {what} ({key})\n  {named}")
+            raise AdapterError(
+                f"the adapters were trained with {what} ({key})\n  {named}\n"
+                f"give adapters that agree in it, or delete their {passport.FILE} if you know better"
+            )
     if len(known) < len(papers):
         return None
     if known[0].deploy:

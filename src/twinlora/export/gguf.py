@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGUFWriter
+from gguf import GGUFReader, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -128,8 +128,18 @@ def find_llama_quantize() -> str:
 
 
 def llama_quantize(source: Path, target: Path, quant: str) -> None:
-    """Let llama-quantize make a K-quant of an F16 or BF16 file. Raises BackendError if it is missing or fails."""
+    """Let llama-quantize make a K-quant of an F16 or BF16 file.
+
+    Raises BackendError if it is missing, fails, or takes types that only a fork of llama.cpp has.
+    """
     program = find_llama_quantize()
     done = subprocess.run([program, str(source), str(target), quant.upper()], capture_output=True, text=True)
     if done.returncode:
         raise BackendError(f"llama-quantize failed ({done.returncode}): {(done.stderr or done.stdout)[-400:].strip()}")
+    try:
+        GGUFReader(target)
+    except ValueError as error:
+        raise BackendError(
+            f"{program} wrote tensors that llama.cpp does not know ({error}), as forks of it do for rows that are no "
+            f"multiple of 256: choose another --quant than {quant}, such as q4_k_m or q8_0, or install llama.cpp's own"
+        ) from None
