@@ -53,10 +53,9 @@ def _effect(adapter: AdapterFile, name: str) -> float:
 
     reporter = ConsoleReporter()
     origin = passport.read(adapter.directory)
-    opened = open_model(ModelOptions(model=name), {}, precision="auto", reporter=reporter, origin=origin)
+    opened = open_model(ModelOptions(model=name), {}, precision="auto", reporter=reporter, papers={str(adapter.directory): origin})
     identity, stored = fingerprint(resolve(name)), precision_by_layer(opened.model)
-    layers = origin.layer_precision if origin is not None else None
-    for line in passport.check(adapter.directory, fingerprint=identity, base=name, precision=stored, layers=layers):
+    for line in passport.check(adapter.directory, fingerprint=identity, base=name, precision=stored, layers=opened.layers):
         reporter.note(line)
     return mean_kl(opened.model, opened.tokenizer, lambda: files.load_adapter(opened.model, adapter))
 

@@ -14,19 +14,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from twinlora.adapters import files, passport
 from twinlora.adapters.deploy import Storage, deploy
 from twinlora.adapters.merge import Merged
+from twinlora.adapters.precision import trained_on
 from twinlora.adapters.read import AdapterFile
 from twinlora.config import ArtefactOptions
 from twinlora.data import sources
 from twinlora.data.examples import encode_rows
 from twinlora.data.formats import Row
 from twinlora.data.template import Example
-from twinlora.errors import AdapterError, ConfigError, DataError
+from twinlora.errors import ConfigError, DataError
 from twinlora.export.merged import generation_values
 from twinlora.export.probes import Probe, probes_of
 from twinlora.model.checkpoint import Checkpoint
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import Source, load_model, load_tokenizer, resolve
-from twinlora.numerics.formats import DENSE, Precision, is_format, parse
+from twinlora.numerics.formats import Precision, is_format
 from twinlora.reporter import Reporter
 
 __all__ = ["Subject", "open_subject"]
@@ -134,10 +135,10 @@ def open_subject(options: ArtefactOptions, reporter: Reporter) -> Subject:
         else:
             reporter.note(f"adapter {options.run}: no passport (not written by twinlora); taken as trained on 16 bit")
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
-    trained_on = _trained_on(paper, options.run)
-    chooses = options.base == "auto" and trained_on is not None
+    base = trained_on(paper, str(options.run))
+    chooses = options.base == "auto" and base is not None
     rows = _rows(options, record.get("options", {}), reporter) if options.gate or chooses else []
-    return Subject(options, source, adapter, paper, trained_on, tokenizer, rows, record.get("deployed", {}))
+    return Subject(options, source, adapter, paper, base, tokenizer, rows, record.get("deployed", {}))
 
 
 def _record(run: Path) -> dict[str, Any]:
@@ -154,18 +155,6 @@ def _base_name(options: ArtefactOptions, adapter: AdapterFile, paper: passport.P
     if not name:
         raise ConfigError(f"adapter {options.run} names no base model: give --model")
     return str(name)
-
-
-def _trained_on(paper: passport.Passport | None, run: Path) -> Precision | None:
-    if paper is not None and paper.layer_precision is not None:
-        return paper.layer_precision if set(paper.layer_precision.values()) != {DENSE} else None
-    names = [name for name in paper.base_precision if is_format(name)] if paper else []
-    if len(names) > 1:
-        raise AdapterError(
-            f"adapter {run}: trained on {' and '.join(names)}, and its passport does not say which layer had which; "
-            "it cannot be folded into what it was trained on: train it with --method qlora or hybrid"
-        )
-    return parse(names[0]) if names else None
 
 
 def _rows(options: ArtefactOptions, used_options: dict[str, Any], reporter: Reporter) -> list[Row]:
