@@ -57,7 +57,8 @@ def write_adapter(
         torch.nn.init.normal_(layer.lora_B, std=std, generator=generator)
     facts = {
         "base_model": str(base), "base_fingerprint": fingerprint(source), "base_precision": precision_by_layer(model),
-        "layer_precision": layers, "method": "hybrid" if layers else "lora", "versions": {}, "system": "Be brief.", **passport.tokenizer_digests(load_tokenizer(source)),
+        "layer_precision": layers, "method": "hybrid" if layers else "lora", "versions": {}, "system": "Be brief.",
+        **passport.tokenizer_digests(load_tokenizer(source)),
     }  # fmt: skip
     files.save_adapter(model, directory, str(base), passport.Passport(**(facts | changes)))
     return directory

@@ -53,9 +53,11 @@ def _effect(adapter: AdapterFile, name: str) -> float:
 
     reporter = ConsoleReporter()
     origin = passport.read(adapter.directory)
-    opened = open_model(ModelOptions(model=name), {}, precision="auto", reporter=reporter, papers={str(adapter.directory): origin})
+    papers = {str(adapter.directory): origin}
+    opened = open_model(ModelOptions(model=name), {}, precision="auto", reporter=reporter, papers=papers)
     identity, stored = fingerprint(resolve(name)), precision_by_layer(opened.model)
-    for line in passport.check(adapter.directory, fingerprint=identity, base=name, precision=stored, layers=opened.layers):
+    layers = opened.layers
+    for line in passport.check(adapter.directory, fingerprint=identity, base=name, precision=stored, layers=layers):
         reporter.note(line)
     return mean_kl(opened.model, opened.tokenizer, lambda: files.load_adapter(opened.model, adapter))
 
