@@ -45,4 +45,4 @@ def test_too_long_a_line_is_told_and_the_chat_goes_on(tiny, monkeypatch, capsys)
     chat.run(ChatOptions(model=str(tiny), dtype="float32", device="cpu", max_new_tokens=4))
     said = capsys.readouterr()
     assert "this model takes 512" in said.err
-    assert said.out.strip()
+    assert said.out, "the second line was answered"

@@ -75,7 +75,7 @@ def test_what_is_wrong_is_found_before_the_base_is_loaded(tmp_path, tiny, adapte
         options = ServeOptions(model=str(tiny), port=taken.getsockname()[1])
         with pytest.raises(ConfigError, match=r"cannot listen there: Address already in use; .*--port 0"):
             serve(options, {}, Notes(), print)
-    with pytest.raises(ConfigError, match="--host nowhere.invalid --port 8000: cannot listen there"):
+    with pytest.raises(ConfigError, match=r"--host nowhere\.invalid --port 8000: cannot listen there"):
         serve(ServeOptions(model=str(tiny), host="nowhere.invalid", token_file=tmp_path / "t"), {}, Notes(), print)
 
 
@@ -173,7 +173,9 @@ HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 def test_sigterm_finishes_what_runs(tmp_path, tiny):
     with command(tmp_path, tiny) as (process, facts):
         assert facts["adapters"][0].startswith("x@")
-        with httpx.stream("POST", f"{facts['url']}/v1/chat/completions", json=BODY, headers=HEADERS, timeout=120) as response:
+        with httpx.stream(
+            "POST", f"{facts['url']}/v1/chat/completions", json=BODY, headers=HEADERS, timeout=120
+        ) as response:
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)

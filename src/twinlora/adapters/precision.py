@@ -95,7 +95,8 @@ def agreed(found: Mapping[str, Passport | None]) -> dict[str, str]:
         lines = [f"{name}: {passport.described(papers[name].base_precision)}" for name in (first, *others)]
         lines += [f"{name} differs from {first} in {_moved(papers[name], layers)}" for name in others]
         raise AdapterError(
-            f"precision hybrid: adapters {first} and {', '.join(others)} were trained on bases of different precision\n  "
+            f"precision hybrid: adapters {first} and {', '.join(others)} were trained on bases of different "
+            "precision\n  "
             + "\n  ".join(lines)
             + "\nserve them apart, or say with --layer-precision DIR which adapter's base it is to be"
         )

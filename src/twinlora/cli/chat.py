@@ -74,7 +74,7 @@ class Conversation:
         return True
 
     def answer(self, text: str) -> str:
-        """Say `text`; stream the answer to stdout and remember both. Raises DataError for what the model cannot take."""
+        """Say `text`; stream the answer to stdout and remember both. Raises DataError if the model cannot take it."""
         from twinlora.data.template import encode_chat, encode_text
         from twinlora.model.generate import end_tokens, generate
 
@@ -115,11 +115,13 @@ class Conversation:
 
     def _room(self, used: int) -> int:
         """Tokens that the answer may have after a prompt of `used`. Raises DataError if there are none."""
-        longest = getattr(self.opened.model.config, "max_position_embeddings", None)
+        longest: int | None = getattr(self.opened.model.config, "max_position_embeddings", None)
         if longest is None:
             return self.options.max_new_tokens
         if used >= longest:
-            raise DataError(f"{used:,} tokens with what was said before; this model takes {longest:,}: /clear forgets it")
+            raise DataError(
+                f"{used:,} tokens with what was said before; this model takes {longest:,}: /clear forgets it"
+            )
         return min(self.options.max_new_tokens, longest - used)
 
 

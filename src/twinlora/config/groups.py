@@ -39,8 +39,8 @@ __all__ = [
 
 # Said once: verbs differ in the default alone.
 PRECISION = (
-    "How the base's linear layers are stored: 16bit (the type is dtype's), bf16 (in bfloat16), int8, nf4, nf3; hybrid: each "
-    "as the adapters were trained on it, which must agree; auto: as the first adapter's passport says."
+    "How the base's linear layers are stored: 16bit (the type is dtype's), bf16 (in bfloat16), int8, nf4, nf3; hybrid: "
+    "each as the adapters were trained on it, which must agree; auto: as the first adapter's passport says."
 )
 
 # Columns that rows may have (data/formats.py).

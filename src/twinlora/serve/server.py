@@ -111,9 +111,7 @@ def _service(options: ServeOptions, opened: Opened, name: str, identity: str, re
     return Service(engine, registry, metrics, options, reporter.note)
 
 
-def _papers(
-    options: ServeOptions, adapters: dict[str, Path], base: str, identity: str
-) -> dict[str, Passport | None]:
+def _papers(options: ServeOptions, adapters: dict[str, Path], base: str, identity: str) -> dict[str, Passport | None]:
     """The passports that say what the base is to be: of the adapters that were named, else of those in the directory.
 
     Raises AdapterError for a named one that cannot be served, before the base is loaded.
