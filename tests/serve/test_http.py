@@ -156,8 +156,14 @@ def test_models_name_their_parent(running):
         ({"temperature": -1}, 400, "temperature"),
         ({"temperature": "hot"}, 400, "temperature"),
         ({"n": 2}, 400, "n: "),
+        ({"model": "m" * 501}, 400, "model: String should have at most 500 characters"),
+        ({"stop": [""]}, 400, "stop.0: String should have at least 1 character"),
         ({"tools": []}, 400, "tools: Extra inputs"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, 400, "content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            400,
+            "messages.0.content: Input",
+        ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "surrogate"),
     ],
 )
@@ -208,6 +214,8 @@ def test_tokens_and_sizes(running):
     )
     assert httpx.get(f"{running.url}/admin/adapters", headers=HEADERS).status_code == 401
     assert httpx.get(f"{running.url}/metrics").status_code == 401
+    lower = {"authorization": f"bearer {TOKEN}"}
+    assert httpx.get(f"{running.url}/v1/models", headers=lower).status_code == 200, "a scheme has no case"
     large = httpx.post(chat, content=b"x" * (1 << 20) + b"x", headers=HEADERS | JSON)
     assert large.status_code == 413
     pieces = httpx.post(chat, content=(b"x" * 65536 for _ in range(17)), headers=HEADERS | JSON)

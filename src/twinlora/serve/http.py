@@ -78,7 +78,9 @@ async def _invalid(request: Request, error: Any) -> Response:
         return JSONResponse(told.body(), told.status)
     lines = []
     for problem in problems:
-        where = ".".join(str(part) for part in problem["loc"] if part != "body") or "body"
+        # Of a union pydantic names the kind that was tried, such as list[TextPart].
+        parts = [str(part) for part in problem["loc"] if part != "body"]
+        where = ".".join(part for part in parts if "[" not in part) or "body"
         lines.append(f"{where}: {problem['msg']}")
     kind = request.headers.get("content-type", "none")
     if not kind.partition(";")[0].strip().endswith("json"):
