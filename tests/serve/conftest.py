@@ -35,17 +35,30 @@ CONFIGS = [
 ]
 
 
-def write_adapter(base: Path, directory: Path, seed: int, *, std: float = 0.5, **changes: Any) -> Path:
-    """A random adapter strong enough to change every answer, with a passport."""
+# A base whose layers differ: every format in q, k and v, and in layers with adapters and without.
+MIX = {
+    f"model.layers.{block}.{layer}": ("nf3-64-dq256", "int8-64", "nf4-64-dq256", "16bit")[(block + number) % 4]
+    for block in range(2)
+    for number, layer in enumerate(
+        [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    )
+}
+
+
+def write_adapter(
+    base: Path, directory: Path, seed: int, *, std: float = 0.5, layers: dict[str, str] | None = None, **changes: Any
+) -> Path:
+    """A random adapter strong enough to change every answer, with a passport; `layers` is its base's precision."""
     source = resolve(str(base))
-    model = load_model(source, dtype=torch.float32)
+    model = load_model(source, quantize=layers, dtype=torch.float32)
     attach(model, CONFIGS[seed % len(CONFIGS)], seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=std, generator=generator)
     facts = {
         "base_model": str(base), "base_fingerprint": fingerprint(source), "base_precision": precision_by_layer(model),
-        "method": "lora", "versions": {}, "system": "Be brief.", **passport.tokenizer_digests(load_tokenizer(source)),
+        "layer_precision": layers, "method": "hybrid" if layers else "lora", "versions": {}, "system": "Be brief.",
+        **passport.tokenizer_digests(load_tokenizer(source)),
     }  # fmt: skip
     files.save_adapter(model, directory, str(base), passport.Passport(**(facts | changes)))
     return directory

@@ -1,15 +1,18 @@
 """The engine without HTTP: batches equal solo answers, and a failure stays where it is."""
 
+import contextlib
 import dataclasses
 import threading
 
 import pytest
 import torch
 
+from tests.serve.conftest import MIX
 from twinlora.adapters import files
-from twinlora.adapters.bank import AdapterBank, Resident
+from twinlora.adapters.bank import AdapterBank, BankLinear, Resident
 from twinlora.errors import ModelError
 from twinlora.model import swap
+from twinlora.model.linear import QuantLinear
 from twinlora.model.load import load_model, load_tokenizer, resolve
 from twinlora.serve.engine import Engine, require_servable
 from twinlora.serve.state import Sampling
@@ -34,9 +37,9 @@ class Asked:
         return self
 
 
-@pytest.fixture
-def engine(tiny, adapters):
-    model = load_model(resolve(str(tiny)), dtype=torch.float32).eval()
+@contextlib.contextmanager
+def started(tiny, adapters, dtype=torch.float32, quantize=None):
+    model = load_model(resolve(str(tiny)), quantize=quantize, dtype=dtype).eval()
     bank, tokenizer = AdapterBank(model), load_tokenizer(resolve(str(tiny)))
     swap.replace_blocks(model)
     require_servable(model, tokenizer)
@@ -48,6 +51,12 @@ def engine(tiny, adapters):
     engine.stop()
     engine.scheduler.check()
     assert not engine.alive
+
+
+@pytest.fixture
+def engine(tiny, adapters):
+    with started(tiny, adapters) as engine:
+        yield engine
 
 
 def prompts():
@@ -66,6 +75,24 @@ def test_batches_equal_solo_answers(engine):
     for one, other in zip(solo, batch, strict=True):
         assert other.wait().tokens == one.tokens
         torch.testing.assert_close(torch.tensor(other.logprobs), torch.tensor(one.logprobs), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+def test_a_base_of_mixed_precision_says_what_an_evaluation_computes(tiny, adapters, dtype, near):
+    keys, rules = [None, "a0", "a1", "a3", "a1", "a1", "a0"], Sampling(8, top_logprobs=0)
+    with started(tiny, adapters, dtype, MIX) as engine:
+        solo = [Asked(engine, prompt, key, rules).wait() for prompt, key in zip(prompts(), keys, strict=True)]
+        batch = [Asked(engine, prompt, key, rules) for prompt, key in zip(prompts(), keys, strict=True)]
+        answers = [*solo, *(asked.wait() for asked in batch)]
+    assert len({type(layer) for layer in engine.model.modules()} & {QuantLinear, BankLinear}) == 2
+    for prompt, key, asked in zip(prompts() * 2, keys * 2, answers, strict=True):
+        engine.bank.use(key)
+        with torch.no_grad():
+            logits = engine.model(torch.tensor([prompt + asked.tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.float().log_softmax(-1).gather(1, torch.tensor(asked.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(asked.logprobs), expected, rtol=0, atol=near)
+    if dtype == torch.float32:
+        assert [a.tokens for a in answers[: len(keys)]] == [a.tokens for a in answers[len(keys) :]]
 
 
 def test_a_failing_pass_ends_its_requests_alone(engine, monkeypatch):

@@ -1,16 +1,23 @@
 """Starting and stopping, as a user does it."""
 
+import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import httpx
 import pytest
 
-from tests.serve.conftest import TOKEN, Notes, write_adapter
+from tests.serve.conftest import ADMIN, MIX, TOKEN, Notes, start, write_adapter
 from twinlora.config import ServeOptions
 from twinlora.errors import AdapterError, ConfigError
+from twinlora.model.linear import QuantLinear
+from twinlora.model.load import precision_by_layer
+from twinlora.serve.server import serve
 
 
 def opened(tmp_path, tiny, adapters=None, **options):
@@ -48,28 +55,127 @@ def test_adapters_of_another_base_or_tokenizer_are_refused(tmp_path, tiny, chang
         opened(tmp_path, tiny, {"x": tmp_path / "adapter"})
 
 
-def test_sigterm_finishes_what_runs(tmp_path, tiny):
+def test_what_is_wrong_is_found_before_the_base_is_loaded(tmp_path, tiny, adapters, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("twinlora.evaluate.opening.load_model", refuse)
+    write_adapter(tiny, tmp_path / "foreign", 0, base_fingerprint="f" * 64)
+    for given, message in (
+        ({"x": tmp_path / "foreign"}, "trained on another base"),
+        ({"x": tmp_path / "missing"}, "no adapter_config.json"),
+        ({"Support": adapters["a0"]}, "'Support': expected lower-case"),
+        ({"tiny": adapters["a0"]}, "not the base's name 'tiny'"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            opened(tmp_path, tiny, given, name="tiny")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        options = ServeOptions(model=str(tiny), port=taken.getsockname()[1])
+        with pytest.raises(ConfigError, match=r"cannot listen there: Address already in use; .*--port 0"):
+            serve(options, {}, Notes(), print)
+    with pytest.raises(ConfigError, match=r"--host nowhere\.invalid --port 8000: cannot listen there"):
+        serve(ServeOptions(model=str(tiny), host="nowhere.invalid", token_file=tmp_path / "t"), {}, Notes(), print)
+
+
+def test_hybrid_serves_each_layer_as_the_adapters_were_trained_on_it(tmp_path, tiny):
+    root = tmp_path / "adapters"
+    other = {name: MIX[name] for name in MIX} | {"model.layers.0.self_attn.q_proj": "int8-64"}
+    for number, (name, layers) in enumerate((("one", MIX), ("two", MIX), ("other", other))):
+        write_adapter(tiny, root / name, number, layers=layers)
+    with pytest.raises(AdapterError, match="one and other were trained on"):
+        opened(tmp_path, tiny, {"one": root / "one", "other": root / "other"}, precision="hybrid")
+    with pytest.raises(AdapterError, match="none trained with --method hybrid"):
+        opened(tmp_path, tiny, precision="hybrid")
+    given = {name: root / name for name in ("one", "two")}
+    for server in start(tmp_path, tiny, given, precision="hybrid", adapters_dir=root):
+        model = server.service.engine.model
+        found = {n: m.precision for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+        assert {n.removesuffix(".base"): p for n, p in found.items()} == {n: p for n, p in MIX.items() if p != "16bit"}
+        said, count = "\n".join(server.notes), len(server.notes)
+        assert "base: 3 layers nf3-64-dq256" in said
+        assert f"adapter {root / 'other'}: trained on" in said
+        assert said.count("trained on") == 1, "those that the base was made for have nothing to say"
+        url, headers = f"{server.url}/admin/adapters", {"Authorization": f"Bearer {ADMIN}"}
+        assert httpx.delete(f"{url}/two", headers=headers).status_code == 200
+        assert httpx.post(url, json={"name": "again", "path": "two"}, headers=headers).status_code == 201
+        assert len(server.notes) == count, "nor when it comes again"
+        answer = server.openai.chat.completions.create(
+            model="again", messages=[{"role": "user", "content": "hi"}], max_tokens=4
+        )
+        assert answer.choices[0].finish_reason in ("length", "stop")
+
+
+def test_the_directory_says_the_precision_where_no_adapter_is_named(tmp_path, tiny):
+    write_adapter(tiny, tmp_path / "adapters" / "one", 0, layers=MIX)
+    served = opened(tmp_path, tiny, precision="hybrid", adapters_dir=tmp_path / "adapters")
+    try:
+        assert {"nf3-64-dq256", "int8-64", "nf4-64-dq256"} <= set(precision_by_layer(served.service.engine.model))
+    finally:
+        served.service.close()
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"precision": "bf16", "dtype": "auto"}, {"bfloat16": 15}),
+        ({"precision": "int8"}, {"int8-64": 14, "float32": 1}),
+        ({"precision": "nf3", "block_size": 32, "double_quant": False}, {"nf3-32": 14, "float32": 1}),
+    ],
+)
+def test_other_precisions(tmp_path, tiny, options, expected):
+    served = opened(tmp_path, tiny, **options)
+    try:
+        assert precision_by_layer(served.service.engine.model) == expected
+    finally:
+        served.service.close()
+
+
+def test_options_that_contradict_each_other(tmp_path, tiny):
+    for options, message in (
+        ({"precision": "bf16"}, "precision bf16 and dtype float32 exclude each other"),
+        ({"precision": "nf4", "layer_precision": tmp_path}, "leave out precision nf4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            opened(tmp_path, tiny, **options)
+
+
+@contextlib.contextmanager
+def command(tmp_path, tiny, *options):
+    """The process, and what it said once it took requests."""
     write_adapter(tiny, tmp_path / "adapter", 1)
     (tmp_path / "token").write_text(TOKEN)
-    command = [
+    words = [
         sys.executable, "-m", "twinlora.cli.main", "serve", "--model", str(tiny), "--adapter", f"x={tmp_path / 'adapter'}",
-        "--port", "0", "--json", "--context", "500", "--token-file", str(tmp_path / "token"), "--device", "cpu",
+        "--port", "0", "--json", "--context", "500", "--token-file", str(tmp_path / "token"), "--device", "cpu", *options,
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         text = ""
         while "}" not in text:
             line = process.stdout.readline()
             assert line, process.stderr.read()
             text += line
-        facts = json.loads(text)
+        yield process, json.loads(text)
+    finally:
+        process.kill()
+        process.wait()
+
+
+BODY = {
+    "model": "x", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 300, "stream": True, "temperature": 1.0,
+    "seed": 0,
+}  # fmt: skip
+HEADERS = {"Authorization": f"Bearer {TOKEN}"}
+
+
+def test_sigterm_finishes_what_runs(tmp_path, tiny):
+    with command(tmp_path, tiny) as (process, facts):
         assert facts["adapters"][0].startswith("x@")
-        body = {
-            "model": "x", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 300, "stream": True,
-            "temperature": 1.0, "seed": 0,
-        }  # fmt: skip
-        url, headers = f"{facts['url']}/v1/chat/completions", {"Authorization": f"Bearer {TOKEN}"}
-        with httpx.stream("POST", url, json=body, headers=headers, timeout=120) as response:
+        with httpx.stream(
+            "POST", f"{facts['url']}/v1/chat/completions", json=BODY, headers=HEADERS, timeout=120
+        ) as response:
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
@@ -77,7 +183,31 @@ def test_sigterm_finishes_what_runs(tmp_path, tiny):
         assert rest[-1] == "data: [DONE]"
         assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("length", "stop")
         assert process.wait(60) == 143
-        assert "every request that ran was finished" in process.stderr.read()
-    finally:
-        process.kill()
-        process.wait()
+        said = process.stderr.read()
+        assert "1 request(s) still run; another Ctrl-C cuts them off" in said
+        assert "every request that ran was finished" in said
+
+
+def test_a_second_ctrl_c_cuts_off_what_runs(tmp_path, tiny):
+    with command(tmp_path, tiny, "--slots", "1") as (process, facts):
+        begun, ends = threading.Barrier(9), []
+
+        def ask():
+            url = f"{facts['url']}/v1/chat/completions"
+            with httpx.stream("POST", url, json=BODY | {"max_tokens": 490}, headers=HEADERS, timeout=120) as response:
+                begun.wait(60)
+                with contextlib.suppress(httpx.HTTPError):
+                    ends.append([line for line in response.iter_lines() if line][-1])
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        begun.wait(60)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        for thread in threads:
+            thread.join()
+        assert "requests that ran were cut off" in process.stderr.read()
+        assert ends.count("data: [DONE]") < 8

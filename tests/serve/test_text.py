@@ -3,8 +3,10 @@
 import random
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from twinlora.serve.text import TextStream
+from twinlora.serve.text import TextStream, spelled
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -41,3 +43,25 @@ def test_the_beginning_of_a_stop_string_is_shown_at_the_end(tokenizer):
     shown = "".join(stream.push(token) for token in tokenizer("do not stop")["input_ids"])
     assert shown == "do not "
     assert stream.finish() == "stop"
+
+
+def test_the_bytes_of_tokens_add_up_to_the_text(tokenizer):
+    text = "né 👍🏽 中 <x>"
+    for backend in (tokenizer, sentencepiece()):
+        tokens = backend(text, add_special_tokens=False)["input_ids"]
+        pieces = [spelled(backend, token) for token in tokens]
+        assert b"".join(raw for _, raw in pieces).decode().removeprefix(" ") == text
+        assert all(shown.encode() == raw or "\N{REPLACEMENT CHARACTER}" in shown for shown, raw in pieces)
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """Words with a mark for the space before them, bytes for what has no piece, as llama 2 has them."""
+    vocabulary = {"<unk>": 0} | {f"<0x{byte:02X}>": 1 + byte for byte in range(256)}
+    for piece in ("▁", "n", "é", "<", "x", ">"):
+        vocabulary[piece] = len(vocabulary)
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -19,7 +18,10 @@ import twinlora
 from twinlora.adapters.strict import read_json
 from twinlora.errors import AdapterError
 
-__all__ = ["FILE", "Passport", "check", "check_tokenizer", "read", "tokenizer_digests", "versions"]
+__all__ = [
+    "FILE", "Passport", "check", "check_tokenizer", "described", "home", "read", "require_base", "tokenizer_digests",
+    "versions",
+]  # fmt: skip
 
 FILE = "twinlora.json"
 
@@ -60,6 +62,11 @@ def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | Non
     }
 
 
+def home(directory: Path) -> Path:
+    """Where the passport of an adapter lies, if there is one: in its directory, or in that of a run."""
+    return directory if (directory / FILE).is_file() else directory / "adapter"
+
+
 def read(directory: Path) -> Passport | None:
     """The passport in `directory`, or None if the adapter has none. Raises AdapterError for a damaged one."""
     path = directory / FILE
@@ -74,6 +81,17 @@ def read(directory: Path) -> Passport | None:
         listed = "; ".join(problems)
         raise AdapterError(f"{path}: damaged passport ({listed}); delete it to load the adapter without one")
     return passport
+
+
+def require_base(directory: Path, passport: Passport, *, fingerprint: str, base: str) -> None:
+    """Raise AdapterError that names both sides if the adapter was trained on another base than `base`."""
+    if passport.base_fingerprint != fingerprint:
+        raise AdapterError(
+            f"adapter {directory} was trained on another base model\n"
+            f"  trained on: {passport.base_model} (weights {passport.base_fingerprint[:16]})\n"
+            f"  loading on: {base} (weights {fingerprint[:16]})\n"
+            f"give --model {passport.base_model}, or delete {directory / FILE} if you know better"
+        )
 
 
 def check(
@@ -93,26 +111,25 @@ def check(
     passport = read(directory)
     if passport is None:
         return [f"adapter {directory}: no passport (not written by twinlora); its base model cannot be checked"]
-    if passport.base_fingerprint != fingerprint:
-        raise AdapterError(
-            f"adapter {directory} was trained on another base model\n"
-            f"  trained on: {passport.base_model} (weights {passport.base_fingerprint[:16]})\n"
-            f"  loading on: {base} (weights {fingerprint[:16]})\n"
-            f"give --model {passport.base_model}, or delete {directory / FILE} if you know better"
-        )
+    require_base(directory, passport, fingerprint=fingerprint, base=base)
     lines = check_tokenizer(directory, passport, tokenizer) if tokenizer else []
     if passport.deploy:
         lines.append(f"adapter {directory}: trained to be deployed as {passport.deploy}, running beside its base")
     if passport.base_precision != precision:
         return [
             *lines,
-            f"adapter {directory}: trained on {_named(passport.base_precision)}, running on {_named(precision)}",
+            f"adapter {directory}: trained on {described(passport.base_precision)}, running on {described(precision)}",
         ]
-    ours, theirs = layers or {}, passport.layer_precision or {}
+    ours, theirs = _mixed(layers), _mixed(passport.layer_precision)
     moved = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
     if moved:
         lines.append(f"adapter {directory}: {len(moved)} layers have another precision than in training")
     return lines
+
+
+def _mixed(layers: Mapping[str, str] | None) -> Mapping[str, str]:
+    """The precision of each layer, where they differ; of bases in one format the counts say all."""
+    return layers if layers and len(set(layers.values())) > 1 else {}
 
 
 def check_tokenizer(directory: Path, passport: Passport, tokenizer: dict[str, str | None]) -> list[str]:
@@ -129,5 +146,6 @@ def check_tokenizer(directory: Path, passport: Passport, tokenizer: dict[str, st
     return []
 
 
-def _named(precision: dict[str, Any]) -> str:
+def described(precision: dict[str, int]) -> str:
+    """`{"nf4-64-dq256": 14, "bfloat16": 1}` in words."""
     return ", ".join(f"{count} layers {name}" for name, count in precision.items())

@@ -61,9 +61,10 @@ def _effect(adapter: AdapterFile, name: str, reporter: Reporter) -> float:
     from twinlora.model.load import precision_by_layer, resolve
 
     origin = passport.read(adapter.directory)
-    opened = open_model(ModelOptions(model=name), {}, precision="auto", reporter=reporter, origin=origin)
+    papers = {str(adapter.directory): origin}
+    opened = open_model(ModelOptions(model=name), {}, precision="auto", reporter=reporter, papers=papers)
     identity, stored = fingerprint(resolve(name)), precision_by_layer(opened.model)
-    layers = origin.layer_precision if origin is not None else None
+    layers = opened.layers
     for line in passport.check(adapter.directory, fingerprint=identity, base=name, precision=stored, layers=layers):
         reporter.note(line)
     return mean_kl(opened.model, opened.tokenizer, lambda: files.load_adapter(opened.model, adapter))

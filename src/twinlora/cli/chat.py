@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from twinlora.cli.console import err, out
 from twinlora.config import ChatOptions
-from twinlora.errors import AdapterError, ConfigError
+from twinlora.errors import AdapterError, ConfigError, DataError
 from twinlora.reporter import ConsoleReporter
 
 if TYPE_CHECKING:
@@ -74,15 +74,17 @@ class Conversation:
         return True
 
     def answer(self, text: str) -> str:
-        """Say `text`; stream the answer to stdout and remember both."""
+        """Say `text`; stream the answer to stdout and remember both. Raises DataError if the model cannot take it."""
         from twinlora.data.template import encode_chat, encode_text
         from twinlora.model.generate import end_tokens, generate
 
         model, tokenizer = self.opened.model, self.opened.tokenizer
-        self.turns.append({"role": "user", "content": text})
         head = [{"role": "system", "content": self.system}] if self.system else []
+        turn = {"role": "user", "content": text}
         chat = bool(tokenizer.chat_template)
-        prompt = encode_chat(tokenizer, head + self.turns) if chat else encode_text(tokenizer, text)
+        prompt = encode_chat(tokenizer, [*head, *self.turns, turn]) if chat else encode_text(tokenizer, text)
+        room = self._room(len(prompt))
+        self.turns.append(turn)
         tokens: list[int] = []
         shown = ""
 
@@ -95,19 +97,32 @@ class Conversation:
                 sys.stdout.flush()
                 shown = decoded
 
-        generate(
-            model,
-            [list(prompt)],
-            max_new_tokens=self.options.max_new_tokens,
-            stop=end_tokens(model, tokenizer),
-            temperature=self.options.temperature,
-            generator=self.generator,
-            on_token=stream,
-        )
-        final = tokenizer.decode(tokens, skip_special_tokens=True)
-        sys.stdout.write(final[len(shown) :] + "\n")
-        self.turns.append({"role": "assistant", "content": final})
-        return str(final)
+        try:
+            generate(
+                model,
+                [list(prompt)],
+                max_new_tokens=room,
+                stop=end_tokens(model, tokenizer),
+                temperature=self.options.temperature,
+                generator=self.generator,
+                on_token=stream,
+            )
+        finally:  # also what was said before a Ctrl-C is part of the conversation
+            final = str(tokenizer.decode(tokens, skip_special_tokens=True))
+            sys.stdout.write(final[len(shown) :] + "\n")
+            self.turns.append({"role": "assistant", "content": final})
+        return final
+
+    def _room(self, used: int) -> int:
+        """Tokens that the answer may have after a prompt of `used`. Raises DataError if there are none."""
+        longest: int | None = getattr(self.opened.model.config, "max_position_embeddings", None)
+        if longest is None:
+            return self.options.max_new_tokens
+        if used >= longest:
+            raise DataError(
+                f"{used:,} tokens with what was said before; this model takes {longest:,}: /clear forgets it"
+            )
+        return min(self.options.max_new_tokens, longest - used)
 
 
 def run(options: ChatOptions) -> None:
@@ -115,7 +130,13 @@ def run(options: ChatOptions) -> None:
     adapters = parse_adapters(options.adapter)
     from twinlora.evaluate.opening import open_model
 
-    opened = open_model(options, adapters, precision=options.precision, reporter=ConsoleReporter())
+    opened = open_model(
+        options,
+        adapters,
+        precision=options.precision,
+        layer_precision=options.layer_precision,
+        reporter=ConsoleReporter(),
+    )
     conversation = Conversation(opened, options)
     interactive = sys.stdin.isatty()
     if interactive:
@@ -133,3 +154,5 @@ def run(options: ChatOptions) -> None:
                 conversation.answer(line)
             except KeyboardInterrupt:
                 err.print(" (stopped)", style="dim")
+            except DataError as error:
+                err.print(str(error), style="red", markup=False)

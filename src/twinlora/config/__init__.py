@@ -17,6 +17,7 @@ from twinlora.config.groups import (
     ModelOptions,
     OptimizerOptions,
     Options,
+    PrecisionOptions,
     SourceOptions,
     TokenizerOptions,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "OptimizerOptions",
     "Options",
     "PlanOptions",
+    "PrecisionOptions",
     "RankOptions",
     "ServeOptions",
     "SourceOptions",

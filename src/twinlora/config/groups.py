@@ -10,6 +10,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from twinlora.config.values import (
+    BasePrecision,
     HeldOut,
     Positive,
     Probability,
@@ -26,13 +27,21 @@ __all__ = [
     "DataOptions",
     "ExtentOptions",
     "HybridOptions",
+    "LayerOptions",
     "MemoryOptions",
     "ModelOptions",
     "OptimizerOptions",
     "Options",
+    "PrecisionOptions",
     "SourceOptions",
     "TokenizerOptions",
 ]
+
+# Said once: verbs differ in the default alone.
+PRECISION = (
+    "How the base's linear layers are stored: 16bit (the type is dtype's), bf16 (in bfloat16), int8, nf4, nf3; hybrid: "
+    "each as the adapters were trained on it, which must agree; auto: as the first adapter's passport says."
+)
 
 # Columns that rows may have (data/formats.py).
 _FIELDS = (
@@ -69,8 +78,10 @@ class ModelOptions(TokenizerOptions):
         description="Type of computation and of weights that are not quantised. auto: bfloat16, unless this device is "
         "slow at it (measured).",
     )
-    block_size: int = Field(64, description="NF4: weights that share one scale.")
-    double_quant: bool = Field(True, description="NF4: quantise the scales too (4.127 instead of 4.5 bits per weight).")
+    block_size: int = Field(64, description="Quantised weights that share one scale.")
+    double_quant: bool = Field(
+        True, description="NF4 and NF3: quantise the scales too (NF4: 4.127 instead of 4.5 bits per weight)."
+    )
 
 
 class AdapterOptions(BaseModel):
@@ -115,7 +126,31 @@ class AdapterOptions(BaseModel):
         return self
 
 
-class HybridOptions(BaseModel):
+class LayerOptions(BaseModel):
+    """The precision of each layer of a base, given by hand."""
+
+    layer_precision: Path | None = Field(
+        None,
+        description="hybrid: the precision of each linear layer, a JSON file {layer: format} with formats such as "
+        "nf3-64-dq256, nf4-64-dq256, int8-64 and 16bit; or the directory of an adapter or run that was trained so.",
+    )
+
+
+class PrecisionOptions(ModelOptions, LayerOptions):
+    """How the base of a model that answers is stored."""
+
+    precision: BasePrecision = Field("16bit", description=PRECISION)
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> Self:
+        if self.precision == "bf16" and self.dtype not in ("auto", "bfloat16"):
+            raise ValueError(f"precision bf16 and dtype {self.dtype} exclude each other: leave one out, or say 16bit")
+        if self.layer_precision is not None and self.precision not in ("16bit", "auto", "hybrid"):
+            raise ValueError(f"layer_precision says each layer's format: leave out precision {self.precision}")
+        return self
+
+
+class HybridOptions(LayerOptions):
     """What the base of method hybrid may take: one of these."""
 
     memory: str | None = Field(
@@ -125,11 +160,6 @@ class HybridOptions(BaseModel):
     )
     bits: Annotated[float, Field(gt=0)] | None = Field(
         None, description="hybrid: average bits per weight of the linear layers (the head excluded), scales included."
-    )
-    layer_precision: Path | None = Field(
-        None,
-        description="hybrid: the choice itself, a JSON file {layer: format} with formats such as nf3-64-dq256, "
-        "nf4-64-dq256, int8-64 and 16bit.",
     )
 
     @field_validator("memory")

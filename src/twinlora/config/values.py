@@ -12,6 +12,7 @@ from twinlora.errors import ConfigError
 
 __all__ = [
     "AnswerMetric",
+    "BasePrecision",
     "Goal",
     "HeldOut",
     "Method",
@@ -31,6 +32,7 @@ Method = Literal["lora", "qlora", "hybrid", "full"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 AnswerMetric = Literal["exact-match", "chrf", "rouge-l", "json-valid", "json-fields"]
 Goal = Literal["balanced", "accuracy", "speed", "memory", "edge", "many-tasks"]
+BasePrecision = Literal["16bit", "bf16", "int8", "nf4", "nf3", "hybrid", "auto"]
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 

@@ -9,6 +9,7 @@ import tyro
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from twinlora.config.groups import (
+    PRECISION,
     AdapterOptions,
     DataOptions,
     ExtentOptions,
@@ -17,10 +18,22 @@ from twinlora.config.groups import (
     ModelOptions,
     OptimizerOptions,
     Options,
+    PrecisionOptions,
     SourceOptions,
     TokenizerOptions,
 )
-from twinlora.config.values import AnswerMetric, Goal, HeldOut, Method, Positive, Size, Sources, Tracker, parse_size
+from twinlora.config.values import (
+    AnswerMetric,
+    BasePrecision,
+    Goal,
+    HeldOut,
+    Method,
+    Positive,
+    Size,
+    Sources,
+    Tracker,
+    parse_size,
+)
 
 __all__ = [
     "AdapterInspectOptions",
@@ -130,14 +143,12 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, HybridOptions, DataOpt
         return self
 
 
-class EvalOptions(Options, ModelOptions, SourceOptions):
+class EvalOptions(Options, PrecisionOptions, SourceOptions):
     """Measure a model, with or without an adapter: `twinlora eval`."""
 
     data: HeldOut = Field(min_length=1, description="Rows to measure on; sources as for `twinlora train`.")
     adapter: Path | None = Field(None, description="PEFT adapter directory, or a run's directory.")
-    precision: Literal["16bit", "nf4", "auto"] = Field(
-        "auto", description="Base precision; auto: as the adapter's passport says."
-    )
+    precision: BasePrecision = Field("auto", description=PRECISION)
     metric: list[Literal["loss", "perplexity"] | AnswerMetric] = Field(
         ["loss", "exact-match"], min_length=1, description="What to measure; all but the first two need answers."
     )
@@ -199,13 +210,10 @@ class CompareOptions(Options, ModelOptions, AdapterOptions, HybridOptions, DataO
         return self
 
 
-class ChatOptions(Options, ModelOptions):
+class ChatOptions(Options, PrecisionOptions):
     """Talk to a model and switch adapters: `twinlora chat`."""
 
     adapter: list[str] = Field([], description="NAME=DIR, any number of them; the first is active.")
-    precision: Literal["16bit", "nf4", "auto"] = Field(
-        "16bit", description="Base precision; auto: as the first adapter's passport says."
-    )
     system: str | None = Field(None, description="System message; default: the adapter's own, from its passport.")
     temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0: greedy.")
     max_new_tokens: Positive = Field(256, description="Longest answer.")
@@ -246,7 +254,7 @@ class PlanOptions(Options, ModelOptions, AdapterOptions, DataOptions, ExtentOpti
         return self
 
 
-class ServeOptions(Options, ModelOptions):
+class ServeOptions(Options, PrecisionOptions):
     """One base and many adapters over HTTP, as OpenAI's API: `twinlora serve`."""
 
     adapter: list[str] = Field([], description="NAME=DIR, any number of them; requests choose by name.")
@@ -255,7 +263,6 @@ class ServeOptions(Options, ModelOptions):
         description="Directory of adapter directories, each served under its own name; the admin API registers from "
         "here alone.",
     )
-    precision: Literal["16bit", "nf4"] = Field("16bit", description="Base precision.")
     name: str | None = Field(None, description="What requests call the bare base; default: the last part of --model.")
     host: str = Field("127.0.0.1", description="Address to listen on; any other than this machine's own needs a token.")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port to listen on; 0 takes a free one.")

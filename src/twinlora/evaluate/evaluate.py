@@ -31,7 +31,13 @@ def evaluate(options: EvalOptions, reporter: Reporter | None = None) -> dict[str
     rows = sources.read(options.data, columns=options.columns, limit=options.rows, note=reporter.note).rows
     require(options.metric, rows)
     adapters = {"adapter": options.adapter} if options.adapter else {}
-    opened = open_model(options, adapters, precision=options.precision, reporter=reporter)
+    opened = open_model(
+        options,
+        adapters,
+        precision=options.precision,
+        layer_precision=options.layer_precision,
+        reporter=reporter,
+    )
     start = time.perf_counter()
     result: dict[str, Any] = {"rows": len(rows)}
     lines: list[dict[str, Any]] = [{"prompt": row.question, "expected": row.answer} for row in rows]

@@ -1,71 +1,85 @@
-"""A base model with adapters, ready to answer: what eval and chat share."""
+"""A base model with adapters, ready to answer: what eval, chat and serve share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twinlora import machine
 from twinlora.adapters import files, passport
 from twinlora.adapters.bank import AdapterBank
+from twinlora.adapters.precision import agreed, read_layers, trained_on
 from twinlora.config import ModelOptions
+from twinlora.config.values import BasePrecision
 from twinlora.model import bnb4, swap
 from twinlora.model.fingerprint import fingerprint
-from twinlora.model.load import load_model, load_tokenizer, pick_device, pick_dtype, precision_by_layer, resolve
-from twinlora.model.quantizer import nf4_of
-from twinlora.numerics.formats import Format
+from twinlora.model.linear import bits_per_weight
+from twinlora.model.load import (
+    Source,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    precision_by_layer,
+    resolve,
+)
+from twinlora.numerics.formats import Format, Precision, of_kind
 from twinlora.reporter import Reporter
 
 __all__ = ["Opened", "open_model"]
 
+Papers = Mapping[str, passport.Passport | None]
+
 
 @dataclass
 class Opened:
-    """The model, its tokenizer, its bank of adapters, and their passports by name."""
+    """The model, its tokenizer, its bank of adapters, their passports by name, and the precision of each layer of the
+    base if that was chosen by layer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     bank: AdapterBank
     passports: dict[str, passport.Passport | None]
+    layers: Mapping[str, str] | None
 
 
 def open_model(
     options: ModelOptions,
     adapters: dict[str, Path],
     *,
-    precision: Literal["16bit", "nf4", "auto"],
+    precision: BasePrecision,
     reporter: Reporter,
-    origin: passport.Passport | None = None,
+    layer_precision: Path | None = None,
+    papers: Papers | None = None,
 ) -> Opened:
     """Load the base and every adapter, check their passports, activate the first.
 
-    `precision` auto follows `origin`, by default the first adapter's passport: each layer as in training if that was
-    chosen layer by layer, NF4 if it was trained on NF4. Raises ModelError, AdapterError.
+    `precision` auto follows the first of `papers`, by default the passports of `adapters`: each layer as in training if
+    that was chosen layer by layer, else the one format it was trained on. hybrid is the precision of each layer on
+    which all of `papers` agree. `layer_precision` says it instead. Raises ConfigError, ModelError, AdapterError.
     """
     machine.keep_freed_memory()
-    source = resolve(options.model)
     read = {name: files.read_adapter(path) for name, path in adapters.items()}
     passports = {name: passport.read(adapter.directory) for name, adapter in read.items()}
-    quantize = _quantize(options, precision, origin or next(iter(passports.values()), None))
+    source = resolve(options.model)
     identity = fingerprint(source) if read else ""
-    device = pick_device(options.device)
-    dtype, reason = pick_dtype(options.dtype, device)
-    if reason:
-        reporter.note(reason)
-    model = load_model(
-        source,
-        quantize=quantize,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=options.trust_remote_code,
-    )
-    if quantize is None and not source.is_gguf and bnb4.is_stored(source.path, source.given):
-        reporter.note("the base's 4-bit weights were dequantised; --precision nf4 computes with them as they are")
+    for name, paper in passports.items():
+        if paper is not None:
+            passport.require_base(read[name].directory, paper, fingerprint=identity, base=options.model)
+    if layer_precision is not None:
+        quantize: Precision | None = read_layers(layer_precision)
+    else:
+        quantize = _quantize(options, precision, passports if papers is None else papers)
+    dtype = "bfloat16" if precision == "bf16" else options.dtype
+    model = _load(options, source, quantize, dtype, reporter)
     stored = precision_by_layer(model)
     layers = None if quantize is None or isinstance(quantize, Format) else quantize
+    if layers is not None:
+        bits = bits_per_weight(model)[0]
+        reporter.note(f"base: {passport.described(stored)}; {bits:.3f} bits per weight of the linear layers")
     bank = AdapterBank(model)
     for name, adapter in read.items():
         for line in passport.check(
@@ -75,16 +89,33 @@ def open_model(
         bank.add(name, adapter)
     swap.replace_blocks(model, reporter.note)
     bank.use(next(iter(read), None))
-    return Opened(model, load_tokenizer(source, trust_remote_code=options.trust_remote_code), bank, passports)
+    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    return Opened(model, tokenizer, bank, passports, layers)
 
 
-def _quantize(
-    options: ModelOptions, precision: Literal["16bit", "nf4", "auto"], origin: passport.Passport | None
-) -> Format | dict[str, str] | None:
-    """What `load_model` is told; `origin` is what auto follows."""
-    if precision == "auto" and origin is not None and origin.layer_precision is not None:
-        return origin.layer_precision
-    quantised = origin is not None and any(key.startswith("nf4") for key in origin.base_precision)
-    if precision == "nf4" or (precision == "auto" and quantised):
-        return nf4_of(options)
-    return None
+def _load(
+    options: ModelOptions, source: Source, quantize: Precision | None, name: str, reporter: Reporter
+) -> PreTrainedModel:
+    """The base, computing in the type `name`."""
+    device = pick_device(options.device)
+    dtype, reason = pick_dtype(name, device)
+    if reason:
+        reporter.note(reason)
+    model = load_model(
+        source, quantize=quantize, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code
+    )
+    if quantize is None and not source.is_gguf and bnb4.is_stored(source.path, source.given):
+        reporter.note("the base's 4-bit weights were dequantised; --precision nf4 computes with them as they are")
+    return model
+
+
+def _quantize(options: ModelOptions, precision: BasePrecision, papers: Papers) -> Precision | None:
+    """What `load_model` is told."""
+    if precision in ("16bit", "bf16"):
+        return None
+    if precision == "hybrid":
+        return agreed(papers)
+    if precision == "auto":
+        name, paper = next(iter(papers.items()), ("", None))
+        return trained_on(paper, name)
+    return of_kind(precision, options.block_size, double_quant=options.double_quant)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from twinlora.adapters import files, passport
 from twinlora.adapters.deploy import Storage, deploy
 from twinlora.adapters.merge import Merged
+from twinlora.adapters.precision import trained_on
 from twinlora.adapters.read import AdapterFile
 from twinlora.adapters.strict import read_json
 from twinlora.config import ArtefactOptions
@@ -27,7 +28,7 @@ from twinlora.export.probes import Probe, probes_of
 from twinlora.model.checkpoint import Checkpoint
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import Source, load_model, load_tokenizer, resolve
-from twinlora.numerics.formats import DENSE, Precision, is_format, parse
+from twinlora.numerics.formats import Precision, is_format
 from twinlora.reporter import Reporter
 
 __all__ = ["Subject", "find_base", "open_subject"]
@@ -151,13 +152,13 @@ def open_subject(options: ArtefactOptions, reporter: Reporter) -> Subject:
         digests = passport.tokenizer_digests(tokenizer)
         for line in passport.check_tokenizer(adapter.directory, paper, digests):
             reporter.note(line)
-    trained_on = _trained_on(paper, options.run)
-    chooses = options.base == "auto" and trained_on is not None
+    base = trained_on(paper, str(options.run))
+    chooses = options.base == "auto" and base is not None
     rows = _rows(options, record.get("options", {}), reporter) if options.gate or chooses else []
     deployed = record.get("deployed", {})
     if paper is not None and paper.deploy and not deployed:
         reporter.note(f"{options.run}: no run.json with the digests of what was trained; not compared to the bit")
-    return Subject(options, source, adapter, paper, trained_on, tokenizer, rows, deployed, reporter)
+    return Subject(options, source, adapter, paper, base, tokenizer, rows, deployed, reporter)
 
 
 def _whole(run: Path) -> Path | None:
@@ -201,18 +202,6 @@ def find_base(given: str | None, adapter: AdapterFile, paper: passport.Passport 
         raise ModelError(
             f"{error}\nso it stands in {adapter.directory}; if the base has moved, give --model with its place now"
         ) from None
-
-
-def _trained_on(paper: passport.Passport | None, run: Path) -> Precision | None:
-    if paper is not None and paper.layer_precision is not None:
-        return paper.layer_precision if set(paper.layer_precision.values()) != {DENSE} else None
-    names = [name for name in paper.base_precision if is_format(name)] if paper else []
-    if len(names) > 1:
-        raise AdapterError(
-            f"adapter {run}: trained on {' and '.join(names)}, and its passport does not say which layer had which; "
-            "it cannot be folded into what it was trained on: train it with --method qlora or hybrid"
-        )
-    return parse(names[0]) if names else None
 
 
 def _rows(options: ArtefactOptions, used_options: dict[str, Any], reporter: Reporter) -> list[Row]:

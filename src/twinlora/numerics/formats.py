@@ -21,7 +21,18 @@ from typing import ClassVar
 from twinlora.errors import ConfigError, ModelError
 from twinlora.numerics.nf4 import BLOCK_SIZES
 
-__all__ = ["DENSE", "Format", "Int8Format", "NF3Format", "NF4Format", "Precision", "by_layer", "is_format", "parse"]
+__all__ = [
+    "DENSE",
+    "Format",
+    "Int8Format",
+    "NF3Format",
+    "NF4Format",
+    "Precision",
+    "by_layer",
+    "is_format",
+    "of_kind",
+    "parse",
+]
 
 DENSE = "16bit"  # the name of a layer that is not quantised, in maps from layers to formats
 
@@ -104,6 +115,12 @@ def parse(name: str) -> Format:
     if not match:
         raise ConfigError(f"format {name!r}: expected a name such as nf4-64-dq256, nf3-64-dq256 or int8-64")
     return _KINDS[match[1]](int(match[2]), int(match[3] or 0))
+
+
+def of_kind(kind: str, block_size: int, *, double_quant: bool) -> Format:
+    """The format `nf4`, `nf3` or `int8`; the scales of int8 are never quantised."""
+    cls = _KINDS[kind]
+    return cls(block_size, 256 if double_quant and cls is not Int8Format else 0)
 
 
 def by_layer(precision: Precision | None, names: Collection[str]) -> dict[str, Format]:

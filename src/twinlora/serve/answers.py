@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import time
 import uuid
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from twinlora.serve.engine import Event
 from twinlora.serve.service import Answer, ApiError
 from twinlora.serve.state import TokenOut
+from twinlora.serve.text import spelled
 
 __all__ = ["ChatForm", "CompletionForm", "Form", "stream", "whole"]
 
@@ -33,10 +35,18 @@ class Form:
             "system_fingerprint": answer.identity,  # the version that answers: name@sha256
         }
         self.offset = 0  # characters so far
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def spelled(self, token: int) -> str:
-        """The text of one token."""
-        return str(self.tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False))
+        """The text of one token; of one that is no whole character its bytes, as OpenAI writes them."""
+        text, raw = spelled(self.tokenizer, token)
+        return text if text.encode() == raw else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def advance(self, token: int) -> int:
+        """Characters before this token; then count its own."""
+        before = self.offset
+        self.offset += len(self._decoder.decode(spelled(self.tokenizer, token)[1]))
+        return before
 
     def logprobs(self, events: list[Event]) -> dict[str, Any] | None:
         """The log-probabilities of the events' tokens, in this form; None if they were not asked for."""
@@ -67,8 +77,8 @@ class ChatForm(Form):
         return {"content": content, "refusal": None}
 
     def _one(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self.spelled(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        text, raw = spelled(self.tokenizer, token)
+        return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
     def choice(self, text: str, events: list[Event], finish: str | None) -> dict[str, Any]:
         """See Form."""
@@ -91,16 +101,11 @@ class CompletionForm(Form):
         if self.top is None:
             return None
         tokens: list[TokenOut] = [event.token for event in events if event.token is not None]
-        texts = [self.spelled(token.token) for token in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(self.offset)
-            self.offset += len(text)
         return {
-            "tokens": texts,
+            "tokens": [self.spelled(token.token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [{self.spelled(i): value for i, value in token.top} for token in tokens],
-            "text_offset": offsets,
+            "text_offset": [self.advance(token.token) for token in tokens],
         }
 
     def choice(self, text: str, events: list[Event], finish: str | None) -> dict[str, Any]:

@@ -78,7 +78,8 @@ class Guard:
         if self.token is None and not is_local(headers.get(b"host", b"localhost").decode("latin-1")):
             # A page of elsewhere whose name was pointed at this machine must not reach it through a browser.
             raise ApiError(403, "this server answers requests to this machine's own address only")
-        given = headers.get(b"authorization", b"").decode("latin-1").removeprefix("Bearer ")
+        scheme, _, given = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        given = given.strip() if scheme.lower() == "bearer" else ""
         if path == "/admin" or path.startswith("/admin/"):
             if self.admin_token is None:
                 raise ApiError(403, "the admin API is off: start the server with --admin-token-file")

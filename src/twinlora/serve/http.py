@@ -72,10 +72,19 @@ async def _told(request: Request, error: Any) -> Response:
 async def _invalid(request: Request, error: Any) -> Response:
     """Every problem of the request, in one message."""
     problems = error.errors()
+    if problems[0]["type"] == "json_invalid":
+        at, what = problems[0]["loc"][-1], problems[0]["ctx"]["error"]
+        told = ApiError(400, f"the body is not JSON: {what} at character {at}")
+        return JSONResponse(told.body(), told.status)
     lines = []
     for problem in problems:
-        where = ".".join(str(part) for part in problem["loc"] if part != "body") or "body"
+        # Of a union pydantic names the kind that was tried, such as list[TextPart].
+        parts = [str(part) for part in problem["loc"] if part != "body"]
+        where = ".".join(part for part in parts if "[" not in part) or "body"
         lines.append(f"{where}: {problem['msg']}")
+    kind = request.headers.get("content-type", "none")
+    if not kind.partition(";")[0].strip().endswith("json"):
+        lines.append(f"send it with Content-Type: application/json (it came with {kind[:80]})")
     place = [str(part) for part in problems[0]["loc"] if part != "body"]
     told = ApiError(400, "; ".join(dict.fromkeys(lines))[:2000], param=place[0] if place else None)
     return JSONResponse(told.body(), told.status)

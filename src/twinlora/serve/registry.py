@@ -23,7 +23,8 @@ from typing import Any, Protocol
 
 from twinlora.errors import AdapterError, TwinloraError
 
-__all__ = ["NAME", "Busy", "Content", "Lease", "Loaded", "Registry", "Store", "UnknownModel", "Version", "contained"]
+__all__ = ["NAME", "Busy", "Content", "Lease", "Loaded", "Registry", "Store", "Unblendable", "UnknownModel", "Version",
+           "contained", "require_name"]  # fmt: skip
 
 NAME = r"[a-z0-9][a-z0-9._-]{0,63}"  # of an adapter
 _MOST_PARTS = 8  # of a blend
@@ -31,6 +32,10 @@ _MOST_PARTS = 8  # of a blend
 
 class UnknownModel(TwinloraError):
     """A request names a model that is not served."""
+
+
+class Unblendable(TwinloraError):
+    """A request asks for a blend of adapters that have none."""
 
 
 class Busy(TwinloraError):
@@ -123,6 +128,15 @@ def contained(root: Path, relative: str) -> Path:
     return real
 
 
+def require_name(name: str, base: str) -> None:
+    """Raise AdapterError unless an adapter beside the base of that name can be called so."""
+    if not re.fullmatch(NAME, name) or name == base:
+        raise AdapterError(
+            f"adapter name {name[:80]!r}: expected lower-case letters, digits, '.', '_' and '-', at most 64, "
+            f"beginning with a letter or digit, and not the base's name {base!r}"
+        )
+
+
 class Registry:
     """Adapters by name over a `store`; at most `limit` bytes of them in memory. `base` is the bare model's name."""
 
@@ -211,7 +225,10 @@ class Registry:
     # Work of the loader thread.
 
     def load(self, lease: Lease) -> Future[None] | None:
-        """Bring the lease's weights into memory: None if they are there, else what to wait for (AdapterError, Busy)."""
+        """Bring the lease's weights into memory: None if they are there, else what to wait for.
+
+        The wait may end with AdapterError, Busy or Unblendable.
+        """
         if lease.version is None or lease.version.content.resident:
             return None
         return self._loader.submit(self._load, lease.version.content)
@@ -256,11 +273,7 @@ class Registry:
             version.content.pins -= 1
 
     def _register(self, name: str, directory: Path, replace: bool | None) -> Version:
-        if not re.fullmatch(NAME, name) or name == self.base:
-            raise AdapterError(
-                f"adapter name {name[:80]!r}: expected lower-case letters, digits, '.', '_' and '-', at most 64, "
-                f"beginning with a letter or digit, and not the base's name {self.base!r}"
-            )
+        require_name(name, self.base)
         if replace is not None and (name in self._names) != replace:
             done = "is not served; register it" if replace else "is served already; replace it, or choose another name"
             raise AdapterError(f"adapter {name!r} {done}")
@@ -299,8 +312,11 @@ class Registry:
             return
         if content.parts:
             loaded = [(self._read(version.content), weight) for version, weight in content.parts]
-            tensors, content.nbytes = self._store.blend(loaded)
-            self._require_size(content.nbytes, "this blend")
+            try:
+                tensors, content.nbytes = self._store.blend(loaded)
+                self._require_size(content.nbytes, "this blend")
+            except AdapterError as error:
+                raise Unblendable(str(error)) from None
         else:
             tensors = self._read(content)
         self._make_resident(content, tensors)

@@ -20,12 +20,13 @@ def _is_text(given: str) -> str:
     return given
 
 
-Text = Annotated[str, AfterValidator(_is_text)]
+_TEXT = AfterValidator(_is_text)  # stands behind limits of length, which are then told in characters
+Text = Annotated[str, _TEXT]
 Model = Annotated[
-    Text, Field(min_length=1, max_length=500, description="The base, an adapter, name@sha256, or a blend.")
+    str, Field(min_length=1, max_length=500, description="The base, an adapter, name@sha256, or a blend."), _TEXT
 ]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Stop = Annotated[Text, Field(min_length=1, max_length=200)]
+Stop = Annotated[str, Field(min_length=1, max_length=200), _TEXT]
 Nothing = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -94,7 +95,9 @@ class ChatRequest(_Generation):
 class CompletionRequest(_Generation):
     """POST /v1/completions. A list of integers is a prompt of token ids."""
 
-    prompt: Annotated[Text, Field(min_length=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    prompt: (
+        Annotated[str, Field(min_length=1), _TEXT] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    )
     max_tokens: Count | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
@@ -106,13 +109,13 @@ class RegisterRequest(_Strict):
     """POST /admin/adapters: `path` is a directory inside of --adapters-dir."""
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
-    path: Annotated[Text, Field(min_length=1, max_length=1000)]
+    path: Annotated[str, Field(min_length=1, max_length=1000), _TEXT]
 
 
 class ReplaceRequest(_Strict):
     """PUT /admin/adapters/{name}."""
 
-    path: Annotated[Text, Field(min_length=1, max_length=1000)]
+    path: Annotated[str, Field(min_length=1, max_length=1000), _TEXT]
 
 
 class PinRequest(_Strict):

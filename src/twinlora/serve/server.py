@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +15,8 @@ from typing import Any
 import uvicorn
 
 from twinlora import machine
-from twinlora.adapters.files import CONFIG
+from twinlora.adapters import files, passport
+from twinlora.adapters.passport import Passport
 from twinlora.config import ServeOptions, parse_size
 from twinlora.errors import AdapterError, ConfigError, Interrupted
 from twinlora.evaluate.opening import Opened, open_model
@@ -24,7 +28,7 @@ from twinlora.serve.engine import Engine, require_servable
 from twinlora.serve.guard import is_local
 from twinlora.serve.http import application
 from twinlora.serve.metrics import Metrics
-from twinlora.serve.registry import Registry
+from twinlora.serve.registry import Registry, require_name
 from twinlora.serve.service import Service
 from twinlora.serve.store import ModelStore
 
@@ -66,30 +70,13 @@ def open_service(options: ServeOptions, adapters: dict[str, Path], reporter: Rep
         )
     if options.adapters_dir is not None and not options.adapters_dir.is_dir():
         raise ConfigError(f"--adapters-dir {options.adapters_dir}: no such directory")
-    opened = machine.apart(lambda: _open(options, reporter))  # from then on the engine's thread alone computes
-    model = opened.model
-    limits = {"slots": options.slots, "capacity": _context(options, model), "budget": options.batch_tokens}
-    metrics = Metrics()
-    engine = Engine(model, opened.tokenizer, opened.bank, on_pass=metrics.on_pass, **limits)
-    store = ModelStore(
-        engine,
-        base=options.model,
-        fingerprint=fingerprint(resolve(options.model), reporter.note),
-        precision=precision_by_layer(model),
-    )
     name = options.name or Path(options.model).name or "base"
-    registry = Registry(
-        store,
-        name,
-        parse_size(options.adapter_memory),
-        blends=options.blends,
-        note=reporter.note,
-    )
-    engine.start()
-    engine.rehearse()
-    service = Service(engine, registry, metrics, options, reporter.note)
+    identity = fingerprint(resolve(options.model), reporter.note)
+    # From then on the engine's thread alone computes.
+    opened = machine.apart(lambda: _open(options, _papers(options, adapters, name, identity), reporter))
+    service = _service(options, opened, name, identity, reporter)
     try:
-        _register(registry, options.adapters_dir, adapters, reporter.note)
+        _register(service.registry, options.adapters_dir, adapters, reporter.note)
     except BaseException:
         service.close()
         raise
@@ -97,8 +84,63 @@ def open_service(options: ServeOptions, adapters: dict[str, Path], reporter: Rep
     return Served(service, app)
 
 
-def _open(options: ServeOptions, reporter: Reporter) -> Opened:
-    opened = open_model(options, {}, precision=options.precision, reporter=reporter)
+def _service(options: ServeOptions, opened: Opened, name: str, identity: str, reporter: Reporter) -> Service:
+    """The engine, started, and the registry of its adapters; `name` is the base's."""
+    model = opened.model
+    limits = {"slots": options.slots, "capacity": _context(options, model), "budget": options.batch_tokens}
+    metrics = Metrics()
+    engine = Engine(model, opened.tokenizer, opened.bank, on_pass=metrics.on_pass, **limits)
+    store = ModelStore(
+        engine,
+        base=options.model,
+        fingerprint=identity,
+        precision=precision_by_layer(model),
+        layers=opened.layers,
+    )
+    memory = parse_size(options.adapter_memory)
+    registry = Registry(store, name, memory, blends=options.blends, note=reporter.note)
+    engine.start()
+    engine.rehearse()
+    return Service(engine, registry, metrics, options, reporter.note)
+
+
+def _papers(options: ServeOptions, adapters: dict[str, Path], base: str, identity: str) -> dict[str, Passport | None]:
+    """The passports that say what the base is to be: of the adapters that were named, else of those in the directory.
+
+    Raises AdapterError for a named one that cannot be served, before the base is loaded.
+    """
+    papers: dict[str, Passport | None] = {}
+    for name, directory in adapters.items():
+        require_name(name, base)
+        home = files.read_adapter(directory).directory
+        papers[name] = paper = passport.read(home)
+        if paper is not None:
+            passport.require_base(home, paper, fingerprint=identity, base=options.model)
+    if papers or options.adapters_dir is None:
+        return papers
+    for name in _found(options.adapters_dir):
+        with contextlib.suppress(AdapterError):  # what is wrong with it is told when it is registered
+            paper = passport.read(find_adapter(options.adapters_dir, name))
+            if paper is None or paper.base_fingerprint == identity:
+                papers[name] = paper
+    return papers
+
+
+def _found(root: Path) -> list[str]:
+    """The adapters of a directory, by name."""
+    configs = (files.CONFIG, f"adapter/{files.CONFIG}")
+    return sorted(p.name for p in root.iterdir() if any((p / config).is_file() for config in configs))
+
+
+def _open(options: ServeOptions, papers: dict[str, Passport | None], reporter: Reporter) -> Opened:
+    opened = open_model(
+        options,
+        {},
+        precision=options.precision,
+        layer_precision=options.layer_precision,
+        reporter=reporter,
+        papers=papers,
+    )
     require_servable(opened.model.eval(), opened.tokenizer)
     return opened
 
@@ -119,8 +161,10 @@ def _register(registry: Registry, root: Path | None, adapters: dict[str, Path], 
     if root is None:
         return
     served = 0
-    for name in sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in adapters):
-        if not any((root / name / inner / CONFIG).is_file() for inner in ("", "adapter")):
+    for name in _found(root):
+        if name in adapters:
+            if adapters[name].resolve() != (root / name).resolve():
+                note(f"not served: {root / name}, since --adapter {name} is another directory")
             continue
         try:
             registry.register(name, find_adapter(root, name)).result()
@@ -133,54 +177,88 @@ def _register(registry: Registry, root: Path | None, adapters: dict[str, Path], 
 def serve(
     options: ServeOptions, adapters: dict[str, Path], reporter: Reporter, announce: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Serve until a signal comes; requests that run are finished. Raises Interrupted after that.
+    """Serve until a signal comes; requests that run are finished, unless a second one comes. Raises Interrupted then.
 
     `announce` gets the address, the base's name and the adapters' identities once requests are taken.
     """
-    served = open_service(options, adapters, reporter)
-    config = uvicorn.Config(
-        served.app,
-        host=options.host,
-        port=options.port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_DRAIN_SECONDS,
-        h11_max_incomplete_event_size=64 * 1024,
-    )
-    server = _Server(config, served.service, announce)
-    received: list[int] = []
+    listener = _bound(options.host, options.port)
+    with contextlib.closing(listener):
+        served = open_service(options, adapters, reporter)
+        config = uvicorn.Config(
+            served.app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_DRAIN_SECONDS,
+            h11_max_incomplete_event_size=64 * 1024,
+        )
+        server = _Server(config, served.service, announce, reporter.note)
+        received: list[int] = []
 
-    def remember(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+        def remember(number: int, frame: FrameType | None) -> None:
+            received.append(number)
 
-    # uvicorn drains at a signal, then raises it again for whoever was there before.
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        server.run()
-    finally:
-        served.service.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        # uvicorn drains at a signal, then raises it again for whoever was there before.
+        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            server.run([listener])
+        finally:
+            served.service.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
     if received:
-        raise Interrupted("stopped; every request that ran was finished", received[0])
+        end = "every request that ran was finished" if server.drained else "requests that ran were cut off"
+        raise Interrupted(f"stopped; {end}", received[0])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """The address, taken before anything is loaded; it listens once requests can be answered. Raises ConfigError."""
+    listener: socket.socket | None = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        raise ConfigError(
+            f"--host {host} --port {port}: cannot listen there: {error.strerror}; choose another, or --port 0 for a "
+            "free one"
+        ) from None
+    return listener
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens, and stops to take requests at the first signal."""
+    """Says where it listens, stops to take requests at the first signal, and knows whether all were finished."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, announce: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        announce: Callable[[dict[str, Any]], None],
+        note: Callable[[str], None],
+    ) -> None:
         super().__init__(config)
-        self._service, self._announce = service, announce
+        self._service, self._announce, self._note = service, announce, note
+        self.drained = True
 
     async def startup(self, sockets: Any = None) -> None:
         """See uvicorn."""
         await super().startup(sockets)
-        if self.servers:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            registry = self._service.registry
-            adapters = [version.identity for version in registry.versions()]
-            self._announce({"url": f"http://{host}:{port}", "base": registry.base, "adapters": adapters})
+        host, port = sockets[0].getsockname()[:2]
+        registry = self._service.registry
+        adapters = [version.identity for version in registry.versions()]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self._announce({"url": url, "base": registry.base, "adapters": adapters})
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """See uvicorn."""
+        if self._service.active:
+            self._note(f"stopping: {self._service.active} request(s) still run; another Ctrl-C cuts them off")
+        begun = time.monotonic()
+        await super().shutdown(sockets)
+        self.drained = not self.force_exit and time.monotonic() - begun < _DRAIN_SECONDS
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """See uvicorn."""

@@ -15,7 +15,7 @@ from twinlora.data.template import encode_chat, encode_text
 from twinlora.errors import AdapterError, DataError
 from twinlora.serve.engine import Engine, Event, Ticket
 from twinlora.serve.metrics import Metrics
-from twinlora.serve.registry import Busy, Lease, Registry, UnknownModel
+from twinlora.serve.registry import Busy, Lease, Registry, Unblendable, UnknownModel
 from twinlora.serve.state import Sampling
 
 __all__ = ["Answer", "ApiError", "Service"]
@@ -107,6 +107,11 @@ class Service:
         self._active = 0
         self._encoder = ThreadPoolExecutor(1, "encoder")
 
+    @property
+    def active(self) -> int:
+        """Requests in work."""
+        return self._active
+
     async def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a chat. Raises ApiError."""
         if not self.tokenizer.chat_template:
@@ -179,6 +184,8 @@ class Service:
             await asyncio.wrap_future(loading)
         except Busy as error:
             raise ApiError(429, str(error), code="adapter_memory_full", retry_after=1) from None
+        except Unblendable as error:
+            raise ApiError(400, str(error), param="model") from None
         except (AdapterError, OSError) as error:
             self.note(str(error))  # it names paths of this machine
             message = "this adapter cannot be read from disk now; the server's log says why"

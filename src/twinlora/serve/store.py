@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,24 @@ __all__ = ["ModelStore"]
 
 
 class ModelStore:
-    """See registry.Store. `base`, `fingerprint` and `precision` say what this base is, for passports."""
+    """See registry.Store. The keywords say what this base is, for passports: see `passport.check`."""
 
-    def __init__(self, engine: Engine, *, base: str, fingerprint: str, precision: dict[str, int]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        base: str,
+        fingerprint: str,
+        precision: dict[str, int],
+        layers: Mapping[str, str] | None,
+    ) -> None:
         self._engine = engine
-        self._origin: dict[str, Any] = {"base": base, "fingerprint": fingerprint, "precision": precision}
+        self._origin: dict[str, Any] = {
+            "base": base,
+            "fingerprint": fingerprint,
+            "precision": precision,
+            "layers": layers,
+        }
         self._tokenizer = passport.tokenizer_digests(engine.tokenizer)
 
     def load(self, directory: Path) -> Loaded:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+import re
 
-__all__ = ["TextStream"]
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+__all__ = ["TextStream", "spelled"]
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_WAIT = 8  # tokens that may be needed for one character
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+_BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
 
 
 class TextStream:
@@ -56,3 +61,17 @@ class TextStream:
                 self._held = text[-length:]
                 return text[:-length]
         return text
+
+
+def spelled(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, bytes]:
+    """The text of one token, and its bytes, which may be a part of a character; the text then shows U+FFFD."""
+    backend = tokenizer.backend_tokenizer
+    text, piece = str(backend.decode([token], skip_special_tokens=False)), backend.id_to_token(token) or ""
+    if match := _BYTE.fullmatch(piece):  # SentencePiece's
+        return text, bytes([int(match[1], 16)])
+    raw = bytes(_BYTES[char] for char in piece) if all(char in _BYTES for char in piece) else None
+    if raw is not None and raw.decode(errors="replace") == text:  # a byte-level piece
+        return text, raw
+    if piece.startswith("▁") and not text.startswith(" "):  # decoded alone it loses its space
+        text = f" {text}"
+    return text, text.encode()

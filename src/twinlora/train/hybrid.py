@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
 
+from twinlora.adapters.precision import read_layers
 from twinlora.config import TrainOptions, parse_size
 from twinlora.errors import ConfigError
-from twinlora.numerics.formats import DENSE, Format, Int8Format, NF3Format, NF4Format, parse
+from twinlora.numerics.formats import Format, of_kind
 from twinlora.plan import sensitivity
 from twinlora.plan.precision import Choice, choose
 from twinlora.plan.sensitivity import Sensitivity
@@ -21,12 +19,7 @@ __all__ = ["candidates", "choose_precision"]
 
 def candidates(options: TrainOptions) -> list[Format]:
     """What a layer may be quantised to."""
-    nested = 256 if options.double_quant else 0
-    return [
-        NF3Format(options.block_size, nested),
-        NF4Format(options.block_size, nested),
-        Int8Format(options.block_size),
-    ]
+    return [of_kind(kind, options.block_size, double_quant=options.double_quant) for kind in ("nf3", "nf4", "int8")]
 
 
 def choose_precision(
@@ -37,7 +30,7 @@ def choose_precision(
     Raises ConfigError for a budget that is too small or a file that cannot be read.
     """
     if options.layer_precision is not None:
-        return _read(options.layer_precision)
+        return read_layers(options.layer_precision)
     rows = sensitivity.calibration_rows(inputs.examples)
     notes.show(f"hybrid: how much each layer minds, from {len(rows)} training rows ({sum(map(len, rows)):,} tokens)")
     found = sensitivity.measure(
@@ -79,23 +72,3 @@ def _described(choice: Choice, found: Sensitivity) -> str:
         f"{counts}; expected divergence from the 16-bit base {choice.loss:.3g} nats a token, "
         f"at most {100 * gap:.2g} % above the least possible"
     )
-
-
-def _read(path: Path) -> dict[str, str]:
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"layer_precision {path}: cannot be read as JSON: {error}") from None
-    if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
-        raise ConfigError(f'layer_precision {path}: expected {{"layer": "format", …}}')
-    wrong = []
-    for name, value in given.items():
-        try:
-            if value != DENSE:
-                parse(value)
-        except ConfigError as error:
-            wrong.append(f"{name}: {error}")
-    if wrong:
-        shown = "\n  ".join(wrong[:20])
-        raise ConfigError(f"layer_precision {path}: {len(wrong)} of {len(given)} formats are unknown\n  {shown}")
-    return given
