@@ -103,6 +103,7 @@ def in_llama_cpp(args: argparse.Namespace, model: Path, lora: Path | None) -> di
 def ship(args: argparse.Namespace, run: Path, spec: str, **options: Any) -> tuple[dict, dict]:
     """Export with the gate; the record and what the artefact scores."""
     from twinlora.config import ExportOptions
+    from twinlora.errors import ParityError
     from twinlora.export.ship import export
     from twinlora.reporter import ConsoleReporter
 
@@ -113,7 +114,12 @@ def ship(args: argparse.Namespace, run: Path, spec: str, **options: Any) -> tupl
     if to == "merged":
         values |= {"quant": "f16", "weights": quant or "auto"}
     values |= {"max_kl": 10.0}  # figures are wanted, whatever they are
-    record = export(ExportOptions(**(values | options)), ConsoleReporter(f"{run.name} {spec}"))
+    reporter, refused = ConsoleReporter(f"{run.name} {spec}"), None
+    try:
+        record = export(ExportOptions(**(values | options)), reporter)
+    except ParityError as error:  # what it is worth is asked all the same
+        refused = str(error)
+        record = export(ExportOptions(**(values | options | {"gate": False})), reporter)
     if to == "gguf":
         scores = in_llama_cpp(args, next(out.glob("*.gguf")), None)
     elif to == "gguf-lora":
@@ -125,7 +131,7 @@ def ship(args: argparse.Namespace, run: Path, spec: str, **options: Any) -> tupl
     else:
         scores = in_torch(args, str(out), None, "nf4" if to == "bnb" else "16bit")
     size = sum(file.stat().st_size for file in out.glob("*") if file.suffix in (".gguf", ".safetensors"))
-    return record, scores | {"bytes": size}
+    return record, scores | {"bytes": size} | ({"refused": refused} if refused else {})
 
 
 def keep(args: argparse.Namespace, results: dict, part: str, key: str, make: Callable[[], dict]) -> None:
@@ -147,7 +153,8 @@ def formats(args: argparse.Namespace, results: dict) -> None:
 
                 def one(run: Path = run, spec: str = spec, base: str = base) -> dict:
                     record, scores = ship(args, run, spec, base=base)
-                    return scores | {key: record["parity"][key] for key in ("kl_mean", "top1_agreement")}
+                    parity = record.get("parity") or {}
+                    return scores | {key: parity.get(key) for key in ("kl_mean", "top1_agreement")}
 
                 keep(args, results, method, f"{spec} on {base}", one)
 
@@ -161,7 +168,7 @@ def deploy(args: argparse.Namespace, results: dict) -> None:
                 kind = "deploy" if options else "plain"
                 run = train(args, f"{kind}-{seed}", method="lora", seed=seed, **options)
                 record, scores = ship(args, run, "gguf:q4_0")
-                return scores | {"kl_mean": record["parity"]["kl_mean"], "deploy": record.get("deploy")}
+                return scores | {"kl_mean": (record.get("parity") or {}).get("kl_mean"), "deploy": record.get("deploy")}
 
             keep(args, results, "deploy", f"{name}, seed {seed}", one)
 

@@ -28,7 +28,8 @@ def _scores(found: dict | None) -> list[str]:
     if found is None:
         return ["–"] * 3
     kl = found.get("kl_mean")
-    return [f"{100 * found['exact_match']:.1f} %", f"{found['loss']:.4f}", "–" if kl is None else f"{kl:.2g}"]
+    compared = "refused by the gate" if "refused" in found else "–" if kl is None else f"{kl:.2g}"
+    return [f"{100 * found['exact_match']:.1f} %", f"{found['loss']:.4f}", compared]
 
 
 def _formats(result: dict) -> str:
@@ -65,7 +66,9 @@ def _deploy(found: dict) -> str:
         ways.setdefault(name.partition(", seed ")[0], []).append(run)
     rows = []
     for way, runs in ways.items():
-        means = {key: statistics.mean(run[key] for run in runs) for key in ("exact_match", "loss", "kl_mean")}
+        means = {key: statistics.mean(run[key] for run in runs) for key in ("exact_match", "loss")}
+        refused = [run["refused"] for run in runs if "refused" in run]
+        means |= {"refused": refused} if refused else {"kl_mean": statistics.mean(run["kl_mean"] for run in runs)}
         rows.append(
             [
                 f"`{way}`" if way.startswith("-") else way,
