@@ -6,7 +6,7 @@
 namespace twinlora {
 namespace {
 
-constexpr i64 from_decoded = group + 1;  // rows of x from which on a block is decoded once for all groups
+constexpr i64 from_decoded = 17;  // rows of x from which on a panel is decoded once for all of them
 
 bool supported() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -139,40 +139,54 @@ void quantize(const void* x, Type type, std::int64_t first, std::int64_t last, i
     }
 }
 
+// Blocks of codes -> bfloat16, in the order that `arrange<true>` gives to x.
+void decode_split(const u8* packed, const float* scales, i64 blocks, int block, u16* out) {
+    const __m512 levels = _mm512_loadu_ps(tables.levels);
+    for (i64 b = 0; b < blocks; ++b) {
+        const __m512i table = table_bf16(scales[b], levels);
+        for (int i = 0; i < block; i += 64, packed += 32, out += 64) {
+            const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+            _mm512_store_si512(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
+            _mm512_store_si512(out + 32, _mm512_permutexvar_epi16(bytes, table));
+        }
+    }
+}
+
 void multiply_rows(const u16* x, const u8* packed, const Scales& scales, u16* y, i64 M, i64 N, i64 K, int block, i64 first,
                    i64 last) {
     if (!M) return;
-    const bool decode = M >= from_decoded;
-    const Plan plan(M, K, decode ? 64 : block, Codes::width);
-    const i64 blocks = K / block;
-    thread_local Kept<float> kept_scales, kept_sums;
+    const i64 blocks = K / block, stride = K + 64;  // rows of a power of two would share few sets of the cache
+    const Plan plan(M, K);
+    thread_local Kept<float> kept_scales;
     thread_local Kept<u16> kept_x, kept_values;
     float* decoded = kept_scales.at_least(panel * blocks);
-    auto* sums = reinterpret_cast<__m512*>(kept_sums.at_least(16 * panel * M));
     u16* arranged = kept_x.at_least(M * K);
-    u16* values = decode ? kept_values.at_least(plan.cols * plan.range) : nullptr;
+    u16* values = M < from_decoded ? nullptr : kept_values.at_least(panel * stride);
     arrange<true>(x, plan, arranged);
     for (i64 start = first; start < last; start += panel) {
         const i64 rows = start + panel < last ? panel : last - start;
-        const Codes codes{packed + start * K / 2, K, decoded, block};
+        const u8* codes = packed + start * K / 2;
+        const Stored stored{codes, K / 2, 0};
         decode_scales(scales, start * blocks, (start + rows) * blocks, decoded);
-        if (decode)
-            multiply_panel(Decoded{codes, values, plan.range}, plan, arranged, rows, sums, y + start, N);
-        else
-            multiply_panel(codes, plan, arranged, rows, sums, y + start, N);
+        if (values) {
+            for (i64 n = 0; n < rows; ++n)
+                decode_split(codes + n * K / 2, decoded + n * blocks, blocks, block, values + n * stride);
+            multiply_panel(Dense{values, K, stride}, stored, plan, arranged, rows, 64, y + start, N);
+        } else {
+            multiply_panel(Codes{codes, decoded, K, block}, stored, plan, arranged, rows, block, y + start, N);
+        }
     }
 }
 
 void multiply_dense(const u16* x, const u16* w, u16* y, i64 M, i64 N, i64 K, i64 first, i64 last) {
-    const Plan plan(M, K, 64, Dense::width);
-    thread_local Kept<u16> kept_x;
-    thread_local Kept<float> kept_sums;
-    u16* arranged = kept_x.at_least(M * K);
-    auto* sums = reinterpret_cast<__m512*>(kept_sums.at_least(16 * panel * M));
+    const Plan plan(M, K);
+    thread_local Kept<u16> kept;
+    u16* arranged = kept.at_least(M * K);
     arrange<false>(x, plan, arranged);
     for (i64 start = first; start < last; start += panel) {
         const i64 rows = start + panel < last ? panel : last - start;
-        multiply_panel(Dense{w + start * K, K}, plan, arranged, rows, sums, y + start, N);
+        const u16* at = w + start * K;
+        multiply_panel(Dense{at, K, K}, Stored{at, 2 * K, 2}, plan, arranged, rows, 64, y + start, N);
     }
 }
 

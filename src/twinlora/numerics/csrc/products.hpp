@@ -1,10 +1,10 @@
-// Products of few rows of x [M, K] with the rows of a weight: the weight is read once, at the speed of memory.
+// Products of few rows of x [M, K] with the rows of a weight, which is read once, at the speed of memory.
 //
-// x is laid out anew and stays in the first cache, in ranges of k where it is too long. A block of two or four rows of the
-// weight is multiplied by all of x, a group of rows at a time, whose sums stay in registers; meanwhile what follows in
-// memory is fetched, line by line in the order of addresses. Sums of 16 rows of the weight (a panel) are added up together.
+// A panel of 16 rows of the weight is multiplied by all of x, a group of rows of x at a time: two or four rows of the weight
+// with up to twelve of x have their sums in registers. x is laid out anew and is cut in ranges of k that stay in the first
+// cache. What follows in memory is fetched meanwhile, line by line in the order of addresses.
 //
-// Whatever M, the ranges and the groups are, a sum takes its products in one order: a row's result depends on it alone.
+// Whatever M, the groups and the ranges are, a sum takes its products in one order: a row's result depends on it alone.
 // Internal linkage throughout, as in portable.hpp.
 #pragma once
 
@@ -17,6 +17,7 @@ namespace {
 
 constexpr i64 panel = 16;
 constexpr i64 wide_group = 6, group = 12;  // rows of x that go together: with four rows of the weight, and with two
+constexpr i64 range_values = 8192;         // of x in a range
 constexpr i64 fetch_ahead = 8192;          // bytes
 
 inline __m512bh as_bf16(__m512i bits) { return (__m512bh)bits; }
@@ -27,19 +28,18 @@ inline __m512i table_bf16(float scale, __m512 levels) {
     return _mm512_broadcast_i64x4((__m256i)values);
 }
 
-// Where to fetch: pieces of rows, `stride` apart, so many bytes each time.
+// What to fetch, a line for each row of a block at every step: lines that follow each other, through pieces of rows.
 struct Fetch {
     const char *at, *end;  // of the present piece
-    i64 gap, stride, pace;
+    i64 gap, stride;       // to the next piece
+    i64 pace;              // from line to line
 
-    inline void next_piece() {
-        if (at < end) return;
-        at += gap;
-        end += stride;
-    }
-    inline void line() {
-        _mm_prefetch(at, _MM_HINT_T0);
-        at += pace;
+    template <int Cols>
+    inline void lines() {
+        if (at >= end) at += gap, end += stride;
+#pragma GCC unroll 4
+        for (int c = 0; c < Cols; ++c) _mm_prefetch(at + c * pace, _MM_HINT_T0);
+        at += Cols * pace;
     }
 };
 
@@ -71,37 +71,24 @@ template <int Rows, int Cols>
 }
 
 // In each kind of panel, `accumulate` adds the products of a group of rows of x with rows [n, n + Cols) of the panel, over k
-// in [from, to), to `sums` [Cols][Rows] (from 0 on: sets them). `prepare` comes once before, for all groups. `stored` are
-// the panel's rows in memory, values of 2^width half-bytes; a line is fetched for every `step` of them.
+// in [from, to), to `sums` [Cols][Rows]; from 0 on, it sets them. x begins at `from`.
 
 // bfloat16.
 struct Dense {
-    static constexpr int width = 2, step = 32;
-    const u16* w;
-    i64 K;
-
-    const void* stored() const { return w; }
-    void prepare(i64, i64, i64, i64) const {}
+    static constexpr i64 step = 32;  // values for which a line is fetched
+    const u16* w;                    // [panel, K], `stride` apart
+    i64 K, stride;
 
     template <int Rows, int Cols>
-    void accumulate(const u16* x, i64 n, i64 from, i64 to, __m512* sums, Fetch fetch) const {
-        multiply<Rows, Cols>(x, w + n * K + from, K, to - from, from ? sums : nullptr, sums, fetch);
-    }
-
-    // Rows of the weight at `at`, `stride` apart, `count` values of each.
-    template <int Rows, int Cols>
-    static inline void multiply(const u16* x, const u16* at, i64 stride, i64 count, const __m512* before, __m512* sums,
-                                Fetch fetch) {
+    [[gnu::always_inline]] inline void accumulate(const u16* x, i64 n, i64 from, i64 to, __m512* sums, Fetch fetch) const {
+        const u16* at = w + n * stride;
         __m512 local[Cols][Rows];
-        load_sums(before, local);
-        for (i64 k = 0; k < count; k += 32, x += 32 * Rows) {
+        load_sums(from ? sums : nullptr, local);
+        for (i64 k = from; k < to; k += 32, x += 32 * Rows) {
             __m512bh values[Cols];
-            fetch.next_piece();
+            fetch.lines<Cols>();
 #pragma GCC unroll 4
-            for (int c = 0; c < Cols; ++c) {
-                values[c] = as_bf16(_mm512_loadu_si512(at + c * stride + k));
-                fetch.line();
-            }
+            for (int c = 0; c < Cols; ++c) values[c] = as_bf16(_mm512_loadu_si512(at + c * stride + k));
             add_products(values, x, local);
         }
         store_sums(local, sums);
@@ -111,17 +98,14 @@ struct Dense {
 // NF4 codes, looked up 64 at a time as they are multiplied, the even and the odd ones apart.
 // For one or two rows the scale is applied to a block's sum, for more to the table of its values.
 struct Codes {
-    static constexpr int width = 0, step = 64;
+    static constexpr i64 step = 64;
     const u8* packed;
+    const float* scales;  // [panel, K / block]
     i64 K;
-    const float* scales;  // [rows, K / block]
     int block;
 
-    const void* stored() const { return packed; }
-    void prepare(i64, i64, i64, i64) const {}
-
     template <int Rows, int Cols>
-    void accumulate(const u16* x, i64 n, i64 from, i64 to, __m512* sums, Fetch fetch) const {
+    [[gnu::always_inline]] inline void accumulate(const u16* x, i64 n, i64 from, i64 to, __m512* sums, Fetch fetch) const {
         constexpr bool scale_sums = Rows <= 2;
         const __m512 levels = _mm512_loadu_ps(tables.levels);
         const i64 blocks = K / block;
@@ -136,12 +120,11 @@ struct Codes {
             if (scale_sums) load_sums(nullptr, part);
             for (i64 k = b * block; k < (b + 1) * block; k += 64, x += 64 * Rows) {
                 __m512bh even[Cols], odd[Cols];
-                fetch.next_piece();
+                fetch.lines<Cols>();
 #pragma GCC unroll 4
                 for (int c = 0; c < Cols; ++c) {
                     const auto* codes = reinterpret_cast<const __m256i*>(packed + ((n + c) * K + k) / 2);
                     const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes));
-                    fetch.line();
                     even[c] = as_bf16(_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table[c]));
                     odd[c] = as_bf16(_mm512_permutexvar_epi16(bytes, table[c]));
                 }
@@ -159,54 +142,11 @@ struct Codes {
     }
 };
 
-// NF4 codes, a block of rows decoded at once for all groups.
-struct Decoded {
-    static constexpr int width = 0, step = 32;
-    Codes codes;
-    u16* values;  // a block, [rows, stride]
-    i64 stride;
-
-    const void* stored() const { return codes.packed; }
-
-    void prepare(i64 n, i64 rows, i64 from, i64 to) const {
-        const i64 K = codes.K, block = codes.block;
-        const __m512 levels = _mm512_loadu_ps(tables.levels);
-        for (i64 row = 0; row < rows; ++row) {
-            const float* scale = codes.scales + (n + row) * (K / block);
-            const u8* packed = codes.packed + (n + row) * K / 2;
-            u16* out = values + row * stride;
-            for (i64 k = from; k < to;) {
-                const __m512i table = table_bf16(scale[k / block], levels);
-                const i64 stop = k / block * block + block < to ? k / block * block + block : to;
-                for (; k < stop; k += 64, out += 64) {
-                    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed + k / 2)));
-                    _mm512_store_si512(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
-                    _mm512_store_si512(out + 32, _mm512_permutexvar_epi16(bytes, table));
-                }
-            }
-        }
-    }
-
-    template <int Rows, int Cols>
-    void accumulate(const u16* x, i64, i64 from, i64 to, __m512* sums, Fetch fetch) const {
-        Dense::multiply<Rows, Cols>(x, values, stride, to - from, from ? sums : nullptr, sums, fetch);
-    }
-};
-
-// How M > 0 rows of x are multiplied: in groups of nearly one size, each with `cols` rows of the weight, over ranges of k
-// that are multiples of `unit`; while a row of the weight is multiplied, the one `lead` rows on is fetched.
+// How M > 0 rows of x are multiplied: in groups of nearly one size.
 struct Plan {
-    i64 M, K, groups, cols, range, lead;
+    i64 M, K, groups;
 
-    Plan(i64 M, i64 K, i64 unit, int width) : M(M), K(K) {
-        cols = M <= wide_group ? 4 : 2;
-        groups = (M + group - 1) / group;
-        const i64 fits = groups > 1 ? 16384 : 8192;  // values of x: with less of many rows, sums would move too often
-        const i64 ranges = (K * M + fits - 1) / fits;
-        range = (K + ranges * unit - 1) / (ranges * unit) * unit;
-        const i64 block = cols * (range << width) / 2;
-        lead = (fetch_ahead + block - 1) / block * cols;
-    }
+    Plan(i64 M, i64 K) : M(M), K(K), groups(M <= group ? 1 : (M + wide_group - 1) / wide_group) {}
     i64 first_row(i64 g) const { return M * g / groups; }
 };
 
@@ -230,60 +170,71 @@ void arrange(const u16* x, const Plan& plan, u16* out) {
     }
 }
 
-// What group g fetches while it is multiplied by the block that begins at row n of a panel of `rows`: its share of a block
-// further on, in the same range of k or in the next.
-template <class Panel>
-Fetch fetch_of(const Panel& w, const Plan& plan, i64 rows, i64 n, i64 cols, i64 from, i64 to, i64 g) {
-    const auto bytes = [](i64 values) { return (values << Panel::width) / 2; };
-    const i64 stride = bytes(plan.K), length = bytes(to - from);
-    i64 row = n + plan.lead, k = from, skip = 0;
-    if (row >= rows) {
-        k = to < plan.K ? to : 0;
-        if (k) row -= rows;
+// A panel as it lies in memory: rows of `stride` bytes, a value in 2^width half-bytes.
+struct Stored {
+    const void* at;
+    i64 stride;
+    int width;
+
+    i64 bytes(i64 values) const { return (values << width) / 2; }
+};
+
+// What group g fetches while it is multiplied by blocks of Cols rows, over k in [from, to), of a panel of `rows`. One group
+// alone: the block that is read `fetch_ahead` bytes later. Several: each its share of the same block of the next panel.
+template <int Cols>
+struct Ahead {
+    const char *here, *next;  // where the block `lead` rows on begins, for the first block; and from the row `turn` on
+    i64 turn, length;
+    Fetch fetch;
+
+    Ahead(const Stored& stored, i64 groups, i64 g, i64 rows, i64 K, i64 from, i64 to, i64 step) {
+        length = stored.bytes(to - from);
+        const i64 lead = groups > 1 ? panel : (fetch_ahead + Cols * length - 1) / (Cols * length) * Cols;
+        const i64 skip = Cols * length * g / groups, whole = skip / length;
+        const char* base = static_cast<const char*>(stored.at) + (lead + whole) * stored.stride + skip - whole * length;
+        here = base + stored.bytes(from);
+        next = to < K ? base - rows * stored.stride + stored.bytes(to) : base;
+        turn = groups > 1 ? rows : rows - lead;
+        length -= skip - whole * length;
+        fetch = {nullptr, nullptr, stored.stride - stored.bytes(to - from), stored.stride,
+                 (stored.bytes(step) + groups - 1) / groups};
     }
-    if (g) {
-        skip = cols * length * g / plan.groups;
-        row += skip / length, skip %= length;
+    inline Fetch of(i64 n) const {
+        Fetch out = fetch;
+        out.at = (n < turn ? here : next) + n * out.stride;
+        out.end = out.at + length;
+        return out;
     }
-    const char* piece = static_cast<const char*>(w.stored()) + row * stride + bytes(k);
-    return {piece + skip, piece + length, stride - length, stride, (bytes(Panel::step) + plan.groups - 1) / plan.groups};
-}
+};
 
-template <class Panel>
-using Accumulate = void (Panel::*)(const u16*, i64, i64, i64, __m512*, Fetch) const;
-
-// `accumulate` for so many rows of x, between Rows and Most.
-template <int Rows, int Most, int Cols, class Panel>
-Accumulate<Panel> kernel_of(i64 rows) {
-    if constexpr (Rows < Most)
-        if (rows != Rows) return kernel_of<Rows + 1, Most, Cols, Panel>(rows);
-    return &Panel::template accumulate<Rows, Cols>;
-}
-
-// All rows of x, arranged, against `rows` rows of a panel -> y [M, N]. `sums` [M, panel].
-template <class Panel>
-void multiply_panel(const Panel& w, const Plan& plan, const u16* x, i64 rows, __m512* sums, u16* y, i64 N) {
-    const auto multiply = [&](i64 n, i64 cols, i64 from, i64 to) {
-        w.prepare(n, cols, from, to);
-        for (i64 g = 0; g < plan.groups; ++g) {
-            const i64 first = plan.first_row(g), count = plan.first_row(g + 1) - first;
-            const auto kernel = cols == 4   ? kernel_of<1, wide_group, 4, Panel>(count)
-                                : cols == 2 ? kernel_of<group / 2, group, 2, Panel>(count)
-                                            : kernel_of<1, group, 1, Panel>(count);
-            (w.*kernel)(x + first * plan.K + from * count, n, from, to, sums + first * panel + n * count,
-                        fetch_of(w, plan, rows, n, cols, from, to, g));
-        }
-    };
-    for (i64 from = 0; from < plan.K; from += plan.range) {
-        const i64 to = from + plan.range < plan.K ? from + plan.range : plan.K;
+// Group g, `Rows` rows of x, against `rows` rows of a panel -> y [Rows, N]. k is cut at multiples of `unit`.
+template <int Rows, int Cols, class Panel>
+void multiply(const Panel& w, const Stored& stored, i64 groups, i64 g, const u16* x, i64 rows, i64 unit, u16* y, i64 N) {
+    const i64 ranges = (w.K * Rows + range_values - 1) / range_values;
+    const i64 range = (w.K + ranges * unit - 1) / (ranges * unit) * unit;
+    __m512 sums[panel * Rows];
+    for (i64 from = 0; from < w.K; from += range, x += range * Rows) {
+        const i64 to = from + range < w.K ? from + range : w.K;
+        const Ahead<Cols> ahead(stored, groups, g, rows, w.K, from, to, Panel::step);
         i64 n = 0;
-        for (; n + plan.cols <= rows; n += plan.cols) multiply(n, plan.cols, from, to);
-        for (; n < rows; ++n) multiply(n, 1, from, to);
+        for (; n + Cols <= rows; n += Cols)
+            w.template accumulate<Rows, Cols>(x, n, from, to, sums + n * Rows, ahead.of(n));
+        for (; n < rows; ++n) w.template accumulate<Rows, 1>(x, n, from, to, sums + n * Rows, ahead.of(n));
     }
+    for (int m = 0; m < Rows; ++m) store_bf16(y + m * N, mask16(rows), sums_of(sums + m, Rows));
+}
+
+// All rows of x, arranged, against `rows` rows of a panel.
+template <class Panel>
+void multiply_panel(const Panel& w, const Stored& stored, const Plan& plan, const u16* x, i64 rows, i64 unit, u16* y,
+                    i64 N) {
+    constexpr decltype(&multiply<1, 4, Panel>) kernels[] = {
+        multiply<1, 4, Panel>, multiply<2, 4, Panel>, multiply<3, 4, Panel>,  multiply<4, 4, Panel>,
+        multiply<5, 4, Panel>, multiply<6, 4, Panel>, multiply<7, 2, Panel>,  multiply<8, 2, Panel>,
+        multiply<9, 2, Panel>, multiply<10, 2, Panel>, multiply<11, 2, Panel>, multiply<12, 2, Panel>};
     for (i64 g = 0; g < plan.groups; ++g) {
         const i64 first = plan.first_row(g), count = plan.first_row(g + 1) - first;
-        for (i64 m = 0; m < count; ++m)
-            store_bf16(y + (first + m) * N, mask16(rows), sums_of(sums + first * panel + m, static_cast<int>(count)));
+        kernels[count - 1](w, stored, plan.groups, g, x + first * plan.K, rows, unit, y + first * N, N);
     }
 }
 
