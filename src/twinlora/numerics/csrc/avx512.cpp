@@ -1,12 +1,11 @@
 // AVX-512 with BF16: one permutation looks up 32 codes, one instruction multiplies 32 pairs.
-#include "bf16.hpp"
+#include "products.hpp"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
 
 namespace twinlora {
 namespace {
 
-constexpr i64 panel = 16;
 constexpr i64 from_decoded = 17;  // rows of x from which on a panel is decoded once for all of them
 
 bool supported() {
@@ -140,177 +139,7 @@ void quantize(const void* x, Type type, std::int64_t first, std::int64_t last, i
     }
 }
 
-inline __m512bh as_bf16(__m512i bits) { return (__m512bh)bits; }
-
-// The block's 16 values in bfloat16, twice. Denormals become 0 here, as they would in the product.
-inline __m512i table_bf16(float scale, __m512 levels) {
-    const __m256bh values = _mm512_cvtneps_pbh(_mm512_mul_ps(levels, _mm512_set1_ps(scale)));
-    return _mm512_broadcast_i64x4((__m256i)values);
-}
-
-// A panel is `panel` rows of W, fewer at the end; all rows of x pass over it while it is in the cache. In each kind of
-// panel, `accumulate` adds the products of rows [0, Rows) of x with rows [n, n + Cols) of the panel, over k in
-// [from, to), to `sums` [Cols][Rows]: a weight vector serves all rows of x, and Cols of them hide each other's latency.
-
-// Codes, looked up 32 at a time without being unpacked into order: x is arranged to match (`Split`).
-// For one or two rows the scale is applied to a block's sum, for more to the table of its values.
-struct Codes {
-    const u8* packed;     // the panel's codes
-    const float* scales;  // the panel's scales, [rows, K / block]
-    i64 K;
-    int block;
-
-    template <int Rows, int Cols>
-    inline void accumulate(const u16* x, i64 n, i64 from, i64 to, __m512* sums) const {
-        constexpr bool scale_sums = Rows <= 2;
-        const __m512 levels = _mm512_loadu_ps(tables.levels);
-        const __m512i unscaled = table_bf16(1.0f, levels);
-        const i64 blocks = K / block;
-        __m512 local[Cols][Rows];
-#pragma GCC unroll 16
-        for (int c = 0; c < Cols; ++c)
-#pragma GCC unroll 16
-            for (int m = 0; m < Rows; ++m) local[c][m] = sums[c * Rows + m];
-        for (i64 b = from / block; b < to / block; ++b) {
-            __m512i table[Cols];
-            __m512 part[Cols][Rows];
-#pragma GCC unroll 16
-            for (int c = 0; c < Cols; ++c) {
-                table[c] = scale_sums ? unscaled : table_bf16(scales[(n + c) * blocks + b], levels);
-#pragma GCC unroll 16
-                for (int m = 0; m < Rows; ++m) part[c][m] = scale_sums ? _mm512_setzero_ps() : local[c][m];
-            }
-            for (i64 k = b * block; k < (b + 1) * block; k += 64) {
-                __m512bh even[Cols], odd[Cols];
-#pragma GCC unroll 16
-                for (int c = 0; c < Cols; ++c) {
-                    const auto* codes = reinterpret_cast<const __m256i*>(packed + ((n + c) * K + k) / 2);
-                    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes));
-                    // The next rows: the processor does not guess streams as short as ours.
-                    _mm_prefetch(reinterpret_cast<const char*>(codes) + Cols * K / 2, _MM_HINT_T0);
-                    even[c] = as_bf16(_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table[c]));
-                    odd[c] = as_bf16(_mm512_permutexvar_epi16(bytes, table[c]));
-                }
-#pragma GCC unroll 16
-                for (int m = 0; m < Rows; ++m) {
-                    const u16* at = x + k * Rows + m * 64;
-                    const __m512bh first = as_bf16(_mm512_load_si512(at)), second = as_bf16(_mm512_load_si512(at + 32));
-#pragma GCC unroll 16
-                    for (int c = 0; c < Cols; ++c) {
-                        part[c][m] = _mm512_dpbf16_ps(part[c][m], even[c], first);
-                        part[c][m] = _mm512_dpbf16_ps(part[c][m], odd[c], second);
-                    }
-                }
-            }
-#pragma GCC unroll 16
-            for (int c = 0; c < Cols; ++c) {
-                const __m512 scale = _mm512_set1_ps(scales[(n + c) * blocks + b]);
-#pragma GCC unroll 16
-                for (int m = 0; m < Rows; ++m)
-                    local[c][m] = scale_sums ? _mm512_fmadd_ps(part[c][m], scale, local[c][m]) : part[c][m];
-            }
-        }
-#pragma GCC unroll 16
-        for (int c = 0; c < Cols; ++c)
-#pragma GCC unroll 16
-            for (int m = 0; m < Rows; ++m) sums[c * Rows + m] = local[c][m];
-    }
-};
-
-// bfloat16, in the order of x.
-struct Dense {
-    const u16* w;  // [rows, K], `stride` apart
-    i64 K, stride;
-    const void* ahead;  // what will be read next, [rows, K] of 2^width half-bytes: fetched while this is multiplied
-    int width;
-
-    template <int Rows, int Cols>
-    inline void accumulate(const u16* x, i64 n, i64 from, i64 to, __m512* sums) const {
-        __m512 local[Cols][Rows];
-#pragma GCC unroll 16
-        for (int c = 0; c < Cols; ++c)
-#pragma GCC unroll 16
-            for (int m = 0; m < Rows; ++m) local[c][m] = sums[c * Rows + m];
-        for (i64 k = from; k < to; k += 64) {
-            __m512bh first[Cols], second[Cols];
-#pragma GCC unroll 16
-            for (int c = 0; c < Cols; ++c) {
-                const u16* at = w + (n + c) * stride + k;
-                first[c] = as_bf16(_mm512_loadu_si512(at)), second[c] = as_bf16(_mm512_loadu_si512(at + 32));
-                if (ahead) _mm_prefetch(static_cast<const char*>(ahead) + (((n + c) * K + k) << width) / 2, _MM_HINT_T0);
-            }
-#pragma GCC unroll 16
-            for (int m = 0; m < Rows; ++m) {
-                const u16* at = x + k * Rows + m * 64;
-                const __m512bh even = as_bf16(_mm512_load_si512(at)), odd = as_bf16(_mm512_load_si512(at + 32));
-#pragma GCC unroll 16
-                for (int c = 0; c < Cols; ++c) {
-                    local[c][m] = _mm512_dpbf16_ps(local[c][m], first[c], even);
-                    local[c][m] = _mm512_dpbf16_ps(local[c][m], second[c], odd);
-                }
-            }
-        }
-#pragma GCC unroll 16
-        for (int c = 0; c < Cols; ++c)
-#pragma GCC unroll 16
-            for (int m = 0; m < Rows; ++m) sums[c * Rows + m] = local[c][m];
-    }
-};
-
-// How many rows of x go together, of `left`: at most 6, and groups of one size as far as possible.
-inline i64 together(i64 left) {
-    const i64 groups = (left + 5) / 6;
-    return (left + groups - 1) / groups;
-}
-
-// x [M, K] -> for each group of rows that go together, its parts [64] of each row side by side, k by k: read in one
-// stream. `Split`: of every part the 32 values with even index, then the 32 with odd index.
-template <bool Split>
-void arrange(const u16* x, i64 M, i64 K, u16* out) {
-    alignas(64) u16 index[32];
-    for (int i = 0; i < 32; ++i) index[i] = static_cast<u16>(2 * i);
-    const __m512i even = _mm512_load_si512(index), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
-    for (i64 rows; M; M -= rows, x += rows * K, out += rows * K) {
-        rows = together(M);
-        for (i64 m = 0; m < rows; ++m)
-            for (i64 k = 0; k < K; k += 64) {
-                const u16* at = x + m * K + k;
-                u16* to = out + k * rows + m * 64;
-                const __m512i low = _mm512_loadu_si512(at), high = _mm512_loadu_si512(at + 32);
-                _mm512_store_si512(to, Split ? _mm512_permutex2var_epi16(low, even, high) : low);
-                _mm512_store_si512(to + 32, Split ? _mm512_permutex2var_epi16(low, odd, high) : high);
-            }
-    }
-}
-
-// `Rows` rows of x against `rows` rows of a panel -> y [Rows, N]. Ranges of k keep their part of x in the first cache.
-template <int Rows, class Panel>
-void multiply(const Panel& w, const u16* x, i64 rows, i64 unit, u16* y, i64 N) {
-    constexpr int Cols = 4;
-    const i64 range = 8192 / Rows / unit > 0 ? 8192 / Rows / unit * unit : unit;
-    __m512 sums[panel * Rows];
-    for (auto& sum : sums) sum = _mm512_setzero_ps();
-    for (i64 from = 0; from < w.K; from += range) {
-        const i64 to = from + range < w.K ? from + range : w.K;
-        i64 n = 0;
-        for (; n + Cols <= rows; n += Cols) w.template accumulate<Rows, Cols>(x, n, from, to, sums + n * Rows);
-        for (; n < rows; ++n) w.template accumulate<Rows, 1>(x, n, from, to, sums + n * Rows);
-    }
-    for (int m = 0; m < Rows; ++m) store_bf16(y + m * N, mask16(rows), sums_of(sums + m, Rows));
-}
-
-// All M rows of x, arranged, against a panel. k is cut at multiples of `unit`.
-template <class Panel>
-void multiply_panel(const Panel& w, const u16* x, i64 M, i64 rows, i64 unit, u16* y, i64 N) {
-    for (i64 count; M; M -= count, x += count * w.K, y += count * N) {
-        count = together(M);
-        constexpr decltype(&multiply<1, Panel>) kernels[] = {multiply<1, Panel>, multiply<2, Panel>, multiply<3, Panel>,
-                                                             multiply<4, Panel>, multiply<5, Panel>, multiply<6, Panel>};
-        kernels[count - 1](w, x, rows, unit, y, N);
-    }
-}
-
-// Blocks of codes -> bfloat16, in the order that `Split` gives to x.
+// Blocks of codes -> bfloat16, in the order that `arrange<true>` gives to x.
 void decode_split(const u8* packed, const float* scales, i64 blocks, int block, u16* out) {
     const __m512 levels = _mm512_loadu_ps(tables.levels);
     for (i64 b = 0; b < blocks; ++b) {
@@ -325,35 +154,39 @@ void decode_split(const u8* packed, const float* scales, i64 blocks, int block, 
 
 void multiply_rows(const u16* x, const u8* packed, const Scales& scales, u16* y, i64 M, i64 N, i64 K, int block, i64 first,
                    i64 last) {
+    if (!M) return;
     const i64 blocks = K / block, stride = K + 64;  // rows of a power of two would share few sets of the cache
+    const Plan plan(M, K);
     thread_local Kept<float> kept_scales;
     thread_local Kept<u16> kept_x, kept_values;
     float* decoded = kept_scales.at_least(panel * blocks);
     u16* arranged = kept_x.at_least(M * K);
     u16* values = M < from_decoded ? nullptr : kept_values.at_least(panel * stride);
-    arrange<true>(x, M, K, arranged);
+    arrange<true>(x, plan, arranged);
     for (i64 start = first; start < last; start += panel) {
         const i64 rows = start + panel < last ? panel : last - start;
         const u8* codes = packed + start * K / 2;
+        const Stored stored{codes, K / 2, 0};
         decode_scales(scales, start * blocks, (start + rows) * blocks, decoded);
         if (values) {
             for (i64 n = 0; n < rows; ++n)
                 decode_split(codes + n * K / 2, decoded + n * blocks, blocks, block, values + n * stride);
-            multiply_panel(Dense{values, K, stride, codes + panel * K / 2, 0}, arranged, M, rows, 64, y + start, N);
+            multiply_panel(Dense{values, K, stride}, stored, plan, arranged, rows, 64, y + start, N);
         } else {
-            multiply_panel(Codes{codes, decoded, K, block}, arranged, M, rows, block, y + start, N);
+            multiply_panel(Codes{codes, decoded, K, block}, stored, plan, arranged, rows, block, y + start, N);
         }
     }
 }
 
 void multiply_dense(const u16* x, const u16* w, u16* y, i64 M, i64 N, i64 K, i64 first, i64 last) {
+    const Plan plan(M, K);
     thread_local Kept<u16> kept;
     u16* arranged = kept.at_least(M * K);
-    arrange<false>(x, M, K, arranged);
+    arrange<false>(x, plan, arranged);
     for (i64 start = first; start < last; start += panel) {
         const i64 rows = start + panel < last ? panel : last - start;
-        const u16* ahead = M < 4 ? nullptr : w + (start + 4) * K;
-        multiply_panel(Dense{w + start * K, K, K, ahead, 2}, arranged, M, rows, 64, y + start, N);
+        const u16* at = w + start * K;
+        multiply_panel(Dense{at, K, K}, Stored{at, 2 * K, 2}, plan, arranged, rows, 64, y + start, N);
     }
 }
 
