@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from twinlora.demo import tasks
 from twinlora.demo.support import TEAMS
 from twinlora.demo.tasks import SPLITS, TASKS, rows
 from twinlora.errors import DataError
@@ -73,8 +74,9 @@ def test_deterministic_across_processes():
     assert rows("legal", "test", 30, seed=1) != rows("legal", "test", 30, seed=2)
 
 
-def test_wrong_arguments():
+def test_wrong_arguments(monkeypatch):
     with pytest.raises(DataError, match="expected one of support, legal, triage"):
         rows("poetry", "train", 1)
+    monkeypatch.setattr(tasks, "_TRIES", 2)
     with pytest.raises(DataError, match="its phrases make"):
         rows("triage", "validation", 10_000)

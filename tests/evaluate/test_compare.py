@@ -5,6 +5,7 @@ import pytest
 
 from tests.conftest import chat, write_jsonl
 from tests.evaluate.results import way
+from tests.processes import FORKED
 from twinlora.cli.main import main
 from twinlora.config import CompareOptions
 from twinlora.data.sources import read_rows
@@ -39,7 +40,8 @@ def options(tiny, tmp_path, **changes):
     return CompareOptions(**(values | changes))
 
 
-def test_two_methods_in_their_own_processes(tiny, tmp_path, capsys):
+def test_two_methods_in_their_own_processes(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "get_context", lambda _: FORKED)
     data, test = write_jsonl(tmp_path / "tr.jsonl", letters(160, 1)), write_jsonl(tmp_path / "te.jsonl", letters(10, 2))
     arguments = ["--model", str(tiny), "--data", str(data), "--eval", str(test), "--output", str(tmp_path / "out")]
     arguments += ["--methods", "lora,full", "--lr-grid", "1e-3,1e-2", "--batch-size", "8", "--validation-rows", "8"]

@@ -1,5 +1,6 @@
 """What ops are said to allocate inside, against what they do allocate: torch's own trace, and malloc's statistics."""
 
+import json
 import subprocess
 import sys
 
@@ -95,8 +96,9 @@ def test_views_and_what_is_given_are_not_counted():
     assert reference_bytes(function, (torch.zeros(10, 10),)) == 400
 
 
+# A process for each case, forked before anything was kept.
 KERNELS = """
-import ctypes, sys, torch
+import ctypes, json, os, sys, torch
 from twinlora.numerics import cpu, ops
 from twinlora.numerics.workspace import workspace
 
@@ -127,30 +129,38 @@ calls = {
     "attention": lambda: ("attention", (*heads(32), None, None, [0, 32], 0.1, 0), (*heads(900), None, None, [0, 900], 0.1, 0)),
     "attention_step": lambda: ("attention_step", step(8), step(30000)),
 }
-op, tiny, large = calls[sys.argv[1]]()
-run = getattr(torch.ops.twinlora, op)
-first, second = workspace(op, *tiny).kept, workspace(op, *large).kept
-claimed = sum(max(0, size - first.get(name, 0)) for name, size in second.items())
-run(*tiny), run(*tiny)
-before = in_use()
-run(*large)
-print(claimed, in_use() - before)
+for case in sys.argv[1:]:
+    if os.fork():
+        assert os.wait()[1] == 0, case
+        continue
+    op, tiny, large = calls[case]()
+    run = getattr(torch.ops.twinlora, op)
+    first, second = workspace(op, *tiny).kept, workspace(op, *large).kept
+    claimed = sum(max(0, size - first.get(name, 0)) for name, size in second.items())
+    run(*tiny), run(*tiny)
+    before = in_use()
+    run(*large)
+    print(json.dumps([case, claimed, in_use() - before]), flush=True)
+    os._exit(0)
 """
+KEEPING = [
+    "nf4_linear few", "nf4_linear decoded", "nf4_linear buffer", "dense_linear", "attention", "attention_backward",
+    "attention_step",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kept():
+    done = subprocess.run([sys.executable, "-c", KERNELS, *KEEPING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {case: (claimed, found) for case, claimed, found in map(json.loads, done.stdout.splitlines())}
 
 
 @pytest.mark.skipif(not cpu.paths() or cpu.path() != "avx512-bf16", reason="these buffers are those of AVX512-BF16")
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc's statistics are glibc's")
-@pytest.mark.parametrize(
-    "case",
-    [
-        "nf4_linear few", "nf4_linear decoded", "nf4_linear buffer", "dense_linear", "attention", "attention_backward",
-        "attention_step",
-    ],
-)  # fmt: skip
-def test_what_the_kernels_keep(case):
-    done = subprocess.run([sys.executable, "-c", KERNELS, case], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    claimed, found = map(int, done.stdout.split())
+@pytest.mark.parametrize("case", KEEPING)
+def test_what_the_kernels_keep(kept, case):
+    claimed, found = kept[case]
     assert claimed > 40_000
     onednn = 0.3 * claimed if case == "nf4_linear buffer" else 0  # what it keeps of its own
     assert claimed - 2_000 <= found <= claimed + 2_000 + onednn

@@ -18,6 +18,8 @@ from twinlora.plan.overhead import Overhead
 from twinlora.train import rehearsal
 from twinlora.train.loop import train
 
+PLANNED = {"plan": "auto", "max_steps": 2}  # one workload, so that its steps are simulated once
+
 
 @pytest.fixture
 def history(tmp_path, monkeypatch):
@@ -72,7 +74,7 @@ def test_a_history_that_cannot_be_written_fails_no_run(tiny, data_file, tmp_path
 
 
 def test_the_planner_sets_a_run_up_and_a_resumed_one_stays(tiny, data_file, tmp_path, monkeypatch):
-    given = {"method": None, "plan": "auto", "goal": "memory", "max_steps": 2}
+    given = PLANNED | {"method": None, "goal": "memory"}
     first = train(options(tiny, data_file, tmp_path / "r", **given)).record
     assert first["method"] in ("lora", "qlora", "hybrid")
     assert any(note.startswith("plan: Choose") for note in document(tmp_path / "r")["notes"])
@@ -94,7 +96,7 @@ def test_of_a_base_in_4_bits_qlora_alone_is_chosen(tiny, tokenizer, data_file, t
 
 
 def test_what_is_given_stays_as_it_is(tiny, data_file, tmp_path):
-    given = {"method": "qlora", "plan": "auto", "gradient_checkpointing": "on", "max_steps": 1}
+    given = PLANNED | {"method": "qlora", "gradient_checkpointing": "on"}
     train(options(tiny, data_file, tmp_path / "r", **given))
     chosen = document(tmp_path / "r")["options"]
     assert (chosen["method"], chosen["gradient_checkpointing"]) == ("qlora", "on")
@@ -104,7 +106,7 @@ def test_what_fits_nowhere_is_said_before_a_weight_is_loaded(tiny, data_file, tm
     monkeypatch.setattr(machine, "available_bytes", lambda: 10**6)
     monkeypatch.setattr(machine, "rss_bytes", lambda: 0)
     with pytest.raises(ConfigError, match=r"Nothing fits into 1 MiB"):
-        train(options(tiny, data_file, tmp_path / "r", method=None, plan="auto"))
+        train(options(tiny, data_file, tmp_path / "r", **PLANNED, method=None))
 
 
 def test_a_method_is_asked_for(tiny, data_file, tmp_path):
@@ -142,7 +144,7 @@ def test_a_hybrid_run_is_predicted_in_its_own_formats(tiny, data_file, tmp_path,
 
 
 def test_the_budget_of_a_hybrid_base_stays_as_it_is(tiny, data_file, tmp_path, own_cache):
-    given = {"method": "hybrid", "memory": "110KB", "plan": "auto", "max_steps": 1}
+    given = PLANNED | {"method": "hybrid", "memory": "110KB"}
     record = train(options(tiny, data_file, tmp_path / "r", **given)).record
     assert record["base_weight_bytes"] <= 110_000
     chosen = document(tmp_path / "r")["options"]
