@@ -39,8 +39,8 @@ class Limits:
 
 
 # By what the artefact's weights are. On SmolLM2-135M with an adapter the means were (KL, nats): the same arithmetic 0,
-# F16 3e-5, BF16 3e-4, Q6_K 1e-3, Q8_0 3e-3, Q5_0 0.01, IQ4_NL 0.13, NF4 0.19, Q4_0 0.21; larger models lose less. The adapter's q and k rows
-# in the wrong order: 0.01 after 20 steps of training.
+# F16 3e-5, BF16 3e-4, Q6_K 1e-3, Q8_0 3e-3, Q5_0 0.01, IQ4_NL 0.13, NF4 0.19, Q4_0 0.21; larger models lose less. The
+# adapter's q and k rows in the wrong order: 0.01 after 20 steps of training.
 LIMITS = {
     "float32": Limits(1e-4, 0.005, 0.99, "the same arithmetic in another program"),
     "f16": Limits(0.001, 0.02, 0.98, "float16 weights and activations: 11 bits of precision"),
