@@ -50,7 +50,7 @@ def _reason(error: Exception, path: Path) -> str:
     reason = getattr(error, "strerror", None) or str(error)
     if re.fullmatch(r"\d+ requested and \d+ written", reason):  # numpy keeps the cause to itself
         reason = f"the disk is full, or files may not be so large ({reason})"
-    name = getattr(error, "filename", None)
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a copy the second is written
     other = isinstance(name, str) and not Path(name).absolute().parent.is_relative_to(path.parent.absolute())
     return f"{reason} ({name})" if other else reason
 

@@ -39,8 +39,8 @@ class Limits:
 
 
 # By what the artefact's weights are. On SmolLM2-135M with an adapter the means were (KL, nats): the same arithmetic 0,
-# F16 3e-5, BF16 3e-4, Q8_0 3e-3, IQ4_NL 0.13, NF4 0.19, Q4_0 0.21; larger models lose less. The adapter's q and k rows
-# in the wrong order: 0.01 after 20 steps of training.
+# F16 3e-5, BF16 3e-4, Q6_K 1e-3, Q8_0 3e-3, Q5_0 0.01, IQ4_NL 0.13, NF4 0.19, Q4_0 0.21; larger models lose less. The
+# adapter's q and k rows in the wrong order: 0.01 after 20 steps of training.
 LIMITS = {
     "float32": Limits(1e-4, 0.005, 0.99, "the same arithmetic in another program"),
     "f16": Limits(0.001, 0.02, 0.98, "float16 weights and activations: 11 bits of precision"),
@@ -52,6 +52,10 @@ LIMITS = {
         "--to gguf --quant f16, keeps them)",
     ),
     "q8_0": Limits(0.02, 0.1, 0.95, "8-bit weights and activations"),
+    "q6_k": Limits(0.02, 0.1, 0.95, "6-bit weights, 8-bit activations"),
+    **dict.fromkeys(
+        ("q5_0", "q5_1", "q5_k", "q5_k_s", "q5_k_m"), Limits(0.1, 0.3, 0.85, "5-bit weights, 8-bit activations")
+    ),
     "4bit": Limits(0.4, 0.6, 0.7, "4-bit weights: the error that every 4-bit model has"),
 }
 
