@@ -34,6 +34,7 @@ from twinlora.serve.text import TextStream
 __all__ = ["Engine", "Event", "PassReport", "Ticket", "require_servable"]
 
 T = TypeVar("T")
+_CUT = "the server was stopped"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._numbers = itertools.count()
         self._stopping = False
+        self.cut = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # Any thread.
@@ -115,6 +117,10 @@ class Engine:
     def start(self) -> None:
         """Begin to take work."""
         self._thread.start()
+
+    def cut_off(self) -> None:
+        """End what runs and what waits with an error, now and from now on. A signal handler may call it."""
+        self._inbox.put(self._cut_off)
 
     def stop(self) -> None:
         """Finish what is running and end."""
@@ -173,7 +179,17 @@ class Engine:
     def _end(self) -> None:
         self._stopping = True
 
+    def _cut_off(self) -> None:
+        self.cut = True
+        for ticket in self._tickets.values():
+            self.scheduler.remove(ticket.sequence)
+            ticket.on_event(Event("", None, "error", _CUT))
+        self._tickets.clear()
+
     def _add(self, ticket: Ticket) -> None:
+        if self.cut:
+            ticket.on_event(Event("", None, "error", _CUT))
+            return
         self._tickets[ticket.sequence] = ticket
         self.scheduler.add(ticket.sequence)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +189,8 @@ def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=_DRAIN_SECONDS,
+            lifespan="off",
+            timeout_graceful_shutdown=_DRAIN_SECONDS + 10,  # they are cut off before
             h11_max_incomplete_event_size=64 * 1024,
         )
         server = _Server(config, served.service, announce, reporter.note)
@@ -207,7 +208,7 @@ def serve(
             for number, handler in before.items():
                 signal.signal(number, handler)
     if received:
-        end = "every request that ran was finished" if server.drained else "requests that ran were cut off"
+        end = "requests that ran were cut off" if server.cut else "every request that ran was finished"
         raise Interrupted(f"stopped; {end}", received[0])
 
 
@@ -230,7 +231,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens, stops to take requests at the first signal, and knows whether all were finished."""
+    """Says where it listens; takes no requests after the first signal, and cuts off those that run at the second."""
 
     def __init__(
         self,
@@ -241,7 +242,7 @@ class _Server(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self._service, self._announce, self._note = service, announce, note
-        self.drained = True
+        self.cut = False
 
     async def startup(self, sockets: Any = None) -> None:
         """See uvicorn."""
@@ -256,11 +257,18 @@ class _Server(uvicorn.Server):
         """See uvicorn."""
         if self._service.active:
             self._note(f"stopping: {self._service.active} request(s) still run; another Ctrl-C cuts them off")
-        begun = time.monotonic()
+        late = asyncio.get_running_loop().call_later(_DRAIN_SECONDS, self._cut_off)
         await super().shutdown(sockets)
-        self.drained = not self.force_exit and time.monotonic() - begun < _DRAIN_SECONDS
+        late.cancel()
+
+    def _cut_off(self) -> None:
+        self.cut = self._service.active > 0
+        self._service.engine.cut_off()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """See uvicorn."""
         self._service.draining = True
-        super().handle_exit(sig, frame)
+        if self.should_exit and sig == signal.SIGINT and not self._service.engine.cut:
+            self._cut_off()  # what runs ends with an error in a moment; uvicorn would drop the connections
+        else:
+            super().handle_exit(sig, frame)

@@ -83,6 +83,8 @@ class Answer:
                     self.service.metrics.first_token.labels(self.label).observe(waited)
                 self.produced += 1
             self.ended = event.finish is not None
+            if event.finish == "error" and self.service.engine.cut:
+                raise ApiError(503, str(event.error), code="shutting_down")
             if event.finish == "error":
                 raise ApiError(500, f"the model failed: {event.error}", code="engine_error")
             if self.ended:
