@@ -34,10 +34,11 @@ def test_sections_run_on_tiny_shapes(bench, tmp_path, monkeypatch):
     assert pair["lora"]["loss"] == pytest.approx(pair["qlora"]["loss"], abs=0.05)
     assert pair["qlora_over_lora"] == pytest.approx(pair["qlora"]["seconds"] / pair["lora"]["seconds"])
     import tables
+    from readme import results
 
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.gpu_results("steps") == {}
-    assert "0." not in tables.gpu_steps()
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert tables.gpu.gpu_results("steps") == {}
+    assert "0." not in tables.gpu.gpu_steps()
 
 
 def test_a_file_is_continued(bench, tmp_path, monkeypatch):
@@ -72,6 +73,7 @@ def test_a_file_is_continued(bench, tmp_path, monkeypatch):
 def test_measured_results_reach_the_pages(bench, tmp_path, monkeypatch):
     """With made-up figures, in a directory of their own."""
     import tables
+    from readme import results as measured
 
     one = {"tokens_per_second": 12345.6, "seconds": 0.5, "flops": 2e14}
     steps = {
@@ -85,12 +87,12 @@ def test_measured_results_reach_the_pages(bench, tmp_path, monkeypatch):
     made = {"steps": steps, "fits": fits, "kernels": kernels, "rates": {"rates": {"gemm_flops": 8e14}}}
     document = {"sections": {name: facts | {"results": results} for name, results in made.items()}}
     (tmp_path / "gpu.json").write_text(json.dumps(document))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    first, *_ = (line for line in tables.gpu_steps().splitlines() if line.startswith("| 2,048 |"))
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    first, *_ = (line for line in tables.gpu.gpu_steps().splitlines() if line.startswith("| 2,048 |"))
     assert first.startswith("| 2,048 | 12,346 | 50 % | 12,346 | 1.07 | did not run | **not measured** |")
-    long, *_ = (line for line in tables.gpu_steps().splitlines() if line.startswith("| 16,384 |"))
+    long, *_ = (line for line in tables.gpu.gpu_steps().splitlines() if line.startswith("| 16,384 |"))
     assert long.startswith("| 16,384 | out of memory | out of memory | 12,346 | – |")
-    assert "Some GPU; torch 2.11." in tables.gpu_steps()
-    assert "| 65B within 48 GB | 38.5 GB | 99 |" in tables.gpu_fits()
-    assert "| 4096 × 4096 | 91 % | 2.5× |" in tables.gpu_fits()
-    assert "| 7B within 8 GB | **not measured** |" in tables.gpu_fits()
+    assert "Some GPU; torch 2.11." in tables.gpu.gpu_steps()
+    assert "| 65B within 48 GB | 38.5 GB | 99 |" in tables.gpu.gpu_fits()
+    assert "| 4096 × 4096 | 91 % | 2.5× |" in tables.gpu.gpu_fits()
+    assert "| 7B within 8 GB | **not measured** |" in tables.gpu.gpu_fits()

@@ -227,7 +227,7 @@ def test_streaming_keeps_the_peak_near_the_final_size(tmp_path, tiny):
     measured = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(measured) == 2
     for peak, final in measured:
-        assert final / 2 < peak < final + 3 * largest
+        assert final / 4 < peak < final + 3 * largest  # what the first left in the heap, the second takes again
 
 
 def test_gpt2_in_nf4_is_its_quantised_weights(tmp_path):

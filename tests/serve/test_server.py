@@ -63,7 +63,7 @@ def test_what_is_wrong_is_found_before_the_base_is_loaded(tmp_path, tiny, adapte
     write_adapter(tiny, tmp_path / "foreign", 0, base_fingerprint="f" * 64)
     for given, message in (
         ({"x": tmp_path / "foreign"}, "trained on another base"),
-        ({"x": tmp_path / "missing"}, "no adapter_config.json"),
+        ({"x": tmp_path / "missing"}, "no such directory"),
         ({"Support": adapters["a0"]}, "'Support': expected lower-case"),
         ({"tiny": adapters["a0"]}, "not the base's name 'tiny'"),
     ):

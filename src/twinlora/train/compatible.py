@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from twinlora.adapters.loaders import GGUF_MODELS, Refusal, nearest, planned, refused, setting
+from twinlora.adapters.loaders import GGUF_MODELS, nearest, planned, refused, setting
 from twinlora.config import TrainOptions
-from twinlora.errors import AdapterError, ConfigError
+from twinlora.errors import ConfigError
 from twinlora.model.load import Source, skeleton
 from twinlora.train.notes import Notes
 
@@ -33,23 +33,15 @@ def require_loadable(options: TrainOptions, source: Source, notes: Notes) -> Non
         how = setting(program, traits)
         notes.add(f"for {program}: it can be loaded{f', {how}' if how else ''}")
         return
+    changes = nearest(refusals, options)
+    still = refused(program, planned(model, options.model_copy(update=changes)))
+    assert not still, still
     reasons = "\n  ".join(refusal.reason for refusal in refusals)
     merged = "" if program != "llama.cpp" else "\nor leave --for out and fold it in: twinlora export --to gguf"
     raise ConfigError(
         f"--for {program}: it could not load what would be trained\n  {reasons}\n"
-        f"{_remedy(options, program, model, refusals)}{merged}"
+        f"the nearest that it loads: {_as_flags(changes)}{merged}"
     )
-
-
-def _remedy(options: TrainOptions, program: str, model: Any, refusals: list[Refusal]) -> str:
-    """The nearest options that the program takes, if they leave something to train."""
-    changes = nearest(refusals, options)
-    try:
-        still = refused(program, planned(model, options.model_copy(update=changes)))
-    except AdapterError:
-        return "without that nothing is left as it was asked for: give other targets, such as --target all-linear"
-    assert not still, still
-    return f"the nearest that it loads: {_as_flags(changes)}"
 
 
 def _as_flags(changes: dict[str, Any]) -> str:
