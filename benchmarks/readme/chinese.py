@@ -6,6 +6,7 @@ import re
 
 # (pattern in the English tables, Chinese), in this order. tests/test_tables.py finds what is out of date or missing.
 WORDS = [
+    (r"refused by the gate", "被门禁拒绝"),
     (r"\*\*not measured\*\* yet: (`[^`]+`) measures\.", r"**尚未测量**：用 \1 测量。"),
     (r"What the planner chooses for rows of 512 tokens, 16 a step, rank 16, and the peak of a step; the device holds that "
      r"and a reserve\.",
