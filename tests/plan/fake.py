@@ -33,4 +33,6 @@ def simulate(config: object, cell: Cell) -> Simulated:
         Kind("optimiser", "_fused_adamw_", "float32", 12 * trained, 16 * trained, 12 * trained): 1,
     }
     stored = by_cause["weights"] + by_cause["quantisation constants"]
-    return Simulated(sum(by_cause.values()), by_cause, Counts(calls), trained, PARAMETERS, stored)
+    update = by_cause | {"activations": 0, "loss head": 0, "gradients": 4 * trained}
+    by_cause["gradients"] = waiting = size * trained if cell.method == "full" else 4 * trained
+    return Simulated(by_cause, update, Counts(calls), trained, PARAMETERS, stored, waiting)

@@ -138,6 +138,15 @@ def test_the_runner_up_is_another_way():
     assert at(ways(65e9), 30).runner_up is None
 
 
+def test_a_mix_of_16_bit_alone_is_not_another_way_than_lora():
+    made = [way for way in ways(8e9) if way.method in ("lora", "hybrid")]
+    assert rows_for(made, 80 * GIB, "balanced", RESERVE)[1].bits == 16
+    assert at(made, 80).runner_up is None
+    assert at(made, 14).runner_up is None, "nor is LoRA another way where the mix alone fits"
+    alone = [way for way in made if way.method == "hybrid"]
+    assert at(alone, 80).method == "hybrid"
+
+
 def test_changes_are_where_solving_again_says_so():
     made, memory = ways(8e9), 11 * GIB
     found = changes(made, memory, "balanced", RESERVE)

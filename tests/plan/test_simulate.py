@@ -163,6 +163,25 @@ def test_every_family_is_simulated_without_weights(family):
     assert found.by_cause["quantisation constants"] > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+def test_experts_are_simulated_in_every_type(family, dtype):
+    """torch's own stand-in for a grouped product without data knows bfloat16 alone."""
+    found = simulate.simulate(FAMILIES[family], Cell(lengths=(40, 24), dtype=dtype))
+    bfloat16 = simulate.simulate(FAMILIES[family], Cell(lengths=(40, 24)))
+    assert found.weight_bytes == bfloat16.weight_bytes * dtype.itemsize // 2
+
+
+def test_nothing_is_logged_of_blocks_that_are_not_ours(caplog):
+    simulate.simulate(FAMILIES["gemma2"], Cell(lengths=(40, 24)))
+    assert not caplog.records
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(ModelError, match=r"num_hidden_layers 0 cannot be planned\n.*at least one layer"):
+        simulate.simulate(llama(0), Cell())
+
+
 def test_another_family_is_refused_by_name():
     with pytest.raises(ModelError, match=r"'bloom' cannot be planned yet; these can: llama(.|\n)*twinlora train"):
         simulate.simulate(t.BloomConfig(), Cell())

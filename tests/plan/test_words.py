@@ -65,7 +65,7 @@ def test_what_would_change_it():
     assert lines[0].startswith("with ")
     assert "GiB more: hybrid at " in lines[0]
     assert any(line.startswith("with --goal accuracy") and "hybrid" in line for line in lines)
-    assert runner_up(told(80)[0]).startswith("hybrid at 16 bits: peak ")
+    assert runner_up(told(80)[0]).startswith("LoRA over int8: peak ")
     assert runner_up(told(30, parameters=65e9)[0]) is None
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from twinlora.model.attention import NO_MASK_SHAPE, Layout
+from twinlora.model.attention import NAME, NO_MASK_SHAPE, Layout
 from twinlora.model.blocks import Attention, RMSNorm, SwiGLU
 from twinlora.model.linear import DenseLinear, is_linear
 
@@ -67,6 +67,8 @@ def _attention_candidate(stock: nn.Module, rotary: nn.Module) -> Iterator[Candid
 
     The stock block runs once before, to show which scale and window it gives to its attention.
     """
+    if getattr(getattr(stock, "config", None), "_attn_implementation", None) != NAME:
+        return  # the model does not attend by our function
     device = next(stock.parameters()).device
     layout, mask = Layout([_ROWS - 2, 2], device), torch.empty(NO_MASK_SHAPE, device=device)
     twin = copy.copy(stock)
@@ -84,7 +86,7 @@ def _attention_candidate(stock: nn.Module, rotary: nn.Module) -> Iterator[Candid
         call(twin, x)
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return  # called otherwise: a kind of block that ours does not stand for
-    # Nothing is seen if the model's attention is not the one registered by attention.py.
+    # Nothing is seen if the block calls no function of transformers' registry.
     if layout.seen and rotated == getattr(stock, "head_dim", None):
         ours = Attention(twin, **layout.seen)
         block = Attention(stock, **layout.seen)

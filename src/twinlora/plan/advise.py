@@ -56,8 +56,10 @@ def rows_for(ways: Sequence[Way], memory: int, goal: Goal, reserve: float) -> li
 
 
 def choose(rows: Sequence[Row], goal: Goal) -> Choice:
-    """The row for `goal`. Rows of ways that this version cannot train do not count."""
+    """The row for `goal`. Rows of ways that this version cannot train do not count, nor a mix that is LoRA itself."""
     rows = [row for row in rows if row.way.needs is None]
+    if any(row.method == "lora" for row in rows):
+        rows = [row for row in rows if row.method != "hybrid" or row.rounding > 0]
     serving = [row for row in rows if _serves(row, goal)] or rows
     usable = _usable(serving)
     if not usable:

@@ -38,11 +38,16 @@ _EXPERTS = ("num_local_experts", "num_experts")
 
 
 def require_family(config: PretrainedConfig) -> None:
-    """Raise ModelError if memory of this family was never compared with training."""
+    """Raise ModelError if memory of this family was never compared with training, or if there are no layers."""
     if config.model_type not in FAMILIES:
         raise ModelError(
             f"model family {config.model_type!r} cannot be planned yet; these can: {', '.join(FAMILIES)}\n"
             "  `twinlora train` may train it all the same, and reports the memory that it takes"
+        )
+    if config.num_hidden_layers < 1:
+        raise ModelError(
+            f"{config.model_type} with num_hidden_layers {config.num_hidden_layers} cannot be planned\n"
+            "  expected at least one layer; look at the model's config.json"
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twinlora.plan import work
-from twinlora.plan.targets import Target
+from twinlora.plan.targets import Target, without_data
 
 __all__ = ["CAUSES", "Cause", "Ledger", "Peak", "Segment"]
 
@@ -94,7 +94,7 @@ class Ledger(TorchDispatchMode):
             first = args[0] if args and isinstance(args[0], Tensor) else None
             address = None if first is None else first.untyped_storage()._cdata
             self.segment = ("optimiser", self._places.get(address) if address else None)
-        out = func(*args, **kwargs)
+        out = without_data(func, args, kwargs)
         made = out if isinstance(out, (tuple, list)) else (out,)
         for tensor in made:
             if isinstance(tensor, Tensor):

@@ -88,16 +88,27 @@ def _format(name: str) -> Format | None:
 
 @dataclass(frozen=True)
 class Simulated:
-    """The largest moment of a step, in bytes, and what they were; the work of the whole step."""
+    """The largest moments of a step, in bytes by ledger.CAUSES; the work of the whole step."""
 
-    peak_bytes: int
-    by_cause: dict[str, int]  # ledger.CAUSES; sums to the peak
+    passing: dict[str, int]  # of the forward and backward passes
+    update: dict[str, int]  # of the optimiser's step, which does not grow with the tokens
     counts: Counts
     trainable_parameters: int
     total_parameters: int  # of the base
     weight_bytes: int  # of the base as stored
+    gradient_bytes: int  # of all gradients, which wait while another micro-batch passes
     kernel_bytes: int = 0  # of the workspace, what compiled kernels keep outside of torch's allocator
     products: int = 0  # shapes of 16-bit products, for overhead.py
+
+    @property
+    def by_cause(self) -> dict[str, int]:
+        """What the largest moment of all consists of."""
+        return max(self.passing, self.update, key=lambda causes: sum(causes.values()))
+
+    @property
+    def peak_bytes(self) -> int:
+        """The bytes of that moment."""
+        return sum(self.by_cause.values())
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class _Run:
     kept: dict[str, int]  # buffers of kernels, by name
     products: int
     work: Counts
-    sizes: dict[str, int]  # trainable, total, weight bytes
+    sizes: dict[str, int]  # trainable, total, bytes of weights and gradients
 
 
 def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
@@ -121,15 +132,20 @@ def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
         whole = config.num_hidden_layers
         runs = [_run(with_layers(config, n), cell, proof, n, plan.period, whole) for n in plan.sizes]
     small, large = runs[0], runs[-1]
-    peak: dict[str, int] = {}
+    passing: dict[str, int] = {}
+    update: dict[str, int] = {}
     for segment, found in small.peaks.items():
         by_cause = extrapolate(found.by_cause, large.peaks[segment].by_cause, plan.times)
-        peak = max(peak, by_cause, key=lambda causes: sum(causes.values()))
-    peak["workspace"] += sum(large.kept.values())
+        if segment[0] == "optimiser":
+            update = max(update, by_cause, key=lambda causes: sum(causes.values()))
+        else:
+            passing = max(passing, by_cause, key=lambda causes: sum(causes.values()))
+    for moment in (passing, update):
+        moment["workspace"] += sum(large.kept.values())
     outside = sum(size for name, size in large.kept.items() if not name.startswith(WEIGHT))
     sizes = extrapolate(small.sizes, large.sizes, plan.times)
     counts = Counts(work.extrapolate(small.work.calls_of, large.work.calls_of, plan.times))
-    return Simulated(sum(peak.values()), peak, counts, **sizes, kernel_bytes=outside, products=large.products)
+    return Simulated(passing, update, counts, **sizes, kernel_bytes=outside, products=large.products)
 
 
 def _layers(config: PretrainedConfig, cell: Cell) -> list[Any]:
@@ -190,6 +206,7 @@ def _run(config: PretrainedConfig, cell: Cell, proof: Proof, layers: int, period
             "trainable_parameters": sum(p.numel() for p in trained.values()),
             "total_parameters": parameters,
             "weight_bytes": weight_bytes(model),
+            "gradient_bytes": sum(p.nbytes for p in trained.values()),
         },
     )
 

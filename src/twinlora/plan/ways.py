@@ -2,7 +2,8 @@
 
 LoRA is simulated with and without checkpointing, at the largest micro-batch and with the longest row alone; the others
 once. The rest is close by: what lies between is affine in the tokens of a micro-batch (attention of a row
-aside), and checkpointing saves all methods alike. A setting that is recommended is simulated itself (`exact`).
+aside), checkpointing saves all methods alike, and an update's memory depends on neither. A setting that is recommended
+is simulated itself (`exact`).
 """
 
 from __future__ import annotations
@@ -47,9 +48,12 @@ class Conditions:
 
 @dataclass(frozen=True)
 class _Point:
-    """A cell: bytes by cause, operations and seconds of a micro-batch of `tokens`, seconds of an update."""
+    """A cell: bytes by cause of the passes and of the update, operations and seconds of a micro-batch of `tokens`,
+    seconds of an update."""
 
-    by_cause: dict[str, int]
+    passing: dict[str, int]
+    updating: dict[str, int]
+    gradients: int  # bytes of all of them
     tokens: int
     work: float
     seconds: float | None
@@ -58,12 +62,19 @@ class _Point:
 
     def plus_difference(self, more: _Point, less: _Point, share: float = 1.0) -> _Point:
         """This, with what `more` has more than `less`; of its time a `share`."""
-        by_cause = {c: max(0, n + more.by_cause[c] - less.by_cause[c]) for c, n in self.by_cause.items()}
+        passing, updating = (
+            {cause: max(0, size + up[cause] - down[cause]) for cause, size in own.items()}
+            for own, up, down in (
+                (self.passing, more.passing, less.passing),
+                (self.updating, more.updating, less.updating),
+            )
+        )
+        gradients = self.gradients + more.gradients - less.gradients
         seconds = None
         if self.seconds is not None and more.seconds is not None and less.seconds is not None:
             seconds = self.seconds + share * (more.seconds - less.seconds)
         work = self.work + more.work - less.work
-        return _Point(by_cause, self.tokens, work, seconds, more.update, exact=False)
+        return _Point(passing, updating, gradients, self.tokens, work, seconds, more.update, exact=False)
 
 
 class Ways:
@@ -133,7 +144,7 @@ class Ways:
         """The way of `row`, with the row's setting simulated itself."""
         method = {"hybrid": "qlora", "int8": "qlora"}.get(row.method, row.method)
         found = self._simulated(method, row.setting.checkpointing, row.setting.micro_batch_tokens)
-        by_cause = self._causes(found.by_cause, found)
+        by_cause = found.by_cause | self._runtime(found)
         if row.method == "int8":
             by_cause = _int8_causes(by_cause, row.way.quantised_weights)
         better = dataclasses.replace(row.setting, by_cause=by_cause, exact=True)
@@ -159,7 +170,8 @@ class Ways:
         tokens = micro.size(packed=self.workload.packed)
         work = sum(found.counts.flops.values()) / micro.micro_batches
         times = (None, 0.0) if rates is None else step_times(rates, found, micro, tokens)
-        return _Point(self._causes(found.by_cause, found), tokens, work, *times)
+        passing, updating = (causes | self._runtime(found) for causes in (found.passing, found.update))
+        return _Point(passing, updating, found.gradient_bytes, tokens, work, *times)
 
     def _candidate(
         self, top: _Point, lora: _Point, low: _Point | None, checkpointing: bool, limit: int, *, shared: bool
@@ -168,14 +180,18 @@ class Ways:
 
         `shared`: what the method takes more time than LoRA grows with the tokens, too.
         """
-        tokens = self.workload.largest(limit).size(packed=self.workload.packed)
+        largest = self.workload.largest(limit)
+        tokens = largest.size(packed=self.workload.packed)
         count, mean = self.workload.micro_batches(limit)
-        by_cause = dict(top.by_cause)
+        passing = dict(top.passing)
         if low is not None and tokens != top.tokens:
             missing = (top.tokens - tokens) / (top.tokens - low.tokens)
             for cause in _GROWING:
-                grown = lora.by_cause[cause] - low.by_cause[cause]
-                by_cause[cause] = max(0, round(by_cause[cause] - missing * grown))
+                grown = lora.passing[cause] - low.passing[cause]
+                passing[cause] = max(0, round(passing[cause] - missing * grown))
+        if largest.micro_batches > 1:  # the second passes while the first one's gradients wait
+            passing["gradients"] = max(passing["gradients"], top.gradients)
+        by_cause = max(passing, top.updating, key=lambda causes: sum(causes.values()))
         seconds = None
         if top.seconds is not None and lora.seconds is not None:
             plain = _at(mean, lora, low)
@@ -193,8 +209,8 @@ class Ways:
             exact and top.exact,
         )
 
-    def _causes(self, by_cause: dict[str, int], found: Simulated) -> dict[str, int]:
-        return by_cause | {"runtime": self.conditions.overhead.total(found.products)}
+    def _runtime(self, found: Simulated) -> dict[str, int]:
+        return {"runtime": self.conditions.overhead.total(found.products)}
 
     def _way(self, method: str, candidates: list[Candidate], found: Simulated, quantised: int) -> Way:
         full = method == "full"
