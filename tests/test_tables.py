@@ -46,7 +46,7 @@ def examples():
     rates = {
         "twinlora: base, 8 clients": 400.0, "twinlora: one adapter, 8 clients": 380.0,
         "twinlora: 8 adapters, 8 clients": 300.0, "twinlora: one adapter, one client": 60.0,
-        "vllm: 8 adapters, 8 clients": 100.0, "static: twinlora, batch of 8": 500.0, "static: transformers + PEFT, one": 30.0,
+        "vllm: 8 adapters, 8 clients": 100.0, "llama.cpp: 8 adapters, 8 clients": 50.0, "static: twinlora, batch of 8": 500.0, "static: transformers + PEFT, one": 30.0,
         "static: llama.cpp Q4_0, base, batch of 8": 350.0,
     }  # fmt: skip
     throughput = {name: {"tokens_per_second": rate} for name, rate in rates.items()}

@@ -57,6 +57,7 @@ WORDS = [
      "| 工具 | 负载 | token/s | 8 个适配器同时服务，与之相比 | 首个 token，中位数 |"),
     (r"\*\*twinlora\*\*'s server", "**twinlora** 的服务"),
     (r"vLLM's server", "vLLM 的服务"),
+    (r"llama\.cpp's server \(F16\)", "llama.cpp 的服务（F16）"),
     (r"in one process", "单个进程内"),
     (r"base, 8 clients", "基座，8 个客户端"),
     (r"one adapter, 8 clients", "一个适配器，8 个客户端"),

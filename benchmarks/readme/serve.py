@@ -5,7 +5,12 @@ from __future__ import annotations
 from readme.results import load, machine_line, markdown, measured, not_yet
 
 _MIXED = "twinlora: 8 adapters, 8 clients"
-_TITLES = {"twinlora": "**twinlora**'s server", "vllm": "vLLM's server", "static": "in one process"}
+_TITLES = {
+    "twinlora": "**twinlora**'s server",
+    "vllm": "vLLM's server",
+    "llama.cpp": "llama.cpp's server (F16)",
+    "static": "in one process",
+}
 
 
 def serve() -> str:
