@@ -8,10 +8,11 @@ peak of its own, so that models of repeated layers can be folded (fold.py).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twinlora.plan import work
 from twinlora.plan.targets import Target
 
-__all__ = ["CAUSES", "Cause", "Ledger", "Peak", "Segment"]
+__all__ = ["CAUSES", "Cause", "Event", "Ledger", "Peak", "Segment"]
 
 Cause = Literal[
     "weights", "quantisation constants", "adapter", "gradients", "optimiser", "activations", "loss head", "workspace"
@@ -27,6 +28,14 @@ Cause = Literal[
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 Place = int | str | None  # a layer's number, or the name of a parameter outside of the layers
 Segment = tuple[str, Place]  # phase, and where in the model it is
+
+
+class Event(NamedTuple):
+    """A storage is made, of so many bytes, or is gone (0 bytes)."""
+
+    segment: Segment
+    storage: int  # its number
+    size: int
 
 
 @dataclass
@@ -52,12 +61,14 @@ class Ledger(TorchDispatchMode):
         self.work: dict[int | None, dict[work.Kind, int]] = {}  # by part
         self.kept: dict[str, int] = {}  # buffers that kernels keep for their next call, by name
         self.products: set[Any] = set()  # shapes of 16-bit products, which the target's library compiles one by one
+        self.log: list[Event] = []
+        self._numbers = itertools.count()
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}  # by address
         self._places: dict[int, Place] = {}  # of gradients
 
     def start(self) -> None:
-        """Forget peaks and work so far, not what is alive."""
-        self.peaks, self.work, self.kept = {}, {}, {}
+        """Forget peaks, work and events so far, not what is alive."""
+        self.peaks, self.work, self.kept, self.log = {}, {}, {}, []
 
     @contextlib.contextmanager
     def within(self, segment: Segment, cause: Cause) -> Iterator[None]:
@@ -116,14 +127,17 @@ class Ledger(TorchDispatchMode):
         if address in self._storages:
             return
         size = self.target.rounded(storage.nbytes())
+        number = next(self._numbers)
 
         def forget(_: Any) -> None:
             _, size, cause = self._storages.pop(address)
+            self.log.append(Event(self.segment, number, 0))
             self._places.pop(address, None)
             self.live[cause] -= size
             self.total -= size
 
         self._storages[address] = weakref.ref(storage, forget), size, self.cause
+        self.log.append(Event(self.segment, number, size))
         self.live[self.cause] += size
         self.total += size
 

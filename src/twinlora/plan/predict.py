@@ -65,7 +65,7 @@ def predict(
     )  # fmt: skip
     found = simulated(config, cell)
     compiled = overhead().product * found.products if device.type == "cpu" else 0
-    by_cause = found.by_cause | {"runtime": runtime + compiled}
+    by_cause = found.by_cause | {"fragmentation": found.fragmentation, "runtime": runtime + compiled}
     rates = calibrate.load(calibrate.hardware(device))
     seconds = None
     if rates is not None:

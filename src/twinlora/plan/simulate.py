@@ -30,8 +30,9 @@ from twinlora.numerics.target import simulating
 from twinlora.numerics.workspace import WEIGHT
 from twinlora.plan import work
 from twinlora.plan.build import Proof, build, prove, require_family, signatures, with_layers
-from twinlora.plan.fold import aligned, extrapolate, fold
-from twinlora.plan.ledger import Ledger, Peak, Segment
+from twinlora.plan.fold import aligned, extrapolate, fold, unfolded
+from twinlora.plan.heap import fragmentation
+from twinlora.plan.ledger import Event, Ledger, Peak, Segment
 from twinlora.plan.observe import Observed, observe
 from twinlora.plan.targets import Target, TargetName
 from twinlora.plan.work import Counts
@@ -98,6 +99,7 @@ class Simulated:
     weight_bytes: int  # of the base as stored
     kernel_bytes: int = 0  # of the workspace, what compiled kernels keep outside of torch's allocator
     products: int = 0  # shapes of 16-bit products, for overhead.py
+    fragmentation: int = 0  # on a CPU what the heap takes beyond the peak (heap.py), which does not include it
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class _Run:
     """One simulated number of layers."""
 
     peaks: dict[Segment, Peak]
+    log: list[Event]
     kept: dict[str, int]  # buffers of kernels, by name
     products: int
     work: Counts
@@ -113,7 +116,7 @@ class _Run:
 
 def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
     """Simulate a step. Raises ModelError for a family that is not tested, AdapterError for a target that matches
-    nothing, ConfigError for a batch or a method that cannot be."""
+    nothing, ConfigError for a batch or a method that cannot be, BackendError if the heap could not be measured."""
     require_family(config)
     proof = prove(config, cell.dtype, cell.lora, fused=cell.fused)
     plan = fold(_layers(config, cell))
@@ -128,8 +131,11 @@ def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
     peak["workspace"] += sum(large.kept.values())
     outside = sum(size for name, size in large.kept.items() if not name.startswith(WEIGHT))
     sizes = extrapolate(small.sizes, large.sizes, plan.times)
+    lost = fragmentation(unfolded(large.log, plan.period, max(0, plan.times - 1))) if cell.target == "cpu" else 0
     counts = Counts(work.extrapolate(small.work.calls_of, large.work.calls_of, plan.times))
-    return Simulated(sum(peak.values()), peak, counts, **sizes, kernel_bytes=outside, products=large.products)
+    return Simulated(
+        sum(peak.values()), peak, counts, **sizes, kernel_bytes=outside, products=large.products, fragmentation=lost
+    )
 
 
 def _layers(config: PretrainedConfig, cell: Cell) -> list[Any]:
@@ -183,6 +189,7 @@ def _run(config: PretrainedConfig, cell: Cell, proof: Proof, layers: int, period
     rest = ledger.work.get(None, {})
     return _Run(
         peaks=aligned(ledger.peaks, layers, period),
+        log=ledger.log,
         kept=ledger.kept,
         products=len(ledger.products),
         work=Counts.sum([(first, 1), (again, cell.micro_batches - 1), (rest, 1)]),

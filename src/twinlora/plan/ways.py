@@ -29,7 +29,7 @@ from twinlora.plan.workload import Micro, Workload
 __all__ = ["METHODS", "Conditions", "Ways", "cell_for", "simulated", "step_times"]
 
 METHODS = ("full", "lora", "int8", "qlora", "hybrid")
-_GROWING = ("activations", "loss head", "workspace")  # with the tokens of a micro-batch
+_GROWING = ("activations", "loss head", "workspace", "fragmentation")  # with the tokens of a micro-batch
 _NF4, _INT8 = FORMATS[1], FORMATS[2]
 _KEPT = 2  # checkpoints, as train keeps by default
 
@@ -194,7 +194,8 @@ class Ways:
         )
 
     def _causes(self, by_cause: dict[str, int], found: Simulated) -> dict[str, int]:
-        return by_cause | {"runtime": self.conditions.overhead.total(found.products)}
+        beside = {"fragmentation": found.fragmentation, "runtime": self.conditions.overhead.total(found.products)}
+        return by_cause | beside
 
     def _way(self, method: str, candidates: list[Candidate], found: Simulated, quantised: int) -> Way:
         full = method == "full"
