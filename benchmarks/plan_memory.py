@@ -196,7 +196,7 @@ def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
 
     label = f"{name:<10.10} {cell.method:<6} {shape:<9} {'checkpointing' if cell.checkpointing else '':<13}"
     predicted = simulate(AutoConfig.from_pretrained(directory), cell)
-    resident = predicted.peak_bytes + predicted.fragmentation + overhead().product * predicted.products
+    resident = predicted.peak_bytes + predicted.fragmentation + overhead().compiled(predicted.products)
     expected = {"step": predicted.peak_bytes, "rss": resident}
     free = machine._proc_kib("/proc/meminfo", "MemAvailable")
     if 1.2 * expected["rss"] > free:
@@ -211,7 +211,13 @@ def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
     process.join()
     errors = {key: expected[key] / found[key] - 1 for key in expected}
     row = {"model": name, "method": cell.method, "shape": shape, "checkpointing": cell.checkpointing}
-    row |= {"predicted": expected, "by_cause": predicted.by_cause, "fragmentation": predicted.fragmentation, "measured": found, "error": errors}
+    row |= {
+        "predicted": expected,
+        "by_cause": predicted.by_cause,
+        "fragmentation": predicted.fragmentation,
+        "measured": found,
+        "error": errors,
+    }
     print(
         label + f" step {expected['step'] / 1e6:8.1f} MB, measured {found['step'] / 1e6:8.1f} ({errors['step']:+.1%}); "
         f"rss {expected['rss'] / 1e6:8.1f} MB, measured {found['rss'] / 1e6:8.1f} ({errors['rss']:+.1%})",

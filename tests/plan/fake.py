@@ -8,6 +8,7 @@ from twinlora.plan.work import Counts, Kind
 PARAMETERS = 7 * 10**9
 LINEAR = 6 * 10**9  # weights that can be quantised
 PER_TOKEN = 500_000  # bytes of activations
+HOLES = 100_000  # bytes a token, in the heap of a CPU
 
 
 def simulate(config: object, cell: Cell) -> Simulated:
@@ -33,4 +34,6 @@ def simulate(config: object, cell: Cell) -> Simulated:
         Kind("optimiser", "_fused_adamw_", "float32", 12 * trained, 16 * trained, 12 * trained): 1,
     }
     stored = by_cause["weights"] + by_cause["quantisation constants"]
-    return Simulated(sum(by_cause.values()), by_cause, Counts(calls), trained, PARAMETERS, stored)
+    lost = tokens * HOLES if cell.target == "cpu" else 0
+    total = sum(by_cause.values())
+    return Simulated(total, by_cause, Counts(calls), trained, PARAMETERS, stored, fragmentation=lost)

@@ -140,6 +140,7 @@ def test_folded_is_equal_to_whole(monkeypatch, method, checkpointing, target):
     folded = simulate.simulate(config, cell)
     whole(monkeypatch)
     assert folded == simulate.simulate(config, cell)
+    assert (folded.fragmentation > 0) == (target == "cpu")
 
 
 def test_folded_is_equal_to_whole_where_layers_take_turns(monkeypatch):

@@ -64,12 +64,12 @@ def unfolded(log: Sequence[Event], period: int, copies: int) -> list[int]:
     """The events of a model that has one of the middle repetitions `copies` times more than the model of `log`.
 
     A positive number is a block of so many bytes, the others are blocks given back: minus their index in order of
-    making. What was made before the log began, and scalars, are left out.
+    taking. What was taken before the log began, and scalars, are left out.
     """
     log = _large(log)
     repeated = _Repeated(log, period, copies)
     out: list[int] = []
-    index: dict[tuple[int, int], int] = {}  # of blocks that are held, by storage and repetition
+    index: dict[tuple[int, int], int] = {}  # of blocks that are held, by block and repetition
     count = itertools.count()
     for event, copy in repeated.events():
         key = repeated.block(event, copy)
@@ -83,8 +83,8 @@ def unfolded(log: Sequence[Event], period: int, copies: int) -> list[int]:
 
 def _large(log: Sequence[Event]) -> list[Event]:
     """Without scalars, one for each parameter in some operations of the optimiser."""
-    made = {event.storage for event in log if event.size > _SMALL}
-    return [event for event in log if event.storage in made]
+    made = {event.block for event in log if event.size > _SMALL}
+    return [event for event in log if event.block in made]
 
 
 class _Repeated:
@@ -93,14 +93,14 @@ class _Repeated:
     def __init__(self, log: Sequence[Event], period: int, copies: int) -> None:
         self.log, self.period, self.copies = log, period, copies
         self.first = _ENDS * period
-        self._births: dict[int, tuple[str, int, int]] = {}  # phase, layer, and the how manieth block there
-        self._storages: dict[tuple[str, int, int], int] = {}
+        self._births: dict[int, tuple[str, int, int]] = {}  # phase, layer, and its number among the blocks taken there
+        self._blocks: dict[tuple[str, int, int], int] = {}
         made: dict[tuple[str, int], int] = {}
-        for (phase, layer), storage, size in log:
+        for (phase, layer), block, size in log:
             if size and isinstance(layer, int):
                 number = made[phase, layer] = made.get((phase, layer), -1) + 1
-                self._births[storage] = phase, layer, number
-                self._storages[phase, layer, number] = storage
+                self._births[block] = phase, layer, number
+                self._blocks[phase, layer, number] = block
 
     def _inside(self, layer: Any) -> bool:
         return isinstance(layer, int) and self.first <= layer < self.first + self.period
@@ -108,7 +108,7 @@ class _Repeated:
     def _repeats(self, event: Event) -> bool:
         """Whether it belongs to the repeated layers: it happens there, or what it gives back was made there."""
         here = event.segment[1]
-        return self._inside(here if isinstance(here, int) else self._layer(event.storage))
+        return self._inside(here if isinstance(here, int) else self._layer(event.block))
 
     def events(self) -> Iterator[tuple[Event, int]]:
         """Each event with the repetition that it belongs to (0 outside of them)."""
@@ -117,23 +117,23 @@ class _Repeated:
             for copy in reversed(copies) if phase == "backward" else copies:
                 yield from ((event, copy) for event in events)
 
-    def _layer(self, storage: int) -> int | None:
+    def _layer(self, block: int) -> int | None:
         """Where it was made, if in a layer."""
-        return self._births[storage][1] if storage in self._births else None
+        return self._births[block][1] if block in self._births else None
 
     def block(self, event: Event, copy: int) -> tuple[int, int]:
-        """Which storage, of which repetition, an event is about."""
-        here, born = event.segment[1], self._layer(event.storage)
+        """Which block, of which repetition, an event is about."""
+        here, born = event.segment[1], self._layer(event.block)
         if born is None or not isinstance(here, int):
-            return event.storage, copy
+            return event.block, copy
         if not self._inside(here):  # the neighbour of the first repetition, or of the last one
-            return event.storage, self.copies if here > self.first and self._inside(born) else 0
-        return self._from_within(event.storage, born, copy)
+            return event.block, self.copies if here > self.first and self._inside(born) else 0
+        return self._from_within(event.block, born, copy)
 
-    def _from_within(self, storage: int, born: int, copy: int) -> tuple[int, int]:
-        """Seen from a repetition: its own storage, or what stands in for it in the repetition before or after."""
+    def _from_within(self, block: int, born: int, copy: int) -> tuple[int, int]:
+        """Seen from a repetition: its own block, or what stands in for it in the repetition before or after."""
         step = 0 if self._inside(born) else -1 if born < self.first else 1
         if not 0 <= copy + step <= self.copies or step == 0:
-            return storage, copy if step == 0 else 0
-        phase, layer, number = self._births[storage]
-        return self._storages[phase, layer - step * self.period, number], copy + step
+            return block, copy if step == 0 else 0
+        phase, layer, number = self._births[block]
+        return self._blocks.get((phase, layer - step * self.period, number), block), copy + step

@@ -1,12 +1,12 @@
-"""How much a step's blocks of memory extend glibc's heap beyond the bytes that are alive: fragmentation.
+"""How far a step's blocks of memory extend glibc's heap, which is further than the bytes that are alive at once.
 
-torch's CPU allocator asks `posix_memalign` for 64-byte boundaries, which looks for about 96 bytes more than the block has,
-so that a tensor's own hole is too small for the next of its size unless a free neighbour lends the rest; small objects
-that come and go decide that. No formula says what is left of it, so a process without torch makes the very same
-calls, to this machine's own C library set up as machine.keep_freed_memory does, without touching the memory.
+torch's CPU allocator asks `posix_memalign` for boundaries of 64 bytes, and that looks for about 96 bytes more than the
+block has, so that a tensor's own hole is too small for the next of its size, unless what lies beside it is free, too.
+Small objects that come and go decide that, and no formula says what is left. So a process without torch makes the very
+same calls, to this machine's own C library, set up as machine.keep_freed_memory does, and without touching the memory.
 
-The small objects are a stand-in. Their sizes and lives are those that were counted in steps of SmolLM2 (every call of
-malloc in a step recorded); which of them lies where is chance, so that a few draws are averaged.
+The small objects are a stand-in: sizes and lives are about those of a step of SmolLM2 of which every call of malloc was
+recorded (40 to 60 objects a block; the ten that matter). Where each lies is chance, so that a few draws are averaged.
 """
 
 from __future__ import annotations
@@ -22,48 +22,35 @@ from collections.abc import Sequence
 
 from twinlora.errors import BackendError
 
-__all__ = ["fragmentation"]
+__all__ = ["extent"]
 
-_DRAWS, _STEPS = 3, 2  # the heap of the second step is that of all later ones
+_DRAWS, _STEPS = 4, 2  # the heap of the second step is that of all later ones
 _ALIGNMENT = 64  # of torch's CPU allocator
 _DESCRIPTORS = (96, 176)  # torch's StorageImpl and TensorImpl, which live as long as the block does
 # Of the other small objects: how many come with a block, their bytes, and in how many blocks' time they go.
 _PASSING = 10
 _SIZES, _SIZE_WEIGHTS = (16, 32, 48, 96, 176, 768, 2144), (30, 34, 6, 5, 4, 16, 5)
-_LIVES, _LIFE_WEIGHTS = (0, 1, 10, 300), (75, 20, 3, 2)
+_LIVES, _LIFE_WEIGHTS = (0, 1, 10, 300), (72, 20, 4, 4)
 
 
-def fragmentation(events: Sequence[int]) -> int:
-    """Bytes by which repeated steps extend the heap beyond their largest sum of blocks; 0 where the C library is not
-    glibc.
+def extent(events: Sequence[int]) -> int:
+    """Bytes by which steps of these events extend a heap; 0 where the C library is not glibc, and where the system does
+    not promise that much memory.
 
-    `events` of a step: a positive number is a block of so many bytes, the others give back the block with that index
-    (in order of making), negated. Raises BackendError.
+    A positive event is a block of so many bytes; the others give back the block with that index (in order of making),
+    negated. Raises BackendError.
     """
     if platform.libc_ver()[0] != "glibc" or not events:
         return 0
     document = json.dumps(list(events))
-    command = [sys.executable, "-m", __name__]
-    extents = []
+    found = []
     for draw in range(_DRAWS):
-        done = subprocess.run([*command, str(draw)], input=document, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", __name__, str(draw)]
+        done = subprocess.run(command, input=document, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BackendError(f"the heap of a step could not be measured:\n{done.stderr[-2000:]}")
-        extents.append(int(done.stdout))
-    return max(0, round(statistics.mean(extents)) - _largest_sum(events))
-
-
-def _largest_sum(events: Sequence[int]) -> int:
-    sizes: list[int] = []
-    alive = most = 0
-    for event in events:
-        if event > 0:
-            sizes.append(event)
-            alive += event
-            most = max(most, alive)
-        else:
-            alive -= sizes[-event]
-    return most
+        found.append(int(done.stdout))
+    return round(statistics.mean(found))
 
 
 class _Heap:
@@ -98,7 +85,8 @@ def _extent(events: Sequence[int], draw: int) -> int:
     """Bytes by which steps of these events extend this process's heap."""
     chance = random.Random(draw)
     calls = _STEPS * _PASSING * sum(event > 0 for event in events)
-    small = iter(list(zip(chance.choices(_SIZES, _SIZE_WEIGHTS, k=calls), chance.choices(_LIVES, _LIFE_WEIGHTS, k=calls), strict=True)))
+    sizes = iter(chance.choices(_SIZES, _SIZE_WEIGHTS, k=calls))
+    lives = iter(chance.choices(_LIVES, _LIFE_WEIGHTS, k=calls))
     heap = _Heap()
     start, time = heap.end(), 0
     due: dict[int, list[int]] = {}
@@ -111,9 +99,11 @@ def _extent(events: Sequence[int], draw: int) -> int:
             time += 1
             _release(heap, due.pop(time, []))
             for _ in range(_PASSING):
-                size, life = next(small)
-                address = heap.malloc(size)
-                due.setdefault(time + life, []).append(address) if life else heap.free(address)
+                address, life = heap.malloc(next(sizes)), next(lives)
+                if life:
+                    due.setdefault(time + life, []).append(address)
+                else:
+                    heap.free(address)
             held.append([heap.block(event), *map(heap.malloc, _DESCRIPTORS)])
     return heap.end() - start
 
@@ -125,4 +115,7 @@ def _release(heap: _Heap, addresses: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    print(_extent(json.load(sys.stdin), int(sys.argv[1])))
+    try:
+        print(_extent(json.load(sys.stdin), int(sys.argv[1])))
+    except MemoryError:
+        print(0)

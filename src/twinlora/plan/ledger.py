@@ -26,15 +26,16 @@ Cause = Literal[
     "weights", "quantisation constants", "adapter", "gradients", "optimiser", "activations", "loss head", "workspace"
 ]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
+_SCRATCH = 1 << 18  # bytes that oneDNN takes in a 16-bit product: 60 kB to 0.9 MB of SmolLM2's, by shape
 Place = int | str | None  # a layer's number, or the name of a parameter outside of the layers
 Segment = tuple[str, Place]  # phase, and where in the model it is
 
 
 class Event(NamedTuple):
-    """A storage is made, of so many bytes, or is gone (0 bytes)."""
+    """A block of so many bytes is taken, for a storage or within a product, or is given back (0 bytes)."""
 
     segment: Segment
-    storage: int  # its number
+    block: int  # its number
     size: int
 
 
@@ -61,7 +62,7 @@ class Ledger(TorchDispatchMode):
         self.work: dict[int | None, dict[work.Kind, int]] = {}  # by part
         self.kept: dict[str, int] = {}  # buffers that kernels keep for their next call, by name
         self.products: set[Any] = set()  # shapes of 16-bit products, which the target's library compiles one by one
-        self.log: list[Event] = []
+        self.log: list[Event] = []  # without workspaces, which are a part of peaks
         self._numbers = itertools.count()
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}  # by address
         self._places: dict[int, Place] = {}  # of gradients
@@ -116,6 +117,7 @@ class Ledger(TorchDispatchMode):
         self._see(passing)
         if (shape := self.target.compiles(func, args)) is not None:
             self.products.add(shape)
+            self._log(0, self._log(_SCRATCH))
         for kind, calls in work.of(func, args, kwargs, made):
             done = self.work.setdefault(self.part, {})
             done[kind] = done.get(kind, 0) + calls
@@ -127,19 +129,24 @@ class Ledger(TorchDispatchMode):
         if address in self._storages:
             return
         size = self.target.rounded(storage.nbytes())
-        number = next(self._numbers)
+        number = self._log(size)
 
         def forget(_: Any) -> None:
             _, size, cause = self._storages.pop(address)
-            self.log.append(Event(self.segment, number, 0))
+            self._log(0, number)
             self._places.pop(address, None)
             self.live[cause] -= size
             self.total -= size
 
         self._storages[address] = weakref.ref(storage, forget), size, self.cause
-        self.log.append(Event(self.segment, number, size))
         self.live[self.cause] += size
         self.total += size
+
+    def _log(self, size: int, number: int | None = None) -> int:
+        """A block is taken, or the one of that number is given back (0 bytes). Returns the number."""
+        number = next(self._numbers) if number is None else number
+        self.log.append(Event(self.segment, number, size))
+        return number
 
     def _see(self, passing: int) -> None:
         """Compare this moment, `passing` bytes of workspace included, with the segment's peak."""

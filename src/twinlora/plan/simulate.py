@@ -31,7 +31,7 @@ from twinlora.numerics.workspace import WEIGHT
 from twinlora.plan import work
 from twinlora.plan.build import Proof, build, prove, require_family, signatures, with_layers
 from twinlora.plan.fold import aligned, extrapolate, fold, unfolded
-from twinlora.plan.heap import fragmentation
+from twinlora.plan.heap import extent
 from twinlora.plan.ledger import Event, Ledger, Peak, Segment
 from twinlora.plan.observe import Observed, observe
 from twinlora.plan.targets import Target, TargetName
@@ -108,6 +108,7 @@ class _Run:
 
     peaks: dict[Segment, Peak]
     log: list[Event]
+    alive: int  # bytes before the step
     kept: dict[str, int]  # buffers of kernels, by name
     products: int
     work: Counts
@@ -128,10 +129,14 @@ def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
     for segment, found in small.peaks.items():
         by_cause = extrapolate(found.by_cause, large.peaks[segment].by_cause, plan.times)
         peak = max(peak, by_cause, key=lambda causes: sum(causes.values()))
+    lost = 0
+    if cell.target == "cpu":
+        alive = small.alive + plan.times * (large.alive - small.alive)
+        heap = extent(unfolded(large.log, plan.period, max(0, plan.times - 1)))
+        lost = max(0, heap - (sum(peak.values()) - alive))
     peak["workspace"] += sum(large.kept.values())
     outside = sum(size for name, size in large.kept.items() if not name.startswith(WEIGHT))
     sizes = extrapolate(small.sizes, large.sizes, plan.times)
-    lost = fragmentation(unfolded(large.log, plan.period, max(0, plan.times - 1))) if cell.target == "cpu" else 0
     counts = Counts(work.extrapolate(small.work.calls_of, large.work.calls_of, plan.times))
     return Simulated(
         sum(peak.values()), peak, counts, **sizes, kernel_bytes=outside, products=large.products, fragmentation=lost
@@ -184,12 +189,14 @@ def _run(config: PretrainedConfig, cell: Cell, proof: Proof, layers: int, period
         with ledger.within(("batch", None), "activations"):
             batch = _batch(cell, packed=cell.packing and proof.packed)
         ledger.start()
+        alive = ledger.total
         train_step(model, batch, optimizer, lr=1e-4, max_grad_norm=1.0, plain_head=proof.plain_head)
     first, again = ledger.work.get(0, {}), ledger.work.get(1, {})
     rest = ledger.work.get(None, {})
     return _Run(
         peaks=aligned(ledger.peaks, layers, period),
         log=ledger.log,
+        alive=alive,
         kept=ledger.kept,
         products=len(ledger.products),
         work=Counts.sum([(first, 1), (again, cell.micro_batches - 1), (rest, 1)]),
