@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from twinlora.errors import BackendError
 
@@ -43,14 +44,16 @@ def extent(events: Sequence[int]) -> int:
     if platform.libc_ver()[0] != "glibc" or not events:
         return 0
     document = json.dumps(list(events))
-    found = []
-    for draw in range(_DRAWS):
+
+    def measured(draw: int) -> int:
         command = [sys.executable, "-m", __name__, str(draw)]
         done = subprocess.run(command, input=document, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BackendError(f"the heap of a step could not be measured:\n{done.stderr[-2000:]}")
-        found.append(int(done.stdout))
-    return round(statistics.mean(found))
+        return int(done.stdout)
+
+    with ThreadPoolExecutor() as pool:
+        return round(statistics.mean(pool.map(measured, range(_DRAWS))))
 
 
 class _Heap:
