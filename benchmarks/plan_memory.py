@@ -9,7 +9,8 @@ its own that loads the checkpoint as training does, and then
   that torch.profiler records while it runs, plus what the C++ kernels hold (glibc's count of bytes in use, before and
   after calls at the cell's shapes);
 - `rss`: the largest resident set of another step (VmHWM), less the resident set before the model was loaded, when the
-  libraries had run a step of a tiny model. Its prediction adds the products that oneDNN compiles (plan/overhead.py).
+  libraries had run a step of a tiny model. Its prediction adds the products that oneDNN compiles (plan/overhead.py) and what the
+  heap loses to holes (plan/heap.py).
 
 Models: the one given, and with --scratch a random llama of 1B parameters, written there and removed at the end. One thread.
 A cell that the machine's free memory does not hold is skipped, and said so.
@@ -195,7 +196,8 @@ def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
 
     label = f"{name:<10.10} {cell.method:<6} {shape:<9} {'checkpointing' if cell.checkpointing else '':<13}"
     predicted = simulate(AutoConfig.from_pretrained(directory), cell)
-    expected = {"step": predicted.peak_bytes, "rss": predicted.peak_bytes + overhead().product * predicted.products}
+    resident = predicted.peak_bytes + predicted.fragmentation + overhead().compiled(predicted.products)
+    expected = {"step": predicted.peak_bytes, "rss": resident}
     free = machine._proc_kib("/proc/meminfo", "MemAvailable")
     if 1.2 * expected["rss"] > free:
         print(f"{label} skipped: needs {expected['rss'] / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", flush=True)
@@ -209,7 +211,13 @@ def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
     process.join()
     errors = {key: expected[key] / found[key] - 1 for key in expected}
     row = {"model": name, "method": cell.method, "shape": shape, "checkpointing": cell.checkpointing}
-    row |= {"predicted": expected, "by_cause": predicted.by_cause, "measured": found, "error": errors}
+    row |= {
+        "predicted": expected,
+        "by_cause": predicted.by_cause,
+        "fragmentation": predicted.fragmentation,
+        "measured": found,
+        "error": errors,
+    }
     print(
         label + f" step {expected['step'] / 1e6:8.1f} MB, measured {found['step'] / 1e6:8.1f} ({errors['step']:+.1%}); "
         f"rss {expected['rss'] / 1e6:8.1f} MB, measured {found['rss'] / 1e6:8.1f} ({errors['rss']:+.1%})",

@@ -8,6 +8,7 @@ from twinlora.plan.work import Counts, Kind
 PARAMETERS = 7 * 10**9
 LINEAR = 6 * 10**9  # weights that can be quantised
 PER_TOKEN = 500_000  # bytes of activations
+HOLES = 100_000  # bytes a token, in the heap of a CPU
 
 
 def simulate(config: object, cell: Cell) -> Simulated:
@@ -35,4 +36,5 @@ def simulate(config: object, cell: Cell) -> Simulated:
     stored = by_cause["weights"] + by_cause["quantisation constants"]
     update = by_cause | {"activations": 0, "loss head": 0, "gradients": 4 * trained}
     by_cause["gradients"] = waiting = size * trained if cell.method == "full" else 4 * trained
-    return Simulated(by_cause, update, Counts(calls), trained, PARAMETERS, stored, waiting)
+    lost = tokens * HOLES if cell.target == "cpu" else 0
+    return Simulated(by_cause, update, Counts(calls), trained, PARAMETERS, stored, waiting, fragmentation=lost)

@@ -166,6 +166,18 @@ def test_the_terminal_gets_everything_and_nothing_is_cut(simulated, capsys):
     capsys.readouterr()
 
 
+def test_what_the_heap_loses_is_a_cause_on_a_cpu_alone(simulated, capsys):
+    found = plan(device="cpu", memory="400GiB")
+    for planned in found.rows:
+        tokens = planned.setting.micro_batch_tokens
+        assert planned.by_cause["fragmentation"] == pytest.approx(tokens * fake.HOLES, rel=1e-6)
+        assert planned.peak == sum(planned.by_cause.values())
+    assert main(["plan", "llama-7b", "--device", "cpu", "--memory", "400GiB"]) == 0
+    assert "fragmentation" in capsys.readouterr().out
+    assert main(["plan", "llama-7b", "--device", "RTX 4090"]) == 0
+    assert "fragmentation" not in capsys.readouterr().out
+
+
 def test_json_is_one_document(simulated, capsys):
     assert main(["plan", "llama-7b", "--device", "A40", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

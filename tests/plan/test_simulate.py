@@ -40,6 +40,12 @@ def whole(monkeypatch) -> None:
     monkeypatch.setattr(simulate, "fold", lambda signatures: Fold((len(signatures),), 0, 1))
 
 
+def assert_equal(folded: simulate.Simulated, whole: simulate.Simulated) -> None:
+    """Not to the block that the norms of all gradients are rounded up to, numbers in one tensor."""
+    assert sum(folded.update.values()) == pytest.approx(sum(whole.update.values()), abs=512)
+    assert dataclasses.replace(folded, update=whole.update) == whole
+
+
 def measured(directory, cell: Cell) -> int:
     """Peak bytes of a real step: tensors known before it, and what torch.profiler sees come and go."""
     model = load_model(
@@ -139,7 +145,8 @@ def test_folded_is_equal_to_whole(monkeypatch, method, checkpointing, target):
     cell = Cell(method=method, lengths=(70, 30), checkpointing=checkpointing, micro_batches=3, target=target)
     folded = simulate.simulate(config, cell)
     whole(monkeypatch)
-    assert folded == simulate.simulate(config, cell)
+    assert_equal(folded, simulate.simulate(config, cell))
+    assert (folded.fragmentation > 0) == (target == "cpu")
 
 
 def test_folded_is_equal_to_whole_where_layers_take_turns(monkeypatch):
@@ -148,7 +155,7 @@ def test_folded_is_equal_to_whole_where_layers_take_turns(monkeypatch):
     cell = Cell(method="lora", lengths=(40, 10))
     folded = simulate.simulate(config, cell)
     whole(monkeypatch)
-    assert folded == simulate.simulate(config, cell)
+    assert_equal(folded, simulate.simulate(config, cell))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

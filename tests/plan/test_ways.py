@@ -18,7 +18,7 @@ def maker():
     """Of a llama whose weights outweigh what a micro-batch keeps; batches of one micro-batch, or of up to 8."""
     config = tiny_config(num_hidden_layers=6, hidden_size=256, intermediate_size=512, vocab_size=2000)
     options = PlanOptions(model="tiny", batch_size=8, length=128, rows=8, micro_batch_tokens=1024)
-    return Ways(config, assumed(options), Conditions(options, "cpu", torch.bfloat16, None, Overhead(0, 0)))
+    return Ways(config, assumed(options), Conditions(options, "cuda", torch.bfloat16, None, Overhead(0, 0)))
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])

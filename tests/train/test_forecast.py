@@ -45,6 +45,7 @@ def test_a_run_has_its_prediction_beside_it_and_joins_the_history(tiny, data_fil
     assert found == record["predicted"]
     assert sum(found["by_cause"].values()) == found["peak_bytes"]
     assert found["by_cause"]["quantisation constants"] > 0
+    assert "fragmentation" in found["by_cause"]
     assert 0.5 < record["step_peak_rss_bytes"] / found["peak_bytes"] < 2
     (run,) = score.read(print)
     assert (run.method, run.measured_peak_bytes) == ("qlora", record["step_peak_rss_bytes"])

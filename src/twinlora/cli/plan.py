@@ -244,7 +244,7 @@ def _causes(plan: Plan, width: int) -> Table:
     """The peaks by cause, in GiB."""
     table = figures_table("peak by cause, GiB", *map(_name, plan.rows), gap=_gap(width))
     table.columns[0].style = "dim"
-    causes = dict.fromkeys(cause for row in plan.rows for cause in row.by_cause)
+    causes = dict.fromkeys(cause for row in plan.rows for cause, size in row.by_cause.items() if size)
     for cause in causes:
         table.add_row(cause, *(_gib(row.by_cause.get(cause, 0)) for row in plan.rows))
     table.add_row(Text("needed, with reserve"), *(_gib(row.needed) for row in plan.rows), style="bold")

@@ -8,10 +8,11 @@ peak of its own, so that models of repeated layers can be folded (fold.py).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,14 +20,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twinlora.plan import work
 from twinlora.plan.targets import Target, without_data
 
-__all__ = ["CAUSES", "Cause", "Ledger", "Peak", "Segment"]
+__all__ = ["CAUSES", "Cause", "Event", "Ledger", "Peak", "Segment"]
 
 Cause = Literal[
     "weights", "quantisation constants", "adapter", "gradients", "optimiser", "activations", "loss head", "workspace"
 ]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
+_SCRATCH = 1 << 18  # bytes that oneDNN takes in a 16-bit product: 60 kB to 0.9 MB of SmolLM2's, by shape
 Place = int | str | None  # a layer's number, or the name of a parameter outside of the layers
 Segment = tuple[str, Place]  # phase, and where in the model it is
+
+
+class Event(NamedTuple):
+    """A block of so many bytes is taken, for a storage or within a product, or is given back (0 bytes)."""
+
+    segment: Segment
+    block: int  # its number
+    size: int
 
 
 @dataclass
@@ -52,12 +62,14 @@ class Ledger(TorchDispatchMode):
         self.work: dict[int | None, dict[work.Kind, int]] = {}  # by part
         self.kept: dict[str, int] = {}  # buffers that kernels keep for their next call, by name
         self.products: set[Any] = set()  # shapes of 16-bit products, which the target's library compiles one by one
+        self.log: list[Event] = []  # without workspaces, which are a part of peaks
+        self._numbers = itertools.count()
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}  # by address
         self._places: dict[int, Place] = {}  # of gradients
 
     def start(self) -> None:
-        """Forget peaks and work so far, not what is alive."""
-        self.peaks, self.work, self.kept = {}, {}, {}
+        """Forget peaks, work and events so far, not what is alive."""
+        self.peaks, self.work, self.kept, self.log = {}, {}, {}, []
 
     @contextlib.contextmanager
     def within(self, segment: Segment, cause: Cause) -> Iterator[None]:
@@ -105,6 +117,7 @@ class Ledger(TorchDispatchMode):
         self._see(passing)
         if (shape := self.target.compiles(func, args)) is not None:
             self.products.add(shape)
+            self._log(0, self._log(_SCRATCH))
         for kind, calls in work.of(func, args, kwargs, made):
             done = self.work.setdefault(self.part, {})
             done[kind] = done.get(kind, 0) + calls
@@ -116,9 +129,11 @@ class Ledger(TorchDispatchMode):
         if address in self._storages:
             return
         size = self.target.rounded(storage.nbytes())
+        number = self._log(size)
 
         def forget(_: Any) -> None:
             _, size, cause = self._storages.pop(address)
+            self._log(0, number)
             self._places.pop(address, None)
             self.live[cause] -= size
             self.total -= size
@@ -126,6 +141,12 @@ class Ledger(TorchDispatchMode):
         self._storages[address] = weakref.ref(storage, forget), size, self.cause
         self.live[self.cause] += size
         self.total += size
+
+    def _log(self, size: int, number: int | None = None) -> int:
+        """A block is taken, or the one of that number is given back (0 bytes). Returns the number."""
+        number = next(self._numbers) if number is None else number
+        self.log.append(Event(self.segment, number, size))
+        return number
 
     def _see(self, passing: int) -> None:
         """Compare this moment, `passing` bytes of workspace included, with the segment's peak."""

@@ -24,14 +24,20 @@ __all__ = ["Overhead", "overhead"]
 
 @dataclass(frozen=True)
 class Overhead:
-    """Bytes of resident memory: of the `process`, and of each compiled `product` (0 where glibc cannot tell)."""
+    """Bytes of resident memory: of a process with its `libraries`, and of each compiled `product` (0 where glibc cannot
+    tell)."""
 
-    process: int
+    libraries: int
     product: int
 
+    def compiled(self, products: int) -> int:
+        """Of a step with so many shapes of products (`Simulated.products`). What is tried on a model before it trains
+        (its blocks, packing, the head) multiplies by other numbers of rows: about as many shapes again."""
+        return 2 * self.product * products
+
     def total(self, products: int) -> int:
-        """With so many shapes of products (`Simulated.products`)."""
-        return self.process + self.product * products
+        """All of it."""
+        return self.libraries + self.compiled(products)
 
 
 def overhead() -> Overhead:
@@ -68,15 +74,17 @@ def _product_bytes() -> int:
 
 
 def _measure() -> Overhead:
-    """A process with everything imported, after a step of a tiny model."""
+    """A process with everything imported, after a step of a tiny model, less what that has on the heap."""
     from twinlora.plan.probe import tiny_step
     from twinlora.train import loop  # noqa: F401  # what a run imports
 
+    glibc = platform.libc_ver()[0] == "glibc"
+    before = machine.heap_bytes() if glibc else 0
     step = tiny_step(torch.device("cpu"))
     step()
     gc.collect()
-    process = machine.rss_bytes()
-    return Overhead(process, _product_bytes())
+    libraries = machine.rss_bytes() - ((machine.heap_bytes() - before) if glibc else 0)
+    return Overhead(libraries, _product_bytes())
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ def predict(
         fused=options.fused, precision=precision,
     )  # fmt: skip
     found = simulated(config, cell)
-    compiled = overhead().product * found.products if device.type == "cpu" else 0
-    by_cause = found.by_cause | {"runtime": runtime + compiled}
+    compiled = overhead().compiled(found.products) if device.type == "cpu" else 0
+    by_cause = found.by_cause | {"fragmentation": found.fragmentation, "runtime": runtime + compiled}
     rates = calibrate.load(calibrate.hardware(device))
     seconds = None
     if rates is not None:

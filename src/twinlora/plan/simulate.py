@@ -30,8 +30,9 @@ from twinlora.numerics.target import simulating
 from twinlora.numerics.workspace import WEIGHT
 from twinlora.plan import work
 from twinlora.plan.build import Proof, build, prove, require_family, signatures, with_layers
-from twinlora.plan.fold import aligned, extrapolate, fold
-from twinlora.plan.ledger import Ledger, Peak, Segment
+from twinlora.plan.fold import Fold, aligned, extrapolate, fold, unfolded
+from twinlora.plan.heap import extent
+from twinlora.plan.ledger import Event, Ledger, Peak, Segment
 from twinlora.plan.observe import Observed, observe
 from twinlora.plan.targets import Target, TargetName
 from twinlora.plan.work import Counts
@@ -99,6 +100,7 @@ class Simulated:
     gradient_bytes: int  # of all gradients, which wait while another micro-batch passes
     kernel_bytes: int = 0  # of the workspace, what compiled kernels keep outside of torch's allocator
     products: int = 0  # shapes of 16-bit products, for overhead.py
+    fragmentation: int = 0  # on a CPU what the heap takes beyond the peak (heap.py), which does not include it
 
     @property
     def by_cause(self) -> dict[str, int]:
@@ -116,6 +118,8 @@ class _Run:
     """One simulated number of layers."""
 
     peaks: dict[Segment, Peak]
+    log: list[Event]
+    alive: int  # bytes before the step
     kept: dict[str, int]  # buffers of kernels, by name
     products: int
     work: Counts
@@ -124,7 +128,7 @@ class _Run:
 
 def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
     """Simulate a step. Raises ModelError for a family that is not tested, AdapterError for a target that matches
-    nothing, ConfigError for a batch or a method that cannot be."""
+    nothing, ConfigError for a batch or a method that cannot be, BackendError if the heap could not be measured."""
     require_family(config)
     proof = prove(config, cell.dtype, cell.lora, fused=cell.fused)
     plan = fold(_layers(config, cell))
@@ -140,12 +144,24 @@ def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
             update = max(update, by_cause, key=lambda causes: sum(causes.values()))
         else:
             passing = max(passing, by_cause, key=lambda causes: sum(causes.values()))
+    peak = max(sum(passing.values()), sum(update.values()))
+    fragmentation = _fragmentation(runs, plan, peak) if cell.target == "cpu" else 0
     for moment in (passing, update):
         moment["workspace"] += sum(large.kept.values())
     outside = sum(size for name, size in large.kept.items() if not name.startswith(WEIGHT))
     sizes = extrapolate(small.sizes, large.sizes, plan.times)
     counts = Counts(work.extrapolate(small.work.calls_of, large.work.calls_of, plan.times))
-    return Simulated(passing, update, counts, **sizes, kernel_bytes=outside, products=large.products)
+    return Simulated(
+        passing, update, counts, **sizes, kernel_bytes=outside, products=large.products, fragmentation=fragmentation
+    )
+
+
+def _fragmentation(runs: list[_Run], plan: Fold, peak: int) -> int:
+    """Bytes that this machine's heap takes for the step beyond its peak."""
+    small, large = runs[0], runs[-1]
+    alive = small.alive + plan.times * (large.alive - small.alive)
+    heap = extent(unfolded(large.log, plan.period, max(0, plan.times - 1)))
+    return max(0, heap - (peak - alive))
 
 
 def _layers(config: PretrainedConfig, cell: Cell) -> list[Any]:
@@ -194,11 +210,14 @@ def _run(config: PretrainedConfig, cell: Cell, proof: Proof, layers: int, period
         with ledger.within(("batch", None), "activations"):
             batch = _batch(cell, packed=cell.packing and proof.packed)
         ledger.start()
+        alive = ledger.total
         train_step(model, batch, optimizer, lr=1e-4, max_grad_norm=1.0, plain_head=proof.plain_head)
     first, again = ledger.work.get(0, {}), ledger.work.get(1, {})
     rest = ledger.work.get(None, {})
     return _Run(
         peaks=aligned(ledger.peaks, layers, period),
+        log=ledger.log,
+        alive=alive,
         kept=ledger.kept,
         products=len(ledger.products),
         work=Counts.sum([(first, 1), (again, cell.micro_batches - 1), (rest, 1)]),

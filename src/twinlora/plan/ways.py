@@ -30,7 +30,7 @@ from twinlora.plan.workload import Micro, Workload
 __all__ = ["METHODS", "Conditions", "Ways", "cell_for", "simulated", "step_times"]
 
 METHODS = ("full", "lora", "int8", "qlora", "hybrid")
-_GROWING = ("activations", "loss head", "workspace")  # with the tokens of a micro-batch
+_GROWING = ("activations", "loss head", "workspace", "fragmentation")  # with the tokens of a micro-batch
 _NF4, _INT8 = FORMATS[1], FORMATS[2]
 _KEPT = 2  # checkpoints, as train keeps by default
 
@@ -144,7 +144,7 @@ class Ways:
         """The way of `row`, with the row's setting simulated itself."""
         method = {"hybrid": "qlora", "int8": "qlora"}.get(row.method, row.method)
         found = self._simulated(method, row.setting.checkpointing, row.setting.micro_batch_tokens)
-        by_cause = found.by_cause | self._runtime(found)
+        by_cause = found.by_cause | self._beside(found)
         if row.method == "int8":
             by_cause = _int8_causes(by_cause, row.way.quantised_weights)
         better = dataclasses.replace(row.setting, by_cause=by_cause, exact=True)
@@ -170,7 +170,9 @@ class Ways:
         tokens = micro.size(packed=self.workload.packed)
         work = sum(found.counts.flops.values()) / micro.micro_batches
         times = (None, 0.0) if rates is None else step_times(rates, found, micro, tokens)
-        passing, updating = (causes | self._runtime(found) for causes in (found.passing, found.update))
+        passing, updating = (causes | self._beside(found) for causes in (found.passing, found.update))
+        if found.by_cause is not found.update:  # the holes are those of the larger moment
+            updating["fragmentation"] = 0
         return _Point(passing, updating, found.gradient_bytes, tokens, work, *times)
 
     def _candidate(
@@ -209,8 +211,8 @@ class Ways:
             exact and top.exact,
         )
 
-    def _runtime(self, found: Simulated) -> dict[str, int]:
-        return {"runtime": self.conditions.overhead.total(found.products)}
+    def _beside(self, found: Simulated) -> dict[str, int]:
+        return {"fragmentation": found.fragmentation, "runtime": self.conditions.overhead.total(found.products)}
 
     def _way(self, method: str, candidates: list[Candidate], found: Simulated, quantised: int) -> Way:
         full = method == "full"

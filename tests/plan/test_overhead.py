@@ -1,0 +1,22 @@
+"""What a process takes beside the step, measured once."""
+
+import subprocess
+
+from twinlora.plan import overhead
+from twinlora.plan.overhead import Overhead
+
+MIB = 1 << 20
+
+
+def test_products_of_what_is_tried_before_the_step_count_as_well():
+    assert Overhead(100, 7).compiled(3) == 42
+    assert Overhead(100, 7).total(3) == 142
+
+
+def test_it_is_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = overhead.overhead()
+    assert 100 * MIB < found.libraries < 2000 * MIB
+    assert found.product < 4 * MIB
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: 1 / 0)
+    assert overhead.overhead() == found
