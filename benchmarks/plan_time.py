@@ -2,7 +2,7 @@
 
     python benchmarks/plan_time.py --model DIR [--scratch DIR] [--output benchmarks/results/plan_time.json]
 
-Before each cell the rates are measured: products, attention, copies, a step of a tiny model, nothing of any cell (each time
+Before each cell the rates are measured: products, attention, copies, steps of two small models of its own, nothing of any cell (each time
 anew, because a rented machine's speed changes within minutes). Then the cell is predicted from its configuration and these
 rates, and measured in a process of its own that loads the checkpoint as training does: the median of its steps after two
 that do not count. Run it on a quiet machine, with all of its cores.
@@ -21,7 +21,7 @@ from typing import Any
 import harness  # puts src on the path
 import plan_memory
 
-_SECONDS, _LEAST, _MOST = 15.0, 5, 60  # of steps of a cell that count
+_SECONDS, _LEAST, _MOST = 8.0, 5, 60  # of steps of a cell that count
 
 
 def measure(connection: Any, directory: str, cell: Any) -> None:
@@ -80,7 +80,7 @@ def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
     row = {"model": name, "method": cell.method, "shape": shape, "checkpointing": cell.checkpointing}
     row |= {"predicted": predicted, "by_kind": rates.seconds_by_kind(counts, tokens), "measured": measured}
     row |= {"steps": seconds, "error": predicted / measured - 1}
-    row |= {"calibration_seconds": calibration, "overhead": rates.overhead}
+    row |= {"calibration_seconds": calibration, "overhead": rates.overhead, "slowdown": rates.slowdown}
     print(
         f"{name:<10} {cell.method:<6} {shape:<9} {'checkpointing' if cell.checkpointing else '':<13} "
         f"predicted {predicted:7.3f} s, measured {measured:7.3f} s ({row['error']:+.1%})",

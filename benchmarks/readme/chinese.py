@@ -55,6 +55,8 @@ WORDS = [
      r"SmolLM2-135M-Instruct，\1，所有线性层加秩 16 的适配器，每个回答 64 个 token。"),
     (r"\| with \| load \| tokens/s \| 8 adapters at once, compared with it \| first token, median \|",
      "| 工具 | 负载 | token/s | 8 个适配器同时服务，与之相比 | 首个 token，中位数 |"),
+    (r"A trained adapter in vLLM's server: ([\d,]+) of ([\d,]+) greedy answers are the same\.",
+     r"训练好的适配器放进 vLLM 的服务：\2 个贪心回答中 \1 个相同。"),
     (r"\*\*twinlora\*\*'s server", "**twinlora** 的服务"),
     (r"vLLM's server", "vLLM 的服务"),
     (r"llama\.cpp's server \(F16\)", "llama.cpp 的服务（F16）"),

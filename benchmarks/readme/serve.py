@@ -18,7 +18,7 @@ def serve() -> str:
     result = load("serve") if measured("serve") else {}
     if not result:
         return "The server under load: " + not_yet("serve.py")
-    made = {"throughput": _throughput, "switching": _switching, "mixups": _mixups, "soak": _soak}
+    made = {"throughput": _throughput, "switching": _switching, "mixups": _mixups, "soak": _soak, "outgrow": _outgrow}
     parts, machines = [], set()
     for name, make in made.items():
         text = make(result[name]) if name in result else not_yet(f"serve.py {name}")
@@ -86,3 +86,9 @@ def _soak(part: dict) -> str:
         f"{failed:,} of {sum(statuses.values()) - statuses.get(0, 0):,} answers were errors of the server; it ended "
         f"“{part['health']['status']}”, its memory {100 * (last / middle - 1):+.1f} % between the middle and the last third."
     )
+
+
+def _outgrow(part: dict) -> str:
+    """How often vLLM says the same."""
+    equal = part["rows"] - len(part["differing"])
+    return f"A trained adapter in vLLM's server: {equal:,} of {part['rows']:,} greedy answers are the same."

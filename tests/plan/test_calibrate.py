@@ -19,11 +19,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """Every piece once, and each takes a millisecond; a call's own overhead a microsecond, in a step, too."""
+    """Every piece once, and each takes a millisecond; a call's own overhead a microsecond, in a step, too,
+    and nothing is slower there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibrate, "_time", lambda call, device: 1e-3)
     monkeypatch.setattr(calibrate, "_dispatch", lambda device: 1e-6)
     monkeypatch.setattr(calibrate, "_overhead", lambda device, rates: rates.overhead)
+    monkeypatch.setattr(calibrate, "_slowdown", lambda device, rates: 1.0)
     monkeypatch.setattr(calibrate, "_ROTATING", 0)
     return tmp_path / "twinlora" / "rates.json"
 
@@ -71,7 +73,7 @@ def test_rates_are_kept_under_the_hardwares_name(quick):
 def test_damaged_rates_are_an_error_and_not_a_guess(quick):
     calibrate.calibrate(CPU, Reporter())
     kept = json.loads(quick.read_text())
-    for broken in ({"source": "x"}, [], {"source": "x", "overhead": 1, "curves": {"copy": [[1]]}}):
+    for broken in ({"source": "x"}, [], {"source": "x", "overhead": 1, "slowdown": 1, "curves": {"copy": [[1]]}}):
         quick.write_text(json.dumps(dict.fromkeys(kept, broken)))
         with pytest.raises(StorageError, match="--calibrate"):
             calibrate.load(calibrate.hardware(CPU))
@@ -90,7 +92,22 @@ def test_a_steps_overhead_is_what_its_work_does_not_explain(monkeypatch):
     monkeypatch.setattr(calibrate, "_time", lambda call, device: (call(0), 1.0)[1])
     free = Measured("here", {"elementwise": Curve(((1.0, 1e30),)), "product float32": Curve(((1.0, 1e30),))}, 1e-6)
     found = calibrate._overhead(CPU, free)
-    counts = simulate(probe.CONFIG, Cell(lengths=(probe.TOKENS,), rank=probe.RANK)).counts
-    assert replace(free, overhead=found).step_seconds(counts, probe.TOKENS) == pytest.approx(1.0)
+    tiny = probe.TINY
+    counts = simulate(tiny.config, Cell(lengths=(tiny.tokens,), rank=tiny.rank)).counts
+    assert replace(free, overhead=found).step_seconds(counts, tiny.tokens) == pytest.approx(1.0)
     slow = replace(free, curves={name: Curve(((1.0, 1.0),)) for name in free.curves})
     assert calibrate._overhead(CPU, slow) == 1e-6
+
+
+def test_work_is_slower_in_a_step_by_what_a_real_one_takes(monkeypatch):
+    """Rates with that slowdown predict the step that it was found by; a step is never faster than its pieces."""
+    tiny = probe.TINY
+    monkeypatch.setattr(probe, "SMALL", tiny)
+    monkeypatch.setattr(calibrate, "_time", lambda call, device: (call(0), 1.0)[1])
+    counts = simulate(tiny.config, Cell(lengths=(tiny.tokens,), rank=tiny.rank)).counts
+    curves = {name: Curve(((1.0, 1e12),)) for name in ("elementwise", "product float32")}
+    rates = Measured("here", curves, 1e-6)
+    found = replace(rates, slowdown=calibrate._slowdown(CPU, rates))
+    assert found.slowdown > 1
+    assert found.step_seconds(counts, tiny.tokens) == pytest.approx(1.0)
+    assert calibrate._slowdown(CPU, replace(rates, curves={name: Curve(((1.0, 1.0),)) for name in curves})) == 1

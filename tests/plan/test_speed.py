@@ -21,6 +21,8 @@ def test_measured_rates_add_work_and_overhead():
     rates = Measured("here", curves, overhead=1e-6)
     seconds = rates.step_seconds(Counts({MM: 3, ADD: 10}), 1024)
     assert seconds == pytest.approx(3 * (MM.flops / 1e12 + 1e-6) + 10 * (12000 / 1e9 + 1e-6))
+    slower = Measured("here", curves, overhead=1e-6, slowdown=1.5).step_seconds(Counts({MM: 3, ADD: 10}), 1024)
+    assert slower == pytest.approx(1.5 * (seconds - 13e-6) + 13e-6), "work is slowed, what is around it is not"
     assert sum(rates.seconds_by_kind(Counts({MM: 3, ADD: 10}), 1024).values()) == pytest.approx(seconds)
 
 

@@ -146,6 +146,8 @@ def _add(x: Tensor, ys: tuple[Tensor, ...], layers: tuple[BankLinear, ...]) -> t
     parts = bank.routing.parts(bank, rows, layers[0].head)
     if parts.few is not None:
         lora.add(ys, x, [layer.table for layer in layers], parts.few)
+    if not (parts.rest or parts.gains):
+        return ys
     for layer, y in zip(layers, ys, strict=True):
         for run in layer.runs(parts) if parts.rest else ():
             ops.grouped_lora_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), *run)

@@ -441,7 +441,7 @@ def grouped_lora_(y: Tensor, x: Tensor, *adapters: Any) -> None:
     shrinks, expands, scales, starts = adapters
     table = torch.tensor([lora_entry(*each) for each in zip(shrinks, expands, scales, strict=True)]).view(-1, 4)
     route = [[number, *rows] for number, rows in enumerate(itertools.pairwise(starts))]
-    add_lora([y], x, [table], torch.tensor(route).view(-1, 3))
+    add_lora([y], x, [(table.data_ptr(), len(table))], torch.tensor(route).view(-1, 3))
 
 
 def lora_entry(a: Tensor, b: Tensor, scale: float) -> list[int]:
@@ -450,15 +450,19 @@ def lora_entry(a: Tensor, b: Tensor, scale: float) -> list[int]:
     return [a.data_ptr(), b.data_ptr(), len(a), bits]
 
 
-def add_lora(ys: Sequence[Tensor], x: Tensor, tables: Sequence[Tensor], route: Tensor) -> None:
+def add_lora(ys: Sequence[Tensor], x: Tensor, tables: Sequence[tuple[int, int]], route: Tensor) -> None:
     """x [..., K] of bfloat16 is added to every layer's y [..., N], through the adapters in the layer's table.
 
-    Tables [adapters, 4] have rows of `lora_entry`, or zeros; route [n, 3] has adapters and their rows' start and stop.
+    Tables are the address and the number of rows of `lora_entry`, or of zeros; route [n, 3] has adapters and where
+    their rows start and stop.
     """
     x = x.contiguous()
-    assert all(y.is_contiguous() and y.dtype == x.dtype == torch.bfloat16 for y in ys)
-    layers = [y.data_ptr() for y in ys], [y.shape[-1] for y in ys], [t.data_ptr() for t in tables], [*map(len, tables)]
-    _library().grouped_lora(*layers, x.data_ptr(), route.data_ptr(), len(route), x.shape[-1], _threads())
+    layers = []
+    for y, table in zip(ys, tables, strict=True):
+        assert y.is_contiguous()
+        assert y.dtype == x.dtype == torch.bfloat16
+        layers.append((y.data_ptr(), y.shape[-1], *table))
+    _library().grouped_lora(layers, x.data_ptr(), route.data_ptr(), len(route), x.shape[-1], _threads())
 
 
 _threads = torch.get_num_threads

@@ -24,6 +24,7 @@ class LoraTable:
 
     def __init__(self) -> None:
         self.rows = torch.zeros(0, 4, dtype=torch.int64)
+        self.place = (0, 0)  # of the rows in memory: address and number, asked for once and not in every pass
 
     def put(self, number: int, a: Tensor, b: Tensor, scale: float) -> None:
         """Enter A [r, K], contiguous, and B [N, r], the transpose of something contiguous."""
@@ -32,6 +33,7 @@ class LoraTable:
         assert b.T.is_contiguous()
         if number >= len(self.rows):
             self.rows = torch.cat([self.rows, self.rows.new_zeros(number + 1 - len(self.rows), 4)])
+            self.place = self.rows.data_ptr(), len(self.rows)
         self.rows[number] = torch.tensor(cpu.lora_entry(a, b, scale))
 
     def drop(self, number: int) -> None:
@@ -45,4 +47,4 @@ def add(ys: Sequence[Tensor], x: Tensor, tables: Sequence[LoraTable], route: Ten
     route [n, 3] has adapters' numbers and the start and stop of their rows, at most FEW_ROWS each. A layer that lacks
     an adapter leaves its rows alone.
     """
-    cpu.add_lora(ys, x, [table.rows for table in tables], route)
+    cpu.add_lora(ys, x, [table.place for table in tables], route)

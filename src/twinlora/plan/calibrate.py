@@ -1,8 +1,8 @@
 """The rates of this machine, measured in under a minute: products, attention, copies and what lies between them.
 
-Nothing of a cell that is predicted later is measured. Each piece is a call of one op at some size; what it did is
-counted by the same code that counts a step (work.py), so that rates and counts cannot drift apart. Operands rotate, so
-that a weight comes from memory as it does in a model.
+Nothing of a cell that is predicted later is measured: pieces alone, and two steps of models of its own. Each piece is a
+call of one op at some size; what it did is counted by the same code that counts a step (work.py), so that rates and
+counts cannot drift apart. Operands rotate, so that a weight comes from memory as it does in a model.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def measure(device: torch.device, reporter: Reporter) -> Measured:
             reporter.progress("calibrating", number + 1, len(pieces), curve)
     curves = {name: Curve(tuple(sorted(points))) for name, points in found.items()}
     rates = Measured(f"measured on this machine, {date.today().isoformat()}", curves, dispatch)
-    return replace(rates, overhead=_overhead(device, rates))
+    rates = replace(rates, overhead=_overhead(device, rates))
+    return replace(rates, slowdown=_slowdown(device, rates))
 
 
 class _Counter(TorchDispatchMode):
@@ -127,13 +128,26 @@ def _dispatch(device: torch.device) -> float:
 def _overhead(device: torch.device, rates: Measured) -> float:
     """Seconds that a step takes for each call beside its work, modules, hooks and our own functions in Python included:
     a tiny model's step, less its work at these rates. At least those of `rates`."""
-    cell = Cell(lengths=(probe.TOKENS,), rank=probe.RANK, target="cuda" if device.type == "cuda" else "cpu")
-    counts = simulate(probe.CONFIG, cell).counts
-    step = probe.tiny_step(device)
-    step()
-    beside = _time(lambda _: step(), device) - replace(rates, overhead=0.0).step_seconds(counts, probe.TOKENS)
+    counts, seconds = _step(probe.TINY, device)
+    beside = seconds - replace(rates, overhead=0.0).step_seconds(counts, probe.TINY.tokens)
     calls = sum(calls * launches(kind) for kind, calls in counts.calls_of.items())
     return max(rates.overhead, beside / calls)
+
+
+def _slowdown(device: torch.device, rates: Measured) -> float:
+    """How much longer work takes in a step than a piece at a time: operands come from further away there, and what a
+    call leaves in caches is not what the next one wants. At least 1."""
+    counts, seconds = _step(probe.SMALL, device)
+    around = sum(rates.overhead * calls * launches(kind) for kind, calls in counts.calls_of.items())
+    return max(1.0, (seconds - around) / replace(rates, overhead=0.0).step_seconds(counts, probe.SMALL.tokens))
+
+
+def _step(model: probe.Probe, device: torch.device) -> tuple[work.Counts, float]:
+    """What a step of it does, and the seconds that it takes."""
+    cell = Cell(lengths=(model.tokens,), rank=model.rank, target="cuda" if device.type == "cuda" else "cpu")
+    step = probe.step_of(model, device)
+    step()
+    return simulate(model.config, cell).counts, _time(lambda _: step(), device)
 
 
 def _rotate(make: Callable[[], Tensor]) -> list[Tensor]:
@@ -266,7 +280,7 @@ def _kept() -> dict[str, Any]:
 def store(rates: Measured, name: str) -> None:
     """Keep `rates` in the cache directory under the hardware's name. Raises StorageError."""
     curves = {curve: [list(point) for point in found.points] for curve, found in rates.curves.items()}
-    entry = {"source": rates.source, "overhead": rates.overhead, "curves": curves}
+    entry = {"source": rates.source, "overhead": rates.overhead, "slowdown": rates.slowdown, "curves": curves}
     atomic.write_json(_file(), _kept() | {name: entry})
 
 
@@ -279,6 +293,6 @@ def load(name: str) -> Measured | None:
         curves = {
             curve: Curve(tuple((float(x), float(y)) for x, y in points)) for curve, points in entry["curves"].items()
         }
-        return Measured(str(entry["source"]), curves, float(entry["overhead"]))
+        return Measured(str(entry["source"]), curves, float(entry["overhead"]), float(entry["slowdown"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StorageError(f"{_file()}: {name}: not rates ({error}); run twinlora plan --calibrate again") from None

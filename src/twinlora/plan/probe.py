@@ -1,9 +1,10 @@
-"""A training step of a tiny model, really run: what is measured of it is what a step takes beside its work."""
+"""A training step of a small model with random weights, really run, for what calls timed alone do not show."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,24 +19,44 @@ from twinlora.model.load import load_model, resolve
 from twinlora.train.optim import MasterAdamW
 from twinlora.train.step import train_step
 
-__all__ = ["CONFIG", "RANK", "TOKENS", "tiny_step"]
+__all__ = ["SMALL", "TINY", "Probe", "step_of"]
 
-TOKENS, RANK = 64, 4
-CONFIG = LlamaConfig(
-    hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2, vocab_size=320
+
+@dataclass(frozen=True)
+class Probe:
+    """A model, and the tokens of the one row of its batch; LoRA of that rank."""
+
+    config: LlamaConfig
+    tokens: int
+    rank: int
+
+
+# One takes little but the time around its calls, the other enough that its calls come close to a real model's.
+TINY = Probe(
+    LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2, vocab_size=320),
+    64,
+    4,
+)
+SMALL = Probe(
+    LlamaConfig(
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12, num_key_value_heads=4,
+        vocab_size=8192,
+    ),
+    512,
+    16,
 )  # fmt: skip
 
 
-def tiny_step(device: torch.device) -> Callable[[], None]:
-    """A function that trains one step of LoRA on a batch of one row, and waits until it is done."""
+def step_of(probe: Probe, device: torch.device) -> Callable[[], None]:
+    """A function that trains one step, and waits until it is done."""
     with tempfile.TemporaryDirectory() as directory:
-        LlamaForCausalLM(CONFIG).bfloat16().save_pretrained(directory)
+        LlamaForCausalLM(probe.config).bfloat16().save_pretrained(directory)
         model = load_model(resolve(directory), device=device)
-    attach(model, LoraConfig(rank=RANK))
+    attach(model, LoraConfig(rank=probe.rank))
     swap.replace_blocks(model.train())
     optimizer = MasterAdamW(trainable_parameters(model), OptimizerOptions())
-    row = Example([5] * TOKENS, [False] + [True] * (TOKENS - 1), "")
-    batch = make_batch([row], TOKENS, packed=True, pad_id=0, device=device)
+    row = Example([5] * probe.tokens, [False] + [True] * (probe.tokens - 1), "")
+    batch = make_batch([row], probe.tokens, packed=True, pad_id=0, device=device)
 
     def step() -> None:
         train_step(model, batch, optimizer, lr=1e-5, max_grad_norm=1.0, plain_head=True).loss.item()

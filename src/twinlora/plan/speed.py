@@ -73,7 +73,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Measured(Rates):
-    """Curves by kind of work, and seconds that every call takes beside its work.
+    """Curves by kind of work, seconds that every call takes beside its work, and how much slower work is in a step.
 
     Arithmetic: flop/s over the operations for each byte; the rest: bytes/s over a call's bytes. A curve is named by the
     kind and the type (`product bfloat16`), by an operation (`attention_backward`), or by the kind alone.
@@ -82,6 +82,7 @@ class Measured(Rates):
     source: str
     curves: Mapping[str, Curve]
     overhead: float
+    slowdown: float = 1.0  # a step's work over the same work, call by call
     factor: float = 1.0  # what past runs took, over what was predicted (score.py)
 
     def curve(self, kind: Kind) -> Curve:
@@ -98,7 +99,7 @@ class Measured(Rates):
             work = kind.flops / curve.at(kind.flops / max(size, 1)) if kind.flops else 0.0
         else:
             work = size / curve.at(size) if size else 0.0
-        return self.factor * (work + self.overhead * launches(kind))
+        return self.factor * (self.slowdown * work + self.overhead * launches(kind))
 
 
 @dataclass(frozen=True)

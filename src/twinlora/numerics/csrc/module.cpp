@@ -255,27 +255,35 @@ void cross_entropy(Address logits, Address labels, std::int64_t rows, std::int64
     parallel_for(threads, rows, 1, [&](std::int64_t first, std::int64_t last) { elementwise->cross_entropy(c, first, last); });
 }
 
-// Each layer's table [size, 4]: addresses of A and of the transposed B (0: none), rank, the scale's bits; by an adapter's
-// number. `route` [count, 3]: a number, and its rows [start, stop).
-void grouped_lora(const std::vector<Address>& ys, const std::vector<std::int64_t>& ns, const std::vector<Address>& tables,
-                  const std::vector<std::int64_t>& sizes, Address x, Address route, std::int64_t count, std::int64_t k,
-                  int threads) {
+// Layers are y, its columns, and a table [size, 4]: addresses of A and of the transposed B (0: none), rank, the scale's bits;
+// by an adapter's number. `route` [count, 3]: a number, and its rows [start, stop).
+void grouped_lora(const std::vector<std::tuple<Address, std::int64_t, Address, std::int64_t>>& layers, Address x,
+                  Address route, std::int64_t count, std::int64_t k, int threads) {
     std::vector<LoraSpan> spans;
     std::int64_t ranks = 0, blocks = 0, products = 0;
-    for (std::size_t i = 0; i < ys.size(); ++i)
-        for (const auto* r = pointer<const std::int64_t>(route); r < pointer<const std::int64_t>(route) + 3 * count; r += 3) {
-            const auto* p = pointer<const std::int64_t>(tables[i]) + 4 * r[0];
-            if (r[0] >= sizes[i] || !p[0]) continue;
+    for (const auto* r = pointer<const std::int64_t>(route); r < pointer<const std::int64_t>(route) + 3 * count; r += 3)
+        for (const auto& [y, n, table, size] : layers) {
+            const auto* p = pointer<const std::int64_t>(table) + 4 * r[0];
+            if (r[0] >= size || !p[0]) continue;
             double scale;
             std::memcpy(&scale, p + 3, sizeof scale);
             spans.push_back({pointer<const std::uint16_t>(p[0]), pointer<const std::uint16_t>(p[1]), p[2], r[1], r[2],
-                             static_cast<float>(scale), pointer<std::uint16_t>(ys[i]), ns[i], ranks, blocks, products});
-            ranks += p[2], blocks += (ns[i] + lora_block - 1) / lora_block, products += p[2] * (r[2] - r[1]);
+                             static_cast<float>(scale), pointer<std::uint16_t>(y), n, ranks, blocks, products});
+            ranks += p[2], blocks += (n + lora_block - 1) / lora_block, products += p[2] * (r[2] - r[1]);
         }
     if (spans.empty()) return;
     std::vector<float> hidden(products);
     const auto used = static_cast<std::int64_t>(spans.size());
     const GroupedLora g{pointer<const std::uint16_t>(x), k, spans.data(), used, hidden.data()};
+    const auto shares = (used + threads - 1) / threads;
+    if (2 * shares * threads <= 3 * used) {  // enough for every thread to go from A to B: none waits for another
+        parallel_for(threads, used, 1, [&](std::int64_t first, std::int64_t last) {
+            const bool end = last == used;
+            lora->shrink(g, spans[first].ranks, end ? ranks : spans[last].ranks);
+            lora->expand(g, spans[first].blocks, end ? blocks : spans[last].blocks);
+        });
+        return;
+    }
     const std::int64_t weights = std::max<std::int64_t>(1, ranks / used * lora_block);
     parallel_for(threads, ranks, std::max<std::int64_t>(1, grain / k),
                  [&](std::int64_t first, std::int64_t last) { lora->shrink(g, first, last); });
