@@ -205,6 +205,8 @@ async def streamed(client: httpx.AsyncClient, url: str, request: dict[str, Any],
         async for event in _events(response):
             if event.get("usage"):
                 outcome.tokens += event["usage"]["completion_tokens"]
+            elif "error" in event:
+                raise SystemExit(f"{request['model']}: {event['error']['message']}")
             elif event["choices"]:
                 if not text:
                     outcome.first.append(time.perf_counter() - begun)
