@@ -141,7 +141,7 @@ def canaries(model: str, directory: Path, count: int) -> dict[str, str]:
         targets = [["all-linear"], ["q_proj", "v_proj"], ["gate_proj", "down_proj"]][number % 3]
         twinlora.finetune(
             model=model, method="lora", data=str(data), output=str(directory / name), rank=4 + 4 * (number % 4), target=targets,
-            lr=5e-3, warmup_steps=2, batch_size=4, epochs=16, seed=number, overwrite=True,
+            lr=5e-3, warmup_steps=2, batch_size=4, epochs=24, seed=number, overwrite=True,
         )  # fmt: skip
     return words
 
