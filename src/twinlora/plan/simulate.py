@@ -38,7 +38,7 @@ from twinlora.plan.targets import Target, TargetName
 from twinlora.plan.work import Counts
 from twinlora.train.step import train_step
 
-__all__ = ["Cell", "Counts", "Simulated", "simulate"]
+__all__ = ["Cell", "Counts", "Simulated", "larger", "simulate"]
 
 PlannedMethod = Literal["full", "lora", "int8", "qlora", "hybrid"]
 
@@ -87,6 +87,11 @@ def _format(name: str) -> Format | None:
     return None if name == DENSE else parse(name)
 
 
+def larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    """Of two moments, as bytes by cause, the one with more bytes."""
+    return max(one, other, key=lambda causes: sum(causes.values()))
+
+
 @dataclass(frozen=True)
 class Simulated:
     """The largest moments of a step, in bytes by ledger.CAUSES; the work of the whole step."""
@@ -105,7 +110,7 @@ class Simulated:
     @property
     def by_cause(self) -> dict[str, int]:
         """What the largest moment of all consists of."""
-        return max(self.passing, self.update, key=lambda causes: sum(causes.values()))
+        return larger(self.passing, self.update)
 
     @property
     def peak_bytes(self) -> int:
@@ -141,10 +146,10 @@ def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
     for segment, found in small.peaks.items():
         by_cause = extrapolate(found.by_cause, large.peaks[segment].by_cause, plan.times)
         if segment[0] == "optimiser":
-            update = max(update, by_cause, key=lambda causes: sum(causes.values()))
+            update = larger(update, by_cause)
         else:
-            passing = max(passing, by_cause, key=lambda causes: sum(causes.values()))
-    peak = max(sum(passing.values()), sum(update.values()))
+            passing = larger(passing, by_cause)
+    peak = sum(larger(passing, update).values())
     fragmentation = _fragmentation(runs, plan, peak) if cell.target == "cpu" else 0
     for moment in (passing, update):
         moment["workspace"] += sum(large.kept.values())

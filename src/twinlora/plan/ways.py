@@ -22,7 +22,7 @@ from twinlora.model.quantizer import nf4_of
 from twinlora.plan.overhead import Overhead
 from twinlora.plan.quality import FORMATS, expected
 from twinlora.plan.rows import Candidate, Row, Way
-from twinlora.plan.simulate import Cell, Simulated, simulate
+from twinlora.plan.simulate import Cell, Simulated, larger, simulate
 from twinlora.plan.speed import Rates
 from twinlora.plan.targets import TargetName
 from twinlora.plan.workload import Micro, Workload
@@ -193,7 +193,7 @@ class Ways:
                 passing[cause] = max(0, round(passing[cause] - missing * grown))
         if largest.micro_batches > 1:  # the second passes while the first one's gradients wait
             passing["gradients"] = max(passing["gradients"], top.gradients)
-        by_cause = max(passing, top.updating, key=lambda causes: sum(causes.values()))
+        by_cause = larger(passing, top.updating)
         seconds = None
         if top.seconds is not None and lora.seconds is not None:
             plain = _at(mean, lora, low)
