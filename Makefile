@@ -44,7 +44,7 @@ endif
 	$(PIP) torch
 	@touch $@
 
-$(VENV)/installed: $(VENV)/torch pyproject.toml
+$(VENV)/installed: $(VENV)/torch pyproject.toml CMakeLists.txt $(wildcard src/twinlora/numerics/csrc/*)
 	@echo "installing twinlora"
 	$(PIP) --editable .
 	@touch $@

@@ -11,6 +11,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
+# A prediction beside every run of the tests would double their time, and their runs are no history of the user's.
+os.environ["TWINLORA_HISTORY"] = "off"
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -22,9 +24,8 @@ TEMPLATE = (
 
 
 @pytest.fixture(autouse=True)
-def _deterministic(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _deterministic() -> None:
     torch.manual_seed(0)
-    monkeypatch.setenv("TWINLORA_HISTORY", "off")  # a prediction beside every run of the tests would double their time
 
 
 @pytest.fixture(scope="session")

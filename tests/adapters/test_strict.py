@@ -53,6 +53,7 @@ def entry(dtype="F32", shape=(2, 2), offsets=(0, 16)):
         (container([1]), "the header is a JSON list; expected an object"),
         (container({A: 3}), "expected dtype, shape and data_offsets"),
         (container({A: entry("I64", offsets=(0, 32))}, bytes(32)), "dtype I64; expected one of F64, F32, F16, BF16"),
+        (container({A: entry([], offsets=(0, 4))}, bytes(4)), "dtype []; expected"),
         (container({A: entry("F8_E4M3", offsets=(0, 4))}, bytes(4)), "dtype F8_E4M3; expected"),
         (container({A: entry(shape=(), offsets=(0, 4))}, bytes(4)), r"shape []; expected positive sizes"),
         (container({A: entry(shape=(-2, -2))}, bytes(16)), r"shape [-2, -2]; expected positive sizes"),
@@ -76,6 +77,12 @@ def test_a_header_as_long_as_it_claims(adapter):
         file.write(struct.pack("<Q", 2 << 30))
         file.truncate((2 << 30) + 8)  # sparse: takes no room
     assert "header claims 2,147,483,648 bytes" in refusal(adapter)
+
+
+def test_bytes_that_no_tensor_claims_are_not_read(adapter):
+    with (adapter / WEIGHTS).open("r+b") as file:
+        file.truncate(1 << 40)
+    assert "bytes after the last tensor" in refusal(adapter)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +112,8 @@ def test_shapes(adapter, shape, message):
         ({"lora_alpha": -4}, "lora_alpha = -4: expected a number above 0"),
         ({"lora_alpha": float("nan")}, "lora_alpha = nan: expected a number above 0"),
         ({"lora_alpha": float("inf")}, "lora_alpha = inf: expected a number above 0"),
+        ({"lora_alpha": 10**400}, "lora_alpha = 1000"),
+        ({"base_model_name_or_path": "\ud800"}, "holds half of a character"),
         ({"lora_alpha": "32"}, "lora_alpha = 32: expected a number above 0"),
         ({"lora_dropout": 2}, "lora_dropout = 2: expected a number from 0 to 1"),
         ({"modules_to_save": "lm_head"}, "modules_to_save = lm_head: expected a list of names"),

@@ -128,21 +128,6 @@ def test_nan_weight_is_named(tiny, tmp_path):
         load_model(resolve(str(directory)), quantize=NF4Format())
 
 
-def test_fingerprint_does_not_depend_on_sharding_and_sees_a_bit(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    whole = fingerprint(resolve(str(tiny)))
-    assert fingerprint(resolve(str(tiny))) == whole  # from the cache
-    model = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    assert fingerprint(resolve(str(tmp_path / "shards"))) == whole
-    changed = _copy(tiny, tmp_path / "changed")
-    blob = bytearray((changed / "model.safetensors").read_bytes())
-    blob[-1] ^= 1
-    (changed / "model.safetensors").write_bytes(blob)
-    assert fingerprint(resolve(str(changed))) != whole
-
-
 def test_truncated_checkpoint(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     directory = _copy(tiny, tmp_path / "m")

@@ -1,15 +1,19 @@
 """The compiled backend against the reference: the same bits on every path, with one thread and with two."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from twinlora.errors import BackendError
 from twinlora.numerics import cpu, ops, reference
 from twinlora.numerics.formats import Int8Format, NF3Format, NF4Format
 from twinlora.numerics.nf4 import BLOCK_SIZES
 
+SOURCES = Path(cpu.__file__).parent / "csrc"
 pytestmark = pytest.mark.skipif(not cpu.paths(), reason="twinlora was installed without a C++ compiler")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(64, 64), (7, 96), (1, 1), (3, 33), (130, 257), (5, 4097), (256, 1536), (1, 31)]
@@ -42,6 +46,17 @@ def weight(shape, dtype):
         flat[512:527] = reference._constants(torch.device("cpu"))[1]
         flat[527] = 1.0
     return w.to(dtype)
+
+
+def test_kernels_of_other_sources_are_refused(tmp_path):
+    """An extension that is out of date would be called with arguments that it does not know."""
+    cpu._require_current(cpu._native, SOURCES)
+    cpu._require_current(cpu._native, tmp_path)  # a wheel brings no sources
+    for file in SOURCES.iterdir():
+        shutil.copy(file, tmp_path)
+    (tmp_path / "lora.hpp").write_text("// another interface\n")
+    with pytest.raises(BackendError, match=r"_cpu.*were built from other sources.*pip install --editable"):
+        cpu._require_current(cpu._native, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

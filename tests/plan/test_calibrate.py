@@ -89,7 +89,7 @@ def test_a_call_takes_what_half_of_them_exceed(monkeypatch):
 
 def test_a_steps_overhead_is_what_its_work_does_not_explain(monkeypatch):
     """With a curve that makes work free, all of the step's time is shared among its calls; nothing is below `rates`."""
-    monkeypatch.setattr(calibrate, "_time", lambda call, device: (call(0), 1.0)[1])
+    monkeypatch.setattr(calibrate, "_time", lambda call, *_: (call(0), 1.0)[1])
     free = Measured("here", {"elementwise": Curve(((1.0, 1e30),)), "product float32": Curve(((1.0, 1e30),))}, 1e-6)
     found = calibrate._overhead(CPU, free)
     tiny = probe.TINY
@@ -100,14 +100,14 @@ def test_a_steps_overhead_is_what_its_work_does_not_explain(monkeypatch):
 
 
 def test_work_is_slower_in_a_step_by_what_a_real_one_takes(monkeypatch):
-    """Rates with that slowdown predict the step that it was found by; a step is never faster than its pieces."""
+    """Rates with that slowdown predict the step that it was found by; a step is never much faster than its pieces."""
     tiny = probe.TINY
     monkeypatch.setattr(probe, "SMALL", tiny)
-    monkeypatch.setattr(calibrate, "_time", lambda call, device: (call(0), 1.0)[1])
+    monkeypatch.setattr(calibrate, "_time", lambda call, *_: (call(0), 1.0)[1])
     counts = simulate(tiny.config, Cell(lengths=(tiny.tokens,), rank=tiny.rank)).counts
     curves = {name: Curve(((1.0, 1e12),)) for name in ("elementwise", "product float32")}
     rates = Measured("here", curves, 1e-6)
     found = replace(rates, slowdown=calibrate._slowdown(CPU, rates))
     assert found.slowdown > 1
     assert found.step_seconds(counts, tiny.tokens) == pytest.approx(1.0)
-    assert calibrate._slowdown(CPU, replace(rates, curves={name: Curve(((1.0, 1.0),)) for name in curves})) == 1
+    assert calibrate._slowdown(CPU, replace(rates, curves={name: Curve(((1.0, 1.0),)) for name in curves})) == 0.8

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 from types import SimpleNamespace
 
 import httpx
@@ -133,6 +134,34 @@ def test_blends_are_the_weighted_sum(running, oracle):
         ask(running.openai, "a0:0.5+a3:0.5", "tell")
 
 
+def test_a_chat_goes_on_with_the_message_that_came_back(running, oracle):
+    """Clients send it with the fields that hold nothing, as they got them."""
+    client, said = running.openai, [{"role": "user", "content": "hi"}]
+    first = ask(client, "a0", "hi").choices[0].message
+    text = [{"role": "assistant", "content": first.content}, {"role": "user", "content": "more"}]
+    for message in (first, first.model_dump()):
+        answer = client.chat.completions.create(
+            model="a0", messages=[*said, message, text[1]], max_tokens=12, temperature=0
+        )
+        assert answer.choices[0].message.content == oracle.messages("a0", [*said, *text], 12)
+
+
+def test_fields_that_ask_for_nothing_change_nothing(running):
+    client, nothing = running.openai, {"response_format": {"type": "text"}, "logit_bias": {}, "tool_choice": "none"}
+    assert ask(client, "a0", "hi", **nothing).choices == ask(client, "a0", "hi").choices
+    one = client.completions.create(model="a0", prompt=["word"], max_tokens=5, temperature=0)
+    assert one.choices == client.completions.create(model="a0", prompt="word", max_tokens=5, temperature=0).choices
+    with pytest.raises(openai.BadRequestError, match="prompt"):
+        client.completions.create(model="a0", prompt=["one", "two"], max_tokens=5)
+
+
+@pytest.mark.parametrize("rules", [{"temperature": 1e-40}, {"top_p": 1e-50}, {"temperature": 1e-4, "top_p": 1e-30}])
+def test_extreme_rules_end_nobodys_answer(running, rules):
+    """With next to no temperature, or of next to nothing, the likeliest token is left."""
+    expected = ask(running.openai, "a0", "hi").choices[0].message.content
+    assert ask(running.openai, "a0", "hi", seed=1, **({"temperature": 1} | rules)).choices[0].message.content == expected
+
+
 def test_models_name_their_parent(running):
     models = {model.id: model for model in running.openai.models.list()}
     assert models["base"].parent is None
@@ -158,7 +187,9 @@ def test_models_name_their_parent(running):
         ({"n": 2}, 400, "n: "),
         ({"model": "m" * 501}, 400, "model: String should have at most 500 characters"),
         ({"stop": [""]}, 400, "stop.0: String should have at least 1 character"),
-        ({"tools": []}, 400, "tools: Extra inputs"),
+        ({"tools": []}, 400, "tools: Input should be None"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias: Dictionary should have at most 0 items"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format.type: Input should be 'text'"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
             400,
@@ -320,6 +351,75 @@ def test_overload_is_429_with_retry_after(tiny, tmp_path):
         server.settled()
 
 
+def test_overload_is_told_before_a_prompt_is_read(running, monkeypatch):
+    """Else any number of long prompts would wait for the one thread that encodes."""
+    service, waiting, go = running.service, threading.Event(), threading.Event()
+
+    def encode(tokenizer, messages):
+        waiting.set()
+        go.wait(30)
+        return [1, 2, 3]
+
+    monkeypatch.setattr("twinlora.serve.service.encode_chat", encode)
+    monkeypatch.setattr(service.options, "slots", 1)
+    monkeypatch.setattr(service.options, "queue", 0)
+    first = threading.Thread(target=ask, args=(running.openai, "a0", "long"))
+    first.start()
+    waiting.wait(30)
+    with pytest.raises(openai.RateLimitError, match="1 requests are in work"):
+        ask(running.openai, "a0", "next")
+    go.set()
+    first.join()
+    running.settled()
+
+
+def test_a_client_that_stops_reading_is_cut_off(running, monkeypatch):
+    monkeypatch.setattr("twinlora.serve.http._READ_SECONDS", 0.1)
+    service = running.service
+
+    async def prepare():
+        return [1, 2, 3], Sampling(5)
+
+    async def forever(*_):
+        await asyncio.sleep(60)
+
+    async def begin(version):
+        answer = await service.begin("a0", prepare)
+        response = _Stream(answer, stream(ChatForm("a0", answer, service.tokenizer, None), answer, usage=False))
+        await response({"type": "http", "asgi": {"spec_version": version}}, forever, forever)
+
+    for version in ("2.3", "2.4"):
+        asyncio.run(asyncio.wait_for(begin(version), 10))
+        running.settled()
+    assert "took nothing of its answer" in running.notes[-1]
+
+
+def test_failures_are_counted(running, monkeypatch):
+    monkeypatch.setattr(running.service.engine, "_pass", lambda plan: [(chunk, None) for chunk in plan.chunks])
+    counter = running.service.metrics.requests.labels("a0", "error")
+    before = counter._value.get()
+    with pytest.raises(openai.InternalServerError, match="not finite"):
+        ask(running.openai, "a0", "hi")
+    assert counter._value.get() == before + 1
+
+
+def test_a_defect_is_told_in_openais_form(running, monkeypatch):
+    monkeypatch.setattr("twinlora.serve.service.encode_chat", lambda *_: 1 / 0)
+    with pytest.raises(openai.InternalServerError, match="the server failed at this request"):
+        ask(running.openai, "a0", "hi")
+    monkeypatch.undo()
+    running.settled()
+
+
+def test_one_bad_item_of_many_costs_no_time(running):
+    for body in ({"prompt": [""] * 200_000}, {"prompt": [-1] * 300_000}):
+        begun = time.monotonic()
+        answer = httpx.post(f"{running.url}/v1/completions", json={"model": "a0"} | body, headers=HEADERS)
+        assert answer.status_code == 400
+        assert len(answer.text) < 3000
+        assert time.monotonic() - begun < 2
+
+
 def test_a_stream_that_never_begins_frees_its_slot(running):
     service = running.service
 
@@ -329,8 +429,11 @@ def test_a_stream_that_never_begins_frees_its_slot(running):
     async def send(message):
         raise OSError("the client has gone")
 
+    async def prepare():
+        return [1, 2, 3], Sampling(200)
+
     async def begin():
-        answer = await service.begin("a0", [1, 2, 3], Sampling(200))
+        answer = await service.begin("a0", prepare)
         form = ChatForm("a0", answer, service.tokenizer, None)
         response = _Stream(answer, stream(form, answer, usage=False))
         with contextlib.suppress(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -124,6 +125,32 @@ def test_content_that_changed_on_disk_is_refused(store):
         served.load(lease).result()
 
 
+def test_content_is_read_from_any_directory_that_still_has_it(store):
+    served = registry(store, limit=50)
+    served.register("x", Path("/one/40")).result()
+    store.changed["copy"] = "one"
+    served.register("y", Path("/copy/40")).result()
+    served.unload("y")
+    served.register("z", Path("/two/40")).result()
+    del store.changed["copy"]
+    served.release(ready(served, "x"))
+    assert store.resident == {"one".ljust(64, "0")}
+
+
+def test_a_name_that_is_unloaded_while_its_replacement_is_read_stays_unloaded(store):
+    served = registry(store)
+    served.register("x", Path("/one/10")).result()
+    store.gate.clear()
+    coming = served.register("x", Path("/two/10"), replace=True)
+    served.unload("x")
+    store.gate.set()
+    with pytest.raises(AdapterError, match="'x' is not served"):
+        coming.result()
+    settle(served)
+    assert not served.versions()
+    assert not store.resident
+
+
 def test_names(store):
     served = registry(store)
     for name in ("", "A", "a/b", "..", "-a", "base", "a" * 65, "a\n", "é"):
@@ -229,10 +256,17 @@ def test_containment(tmp_path):
     (root / "escape").symlink_to(outside)
     (root / "linked" / "file").symlink_to(outside / "file")
     (root / "alias").symlink_to(root / "good")
+    (root / "loop").symlink_to(root / "loop")
+    (root / "inner").mkdir()
+    (root / "inner" / "loop").symlink_to(root / "inner" / "loop")
     assert contained(root, "good") == contained(root, "alias") == (root / "good").resolve()
     for wrong in ("..", ".", "", "../outside", "/etc", "escape", "linked", "missing", str(outside)):
         with pytest.raises(AdapterError, match="adapters-dir"):
             contained(root, wrong)
+    if sys.version_info < (3, 13):  # later a loop has a path: its own
+        for wrong in ("loop", "inner"):
+            with pytest.raises(AdapterError, match="adapters-dir"):
+                contained(root, wrong)
     bare, empty = tmp_path / "bare", tmp_path / "empty"
     (bare / "good").mkdir(parents=True)
     empty.mkdir()

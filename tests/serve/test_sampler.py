@@ -22,6 +22,13 @@ def test_rows_that_are_not_finite_are_told_apart():
     assert [token and token.token for token in found] == [None, 1, None]
 
 
+def test_next_to_no_temperature_or_share_leaves_the_likeliest_token():
+    logits = torch.tensor([[0.0, 3.0, 1.0]] * 3)
+    rules = [Sampling(1, 1e-40), Sampling(1, 1.0, 1e-50, seed=0), Sampling(1, 1e-4, 1e-30, seed=0)]
+    found = choose(logits, rules, [generator(rule, CPU) for rule in rules])
+    assert [token.token for token in found] == [1, 1, 1]
+
+
 def test_draws_have_the_models_probabilities_within_top_p():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     rule = Sampling(1, temperature=1.0, top_p=0.75, seed=0)

@@ -45,6 +45,19 @@ def test_the_beginning_of_a_stop_string_is_shown_at_the_end(tokenizer):
     assert stream.finish() == "stop"
 
 
+def test_a_text_goes_on_with_the_space_before_it():
+    """SentencePiece's decoder takes the first space of what it is given."""
+    backend = sentencepiece()
+    prompt, answer = (backend(text, add_special_tokens=False)["input_ids"] for text in ("n", "é x"))
+    assert backend.decode(answer) == "é x"
+    for after, expected in (((), "é x"), (prompt, " é x")):
+        stream = TextStream(backend, after=after)
+        assert "".join([*map(stream.push, answer), stream.finish()]) == expected
+    stream = TextStream(backend, (" é",), after=prompt)
+    assert "".join(map(stream.push, answer)) == ""
+    assert stream.stopped
+
+
 def test_the_bytes_of_tokens_add_up_to_the_text(tokenizer):
     text = "né 👍🏽 中 <x>"
     for backend in (tokenizer, sentencepiece()):

@@ -217,7 +217,7 @@ class AdapterBank:
         """Take in a prepared adapter, between two passes. Raises AdapterError if the key is taken."""
         if key in self._resident:
             raise AdapterError(f"adapter name {key!r} is taken by another one: choose a different name")
-        number = next(n for n in itertools.count() if n not in self.numbers.values())
+        number = min(set(range(len(self.numbers) + 1)) - set(self.numbers.values()))
         head = getattr(self._model, "get_output_embeddings", lambda: None)()
         for name, weights in resident.layers.items():
             module = self._model.get_submodule(name)

@@ -72,9 +72,10 @@ def read(directory: Path) -> Passport | None:
     path = directory / FILE
     if not path.is_file():
         return None
-    value, problems = read_json(path)
+    found = read_json(path)
+    problems = found.problems
     try:
-        passport = Passport(**value)
+        passport = Passport(**found.value)
     except (TypeError, ValidationError) as error:
         problems = problems or [str(error)]
     if problems:

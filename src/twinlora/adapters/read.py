@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable
@@ -40,7 +41,8 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 class AdapterFile:
     """A PEFT LoRA adapter as read from disk, by layer name: A and B, DoRA's magnitudes, rank and scale.
 
-    `modules` holds the parameters of modules that were trained as a whole, `options` the configuration as it stands.
+    `modules` holds the parameters of modules that were trained as a whole, `options` the configuration as it stands,
+    `digest` the SHA-256 over those of the two files, of the very bytes that were read.
     """
 
     directory: Path
@@ -49,6 +51,7 @@ class AdapterFile:
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
 
 
 def read_adapter(directory: Path) -> AdapterFile:
@@ -67,20 +70,20 @@ def read_adapter(directory: Path) -> AdapterFile:
             raise AdapterError(
                 f"adapter {directory}: {'; '.join(missing)}; expected a PEFT adapter directory or a run's directory"
             )
-        options, problems = read_json(directory / CONFIG)
-        tensors, more = read_tensors(directory / WEIGHTS)
+        config, weights = read_json(directory / CONFIG), read_tensors(directory / WEIGHTS)
     except OSError as error:
         raise AdapterError(f"adapter {directory}: cannot be read: {error.strerror}") from None
-    wrong = problems or _wrong_values(options)
-    found = _Sorted({} if wrong else options, tensors)
+    options = config.value
+    wrong = config.problems or _wrong_values(options)
+    found = _Sorted({} if wrong else options, weights.value)
     # What tensors must be follows from the options: with those wrong, only what is wrong in itself is told.
-    in_tensors = more or (found.damage() if wrong else found.damage() + found.misfits())
-    in_options = wrong + ([] if problems else _unsupported(options))
+    in_tensors = weights.problems or (found.damage() if wrong else found.damage() + found.misfits())
+    in_options = wrong + ([] if config.problems else _unsupported(options))
     if in_options or in_tensors:
         lines = [f"{CONFIG}: {line}" for line in in_options] + [f"{WEIGHTS}: {line}" for line in in_tensors]
         shown = "\n  ".join(lines[:_SHOWN]) + (f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
         raise AdapterError(f"adapter {directory}: {len(lines)} problem(s)\n  {shown}")
-    return found.adapter(directory)
+    return found.adapter(directory, hashlib.sha256(config.digest + weights.digest).hexdigest())
 
 
 def _missing(path: Path) -> str:
@@ -89,11 +92,11 @@ def _missing(path: Path) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    return type(value) in (int, float) and 0 < value < 1e300  # NaN is neither; no float holds a longer integer
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 1 << 32
 
 
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -197,7 +200,7 @@ class _Sorted:
         told = pattern_value(self.options.get("rank_pattern") or {}, name, self.options.get("r", 8))
         return [] if told == rank else [f"{name}: rank {rank}; {CONFIG} says {told}"]
 
-    def adapter(self, directory: Path) -> AdapterFile:
+    def adapter(self, directory: Path, digest: str) -> AdapterFile:
         """The adapter; there must be no problems."""
         return AdapterFile(
             directory,
@@ -206,6 +209,7 @@ class _Sorted:
             {name: found["magnitude_vector"] for name, found in self.parts.items() if "magnitude_vector" in found},
             self.modules,
             self.options,
+            digest,
         )
 
 

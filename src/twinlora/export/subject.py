@@ -182,8 +182,9 @@ def _record(run: Path) -> dict[str, Any]:
     path = (run.parent if run.name in ("adapter", "model") else run) / "run.json"
     if not path.is_file():
         return {}
-    record, problems = read_json(path)
-    problems += [f"{key} is no object" for key in ("options", "deployed") if not isinstance(record.get(key, {}), dict)]
+    found = read_json(path)
+    record = found.value
+    problems = found.problems + [f"{key} is no object" for key in ("options", "deployed") if not isinstance(record.get(key, {}), dict)]
     if problems:
         raise AdapterError(f"{path}: damaged ({'; '.join(problems)}); delete it, and name held-out rows with --data")
     return record

@@ -42,20 +42,32 @@ def fingerprint(source: Source, note: Callable[[str], None] | None = None) -> st
     lines: list[str] = []
     changed = False
     for path in source.weight_files():
-        stat = path.resolve().stat()
-        key = f"{path.resolve()}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
+        key = _key(path)
         if key not in cache:
             cache[key] = list(_gguf(path) if source.is_gguf else _safetensors(path))
             changed = True
         lines += cache[key]
     if changed:
         try:
-            atomic.write_json(cache_file, cache)
+            atomic.write_json(cache_file, {key: kept for key, kept in cache.items() if _stands(key)})
         except StorageError as error:
             if note is None:
                 raise
             note(f"fingerprint not kept, the next run hashes the base again: {error}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _key(path: Path) -> str:
+    stat = path.resolve().stat()
+    return f"{path.resolve()}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
+
+
+def _stands(key: str) -> bool:
+    """Whether its file is still there, and unchanged."""
+    try:
+        return _key(Path(key.rsplit("|", 4)[0])) == key
+    except (OSError, ValueError):
+        return False
 
 
 def _safetensors(path: Path) -> Iterator[str]:

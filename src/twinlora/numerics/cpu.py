@@ -11,13 +11,16 @@ import struct
 import threading
 from collections.abc import Sequence
 from functools import cache, partial
+from hashlib import sha256
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from twinlora.errors import BackendError
 from twinlora.numerics import attention as reference_attention
 from twinlora.numerics import elementwise, reference
 from twinlora.numerics.nf4 import codebook, dynamic_map, midpoints
@@ -51,11 +54,25 @@ _NO_WINDOW = 1 << 40  # more keys than there are
 
 @cache
 def _library() -> Any:
-    """The extension with its tables set, or None if the package was installed without it."""
+    """The extension with its tables set, or None if the package was installed without it.
+
+    Raises BackendError if its sources lie here and are others than it was built from.
+    """
     if _native is not None:
+        _require_current(_native, Path(__file__).parent / "csrc")
         tables = (codebook(), midpoints(codebook()), dynamic_map(), midpoints(dynamic_map()), codebook(3))
         _native.set_tables(*(table.tolist() for table in tables))
     return _native
+
+
+def _require_current(native: ModuleType, sources: Path) -> None:
+    files = sorted((file for file in sources.glob("*") if file.suffix in (".cpp", ".hpp")), key=lambda file: file.name)
+    digests = "".join(sha256(file.read_bytes()).hexdigest() for file in files)
+    if files and getattr(native, "sources", None) != sha256(digests.encode()).hexdigest():
+        raise BackendError(
+            f"the compiled kernels {native.__file__} were built from other sources than those in {sources}: build them "
+            "again with `pip install --editable .`"
+        )
 
 
 def paths() -> list[str]:

@@ -34,6 +34,8 @@ __all__ = ["calibrate", "hardware", "load", "measure", "store"]
 
 _SECONDS = 0.25  # for each piece
 _LEAST, _MOST = 5, 2000  # calls of a piece
+_STEPS_SECONDS = 3.0  # for the steps that all rates are scaled by
+_FASTEST = 0.8  # the least that a step's work takes of that of its pieces
 _ROTATING = 96 << 20  # bytes of operands that take turns: more than a last-level cache holds for long
 
 # curve, then what makes the call to time; that gets the number of the turn
@@ -96,13 +98,13 @@ def _main(kinds: list[work.Kind]) -> list[work.Kind]:
     return [kind for kind in kinds if kind.name == name]
 
 
-def _time(call: Callable[[int], Any], device: torch.device) -> float:
+def _time(call: Callable[[int], Any], device: torch.device, at_least: float = _SECONDS) -> float:
     """Seconds of a call: the median, as that of a step's calls adds up to a step."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     call(0)
     wait()
     times: list[float] = []
-    end = time.perf_counter() + _SECONDS
+    end = time.perf_counter() + at_least
     while len(times) < _LEAST or (time.perf_counter() < end and len(times) < _MOST):
         start = time.perf_counter()
         call(len(times))
@@ -136,18 +138,19 @@ def _overhead(device: torch.device, rates: Measured) -> float:
 
 def _slowdown(device: torch.device, rates: Measured) -> float:
     """How much longer work takes in a step than a piece at a time: operands come from further away there, and what a
-    call leaves in caches is not what the next one wants. At least 1."""
-    counts, seconds = _step(probe.SMALL, device)
+    call leaves in caches is not what the next one wants. Below 1 if the machine was slow while pieces were timed; where
+    a step is all launches, nothing can be said of its work, so never far below."""
+    counts, seconds = _step(probe.SMALL, device, _STEPS_SECONDS)
     around = sum(rates.overhead * calls * launches(kind) for kind, calls in counts.calls_of.items())
-    return max(1.0, (seconds - around) / replace(rates, overhead=0.0).step_seconds(counts, probe.SMALL.tokens))
+    return max(_FASTEST, (seconds - around) / replace(rates, overhead=0.0).step_seconds(counts, probe.SMALL.tokens))
 
 
-def _step(model: probe.Probe, device: torch.device) -> tuple[work.Counts, float]:
+def _step(model: probe.Probe, device: torch.device, at_least: float = _SECONDS) -> tuple[work.Counts, float]:
     """What a step of it does, and the seconds that it takes."""
     cell = Cell(lengths=(model.tokens,), rank=model.rank, target="cuda" if device.type == "cuda" else "cpu")
     step = probe.step_of(model, device)
     step()
-    return simulate(model.config, cell).counts, _time(lambda _: step(), device)
+    return simulate(model.config, cell).counts, _time(lambda _: step(), device, at_least)
 
 
 def _rotate(make: Callable[[], Tensor]) -> list[Tensor]:

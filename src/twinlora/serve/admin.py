@@ -52,7 +52,7 @@ def admin_routes(service: Service) -> APIRouter:
             raise ApiError(status, f"adapter {name[:80]!r} {what}", param="name")
         try:
             directory = await asyncio.to_thread(find_adapter, root, path)
-        except AdapterError as error:
+        except (AdapterError, OSError) as error:
             raise ApiError(404, str(error), param="path") from None
         try:
             version = await asyncio.wrap_future(service.registry.register(name, directory, replace=replace))

@@ -145,7 +145,7 @@ class Engine:
     ) -> Ticket:
         """Queue a prompt for the adapter content `key`, which must stay resident until the last event."""
         sequence = Sequence(next(self._numbers), key, list(tokens))
-        text = TextStream(self.tokenizer, sampling.stop)
+        text = TextStream(self.tokenizer, sampling.stop, after=tokens if sampling.continues else ())
         ticket = Ticket(sequence, sampling, on_event, text, generator(sampling, self.device))
         self._inbox.put(lambda: self._add(ticket))
         return ticket

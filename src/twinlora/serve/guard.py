@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -93,7 +94,7 @@ class Guard:
         seconds = self.rate.wait(client, time.monotonic()) if scope["method"] == "POST" else 0.0
         if seconds:
             raise ApiError(429, f"more than {self.rate.rate:g} requests per second", code="rate_limit_exceeded",
-                           retry_after=max(1, round(seconds)))  # fmt: skip
+                           retry_after=math.ceil(seconds))  # fmt: skip
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body, so that a slow or endless one never reaches the application."""

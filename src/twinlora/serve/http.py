@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 import twinlora
 from twinlora.serve.admin import admin_routes
@@ -24,6 +25,8 @@ from twinlora.serve.state import Sampling
 __all__ = ["application"]
 
 T = TypeVar("T")
+_SHOWN = 20  # problems of a request
+_READ_SECONDS = 60.0  # for a client to take a piece of its answer
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
     for status, text in {
@@ -40,6 +43,7 @@ def application(service: Service, *, token: str | None, admin_token: str | None,
     app.add_exception_handler(ApiError, _told)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _failed)
     app.include_router(_open_routes(service))
     app.include_router(_openai_routes(service), prefix="/v1", responses=_ERRORS)
     app.include_router(admin_routes(service), prefix="/admin", responses=_ERRORS)
@@ -69,9 +73,15 @@ async def _told(request: Request, error: Any) -> Response:
     return JSONResponse(error.body(), error.status, headers)
 
 
+async def _failed(request: Request, error: Any) -> Response:
+    """A defect of ours: told in the form that clients read; the server's log has the traceback."""
+    told = ApiError(500, "the server failed at this request; its log says why", code="internal_error")
+    return JSONResponse(told.body(), told.status)
+
+
 async def _invalid(request: Request, error: Any) -> Response:
-    """Every problem of the request, in one message."""
-    problems = error.errors()
+    """The first problems of the request, in one message."""
+    problems = error.errors()[:_SHOWN]
     if problems[0]["type"] == "json_invalid":
         at, what = problems[0]["loc"][-1], problems[0]["ctx"]["error"]
         told = ApiError(400, f"the body is not JSON: {what} at character {at}")
@@ -155,18 +165,25 @@ def _openai_routes(service: Service) -> APIRouter:
     @routes.post("/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The next message of a chat."""
-        tokens = await service.encode_chat([message.plain() for message in body.messages])
         wanted = body.max_completion_tokens or body.max_tokens
         top = body.top_logprobs if body.top_logprobs is not None else 0 if body.logprobs else None
-        sampling = _sampling(body, service.room(tokens, wanted, "messages"), top)
-        return await _answer(service, request, ChatForm, body, tokens, sampling)
+
+        async def prepare() -> tuple[list[int], Sampling]:
+            tokens = await service.encode_chat([message.plain() for message in body.messages])
+            return tokens, _sampling(body, service.room(tokens, wanted, "messages"), top, continues=False)
+
+        return await _answer(service, request, ChatForm, body, prepare, top)
 
     @routes.post("/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """How a text goes on."""
-        tokens = await service.encode_prompt(body.prompt)
-        sampling = _sampling(body, service.room(tokens, body.max_tokens, "prompt"), body.logprobs)
-        return await _answer(service, request, CompletionForm, body, tokens, sampling)
+
+        async def prepare() -> tuple[list[int], Sampling]:
+            tokens = await service.encode_prompt(body.prompt)
+            room = service.room(tokens, body.max_tokens, "prompt")
+            return tokens, _sampling(body, room, body.logprobs, continues=True)
+
+        return await _answer(service, request, CompletionForm, body, prepare, body.logprobs)
 
     return routes
 
@@ -182,17 +199,19 @@ def _models(service: Service) -> list[dict[str, Any]]:
     return entries
 
 
-def _sampling(body: ChatRequest | CompletionRequest, max_tokens: int, top: int | None) -> Sampling:
+def _sampling(
+    body: ChatRequest | CompletionRequest, max_tokens: int, top: int | None, *, continues: bool
+) -> Sampling:
     temperature = 1.0 if body.temperature is None else body.temperature
-    return Sampling(max_tokens, temperature, body.top_p or 1.0, body.seed, body.stops(), top)
+    return Sampling(max_tokens, temperature, body.top_p or 1.0, body.seed, body.stops(), top, continues)
 
 
 async def _answer(
     service: Service, request: Request, form_of: type[Form], body: ChatRequest | CompletionRequest,
-    tokens: list[int], sampling: Sampling,
+    prepare: Callable[[], Awaitable[tuple[list[int], Sampling]]], top: int | None,
 ) -> Response:  # fmt: skip
-    answer = await service.begin(body.model, tokens, sampling)
-    form = form_of(body.model, answer, service.tokenizer, sampling.top_logprobs)
+    answer = await service.begin(body.model, prepare)
+    form = form_of(body.model, answer, service.tokenizer, top)
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -202,7 +221,7 @@ async def _answer(
 
 
 class _Stream(StreamingResponse):
-    """Lets go of the answer however it ends, also before its first piece was sent."""
+    """Lets go of the answer however it ends, also before its first piece was sent, and when the client stops reading."""
 
     def __init__(self, answer: Answer, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -210,8 +229,16 @@ class _Stream(StreamingResponse):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """See starlette."""
+
+        async def sent(message: Any) -> None:
+            async with asyncio.timeout(_READ_SECONDS):
+                await send(message)
+
         async with self.answer:
-            await super().__call__(scope, receive, send)
+            try:
+                await super().__call__(scope, receive, sent)
+            except (TimeoutError, ClientDisconnect):
+                self.answer.service.note(f"a client took nothing of its answer for {_READ_SECONDS:.0f} s: cut off")
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

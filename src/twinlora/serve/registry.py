@@ -71,10 +71,13 @@ class Store(Protocol):
 
 @dataclass(eq=False)
 class Content:
-    """One adapter's weights, in memory or not. `parts` are the versions and weights of a blend."""
+    """One adapter's weights, in memory or not; directories that hold them, the last registered first.
+
+    `parts` are the versions and weights of a blend.
+    """
 
     digest: str
-    directory: Path
+    directories: list[Path]
     nbytes: int
     parts: tuple[tuple[Version, float], ...] = ()
     resident: bool = False
@@ -115,14 +118,16 @@ class Lease:
 def contained(root: Path, relative: str) -> Path:
     """The directory `relative` inside `root`, by real paths, its files too. Raises AdapterError for one outside."""
     real_root = root.resolve()
+    outside = []
     try:
         real = (real_root / relative).resolve()
         inside = real.is_relative_to(real_root) and real != real_root and real.is_dir()
-    except (OSError, ValueError):  # too long, a loop of links, a NUL
+        if inside:
+            outside = [p.name for p in real.iterdir() if not p.resolve().is_relative_to(real_root)]
+    except (OSError, ValueError, RuntimeError):  # too long, closed to us, a NUL; a loop of links before Python 3.13
         inside = False
     if not inside:
-        raise AdapterError(f"path {relative!r}: expected a directory inside of the server's --adapters-dir")
-    outside = [p.name for p in real.iterdir() if not p.resolve().is_relative_to(real_root)]
+        raise AdapterError(f"path {relative!r}: expected a readable directory inside of the server's --adapters-dir")
     if outside:
         raise AdapterError(f"path {relative!r}: {', '.join(sorted(outside))} leads out of the server's --adapters-dir")
     return real
@@ -207,7 +212,7 @@ class Registry:
         content = self._contents.get(digest)
         if content is None:
             nbytes = sum(version.content.nbytes for version, _ in parts)
-            content = self._contents[digest] = Content(digest, Path(), nbytes, tuple(parts))
+            content = self._contents[digest] = Content(digest, [], nbytes, tuple(parts))
         return Version(model, content, parts[0][0].system, int(time.time()))
 
     def release(self, lease: Lease) -> None:
@@ -282,11 +287,13 @@ class Registry:
         for line in loaded.notes:
             self._note(line)
         with self._lock:
-            content = self._contents.setdefault(loaded.digest, Content(loaded.digest, directory, loaded.nbytes))
-            content.directory = directory
+            before = self._names.get(name)
+            if replace and before is None:  # it was unloaded since
+                raise AdapterError(f"adapter {name!r} is not served; register it")
+            content = self._contents.setdefault(loaded.digest, Content(loaded.digest, [], loaded.nbytes))
+            content.directories = [directory, *(known for known in content.directories if known != directory)]
             content.names += 1
             version = Version(name, content, loaded.system, int(time.time()))
-            before = self._names.get(name)
             pinned = name in self._pinned
             self._names[name] = version
             if before is not None:
@@ -322,13 +329,20 @@ class Registry:
         self._make_resident(content, tensors)
 
     def _read(self, content: Content) -> Any:
-        loaded = self._store.load(content.directory)
-        if loaded.digest != content.digest:
-            raise AdapterError(
-                f"adapter {content.directory}: its files have changed on disk (registered {content.digest[:16]}, found "
+        wrong = []
+        for directory in content.directories:
+            try:
+                loaded = self._store.load(directory)
+            except (AdapterError, OSError) as error:
+                wrong.append(str(error))
+                continue
+            if loaded.digest == content.digest:
+                return loaded.tensors
+            wrong.append(
+                f"adapter {directory}: its files have changed on disk (registered {content.digest[:16]}, found "
                 f"{loaded.digest[:16]}); replace it to serve what is there now"
             )
-        return loaded.tensors
+        raise AdapterError("\n".join(wrong))
 
     def _make_resident(self, content: Content, tensors: Any) -> None:
         """Raises Busy if there is no room and nothing to push out."""

@@ -11,10 +11,12 @@ from twinlora.serve.state import Sampling, TokenOut
 
 __all__ = ["choose", "generator"]
 
+_COLDEST = 1e-5  # a temperature below is 0: the most likely token is all that float32 leaves
+
 
 def generator(sampling: Sampling, device: torch.device) -> torch.Generator | None:
     """The request's own source of chance; None where nothing is left to it."""
-    if sampling.temperature == 0:
+    if sampling.temperature < _COLDEST:
         return None
     made = torch.Generator(device=device)
     if sampling.seed is None:
@@ -55,6 +57,8 @@ def _draw(logits: Tensor, rule: Sampling, source: torch.Generator) -> int:
     probabilities = torch.softmax(logits / rule.temperature, dim=-1)
     if rule.top_p < 1:
         values, ids = probabilities.sort(descending=True)
-        values = values.masked_fill(values.cumsum(0) - values >= rule.top_p, 0.0)
+        beyond = values.cumsum(0) - values >= rule.top_p
+        beyond[0] = False  # where top_p is less than float32 can tell from 0
+        values = values.masked_fill(beyond, 0.0)
         return int(ids[torch.multinomial(values, 1, generator=source)])
     return int(torch.multinomial(probabilities, 1, generator=source))

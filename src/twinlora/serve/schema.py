@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
 from twinlora.serve.registry import NAME
 
@@ -20,8 +20,19 @@ def _is_text(given: str) -> str:
     return given
 
 
+def _of_one_kind(given: Any) -> Any:
+    """The first wrong item of a long list ends its check; pydantic would make an error of each."""
+    if isinstance(given, list) and given:
+        kind = str if isinstance(given[0], str) else int
+        wrong = next((i for i, item in enumerate(given) if type(item) is not kind or item == "" or item < kind()), None)
+        if wrong is not None:
+            raise ValueError(f"item {wrong}: expected token ids from 0, or one text")
+    return given
+
+
 _TEXT = AfterValidator(_is_text)  # stands behind limits of length, which are then told in characters
 Text = Annotated[str, _TEXT]
+Prompt = Annotated[str, Field(min_length=1), _TEXT]
 Model = Annotated[
     str, Field(min_length=1, max_length=500, description="The base, an adapter, name@sha256, or a blend."), _TEXT
 ]
@@ -42,11 +53,16 @@ class TextPart(_Strict):
 
 
 class Message(_Strict):
-    """A message of a chat."""
+    """A message of a chat. Clients send our own answers back with all their fields, those that hold nothing, too."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(max_length=1000)]
     name: str | None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
     def plain(self) -> dict[str, Any]:
         """As chat templates take it."""
@@ -58,6 +74,13 @@ class StreamOptions(_Strict):
     """How a stream ends."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponseFormat(_Strict):
+    """What an answer looks like: text."""
+
+    type: Literal["text"]
 
 
 class _Generation(_Strict):
@@ -76,6 +99,7 @@ class _Generation(_Strict):
     user: str | None = None  # said by many clients; changes nothing
     metadata: dict[str, Any] | None = None
     store: Literal[False] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
     def stops(self) -> tuple[str, ...]:
         """Stop strings."""
@@ -85,19 +109,25 @@ class _Generation(_Strict):
 class ChatRequest(_Generation):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000), FailFast()]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: None = None
+    tool_choice: Literal["none"] | None = None
 
 
 class CompletionRequest(_Generation):
-    """POST /v1/completions. A list of integers is a prompt of token ids."""
+    """POST /v1/completions. A list of integers is a prompt of token ids; of texts there may be one."""
 
-    prompt: (
-        Annotated[str, Field(min_length=1), _TEXT] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    )
+    prompt: Annotated[
+        Prompt
+        | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+        | Annotated[list[Prompt], Field(min_length=1, max_length=1)],
+        BeforeValidator(_of_one_kind),
+    ]
     max_tokens: Count | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None

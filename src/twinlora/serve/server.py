@@ -119,7 +119,7 @@ def _papers(options: ServeOptions, adapters: dict[str, Path], base: str, identit
     if papers or options.adapters_dir is None:
         return papers
     for name in _found(options.adapters_dir):
-        with contextlib.suppress(AdapterError):  # what is wrong with it is told when it is registered
+        with contextlib.suppress(AdapterError, OSError):  # what is wrong with it is told when it is registered
             paper = passport.read(find_adapter(options.adapters_dir, name))
             if paper is None or paper.base_fingerprint == identity:
                 papers[name] = paper
@@ -129,7 +129,15 @@ def _papers(options: ServeOptions, adapters: dict[str, Path], base: str, identit
 def _found(root: Path) -> list[str]:
     """The adapters of a directory, by name."""
     configs = (files.CONFIG, f"adapter/{files.CONFIG}")
-    return sorted(p.name for p in root.iterdir() if any((p / config).is_file() for config in configs))
+    return sorted(p.name for p in root.iterdir() if any(_is_file(p / config) for config in configs))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file that can be seen; `Path.is_file` raises where a directory on the way is closed to us."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _open(options: ServeOptions, papers: dict[str, Passport | None], reporter: Reporter) -> Opened:
@@ -169,7 +177,7 @@ def _register(registry: Registry, root: Path | None, adapters: dict[str, Path], 
         try:
             registry.register(name, find_adapter(root, name)).result()
             served += 1
-        except AdapterError as error:
+        except (AdapterError, OSError) as error:
             note(f"not served: {error}")
     note(f"{root}: {served} adapter(s) served")
 
@@ -190,6 +198,7 @@ def serve(
             access_log=False,
             server_header=False,
             lifespan="off",
+            proxy_headers=False,  # who asks is who connects: anybody can write a header
             timeout_graceful_shutdown=_DRAIN_SECONDS + 10,  # they are cut off before
             h11_max_incomplete_event_size=64 * 1024,
         )

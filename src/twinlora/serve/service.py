@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from twinlora.config import ServeOptions
 from twinlora.data.template import encode_chat, encode_text
@@ -83,12 +83,12 @@ class Answer:
                     self.service.metrics.first_token.labels(self.label).observe(waited)
                 self.produced += 1
             self.ended = event.finish is not None
+            if self.ended:
+                self.service.count(self, str(event.finish))
             if event.finish == "error" and self.service.engine.cut:
                 raise ApiError(503, str(event.error), code="shutting_down")
             if event.finish == "error":
                 raise ApiError(500, f"the model failed: {event.error}", code="engine_error")
-            if self.ended:
-                self.service.count(self, str(event.finish))
             yield event
 
 
@@ -120,15 +120,17 @@ class Service:
             raise ApiError(400, "this base has no chat template: use /v1/completions", param="messages")
         return await self._encoded(lambda: encode_chat(self.tokenizer, messages), "messages")
 
-    async def encode_prompt(self, prompt: str | list[int]) -> list[int]:
+    async def encode_prompt(self, prompt: str | list[int] | list[str]) -> list[int]:
         """Token ids of a text to go on from. Raises ApiError."""
-        if isinstance(prompt, str):
-            return await self._encoded(lambda: encode_text(self.tokenizer, prompt), "prompt")
+        text = prompt if isinstance(prompt, str) else prompt[0]
+        if isinstance(text, str):
+            return await self._encoded(lambda: encode_text(self.tokenizer, text), "prompt")
+        tokens = cast(list[int], prompt)
         size = self.engine.model.get_input_embeddings().weight.shape[0]
-        wrong = [token for token in prompt if token >= size]
+        wrong = [token for token in tokens if token >= size]
         if wrong:
             raise ApiError(400, f"{len(wrong)} token id(s) are not below {size:,}, such as {wrong[0]}", param="prompt")
-        return prompt
+        return tokens
 
     async def _encoded(self, encode: Callable[[], list[int]], param: str) -> list[int]:
         try:
@@ -150,8 +152,8 @@ class Service:
             raise ApiError(400, message, param=param, code="context_length_exceeded")
         return min(context - len(tokens), wanted or self.options.max_new_tokens)
 
-    async def begin(self, model: str, tokens: list[int], sampling: Sampling) -> Answer:
-        """Admit a request. Raises ApiError; nothing is held then."""
+    async def begin(self, model: str, prepare: Callable[[], Awaitable[tuple[list[int], Sampling]]]) -> Answer:
+        """Admit a request, and only then `prepare` its prompt. Raises ApiError; nothing is held then."""
         begun = time.monotonic()
         if self.draining or not self.engine.alive:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
@@ -163,6 +165,7 @@ class Service:
             raise ApiError(404, str(error), param="model", code="model_not_found") from None
         self._active += 1
         try:
+            tokens, sampling = await prepare()
             await self._resident(lease)
             loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 

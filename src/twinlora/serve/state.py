@@ -65,6 +65,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None  # None: no log-probabilities at all
+    continues: bool = False  # the answer's text goes on from the prompt's, as that of a chat does not
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,19 +39,19 @@ class ModelStore:
         self._tokenizer = passport.tokenizer_digests(engine.tokenizer)
 
     def load(self, directory: Path) -> Loaded:
-        """See Store. The hash is that of the bytes that were read, or the files changed meanwhile: AdapterError."""
+        """See Store. The hash is that of the bytes that were used; of files that change meanwhile: AdapterError."""
         return machine.apart(lambda: self._load(directory))
 
     def _load(self, directory: Path) -> Loaded:
         directory = directory if (directory / CONFIG).is_file() else directory / "adapter"
-        before = _digest(directory)
+        before = _stamps(directory)
         adapter = read_adapter(directory)
         notes = passport.check(directory, **self._origin, tokenizer=self._tokenizer)
         found = passport.read(directory)
-        resident = self._engine.bank.prepare(adapter)  # a copy: the file is no longer needed
-        if _digest(directory) != before:
+        resident = self._engine.bank.prepare(adapter)
+        if _stamps(directory) != before:
             raise AdapterError(f"adapter {directory}: its files changed while they were read; try again")
-        return Loaded(before, resident.nbytes, found.system if found else None, tuple(notes), resident)
+        return Loaded(adapter.digest, resident.nbytes, found.system if found else None, tuple(notes), resident)
 
     def blend(self, parts: Sequence[tuple[Any, float]]) -> tuple[Any, int]:
         """See Store."""
@@ -68,13 +67,13 @@ class ModelStore:
         self._engine.call(lambda: self._engine.bank.remove(digest)).result()
 
 
-def _digest(directory: Path) -> str:
-    """SHA-256 over the configuration and the weights, in hex."""
-    total = hashlib.sha256()
+def _stamps(directory: Path) -> list[tuple[int, int, int]]:
+    """Which files these are, and of when: the two belong together if neither is replaced between their reading."""
+    stamps = []
     for name in (CONFIG, WEIGHTS):
         try:
-            with (directory / name).open("rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
+            stat = (directory / name).stat()
         except OSError as error:
             raise AdapterError(f"adapter {directory}: {name} cannot be read: {error.strerror}") from None
-    return total.hexdigest()
+        stamps.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return stamps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -11,18 +12,24 @@ __all__ = ["TextStream", "spelled"]
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_WAIT = 8  # tokens that may be needed for one character
+_CONTEXT = 8  # tokens before that may change how the next one reads
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
 
 
 class TextStream:
-    """Whole characters only; what might be the beginning of a stop string is held back."""
+    """Whole characters only; what might be the beginning of a stop string is held back.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()) -> None:
+    `after`: the tokens that the text goes on from; without, it begins here.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = (), after: Sequence[int] = ()
+    ) -> None:
         self._backend, self._stop = tokenizer.backend_tokenizer, stop
-        self._tokens: list[int] = []
+        self._tokens = list(after[-_CONTEXT:])
         # Tokens from `_first` on are decoded together, since some change their neighbours; up to `_read` they are out.
-        self._first = self._read = 0
+        self._first, self._read = 0, len(self._tokens)
         self._held = ""
         self.stopped = False
 

@@ -296,6 +296,7 @@ void grouped_lora(const std::vector<std::tuple<Address, std::int64_t, Address, s
 NB_MODULE(_cpu, m) {
     using release = nb::call_guard<nb::gil_scoped_release>;
     use_path(supported_paths().front());
+    m.attr("sources") = TWINLORA_SOURCES;  // SHA-256 over the files of this directory
     m.def("paths", &supported_paths, "Instruction-set paths of this processor, the best first.");
     m.def("path", [] { return std::string(path->name); }, "The path in use.");
     m.def("use_path", &use_path);
