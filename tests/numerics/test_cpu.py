@@ -120,9 +120,10 @@ def test_products_are_as_exact_as_a_bf16_product(path, threads, rows, shape):
         assert (found.double() - truth).norm() <= 1.1 * naive
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 12, 13])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 12, 13, 128])
 @pytest.mark.parametrize("shape", [(96, 64), (33, 576), (3, 4096), (1, 64), (5, 40)])
-def test_few_rows_times_a_dense_weight(path, threads, rows, shape):
+def test_few_rows_times_a_dense_weight(path, threads, rows, shape, monkeypatch):
+    monkeypatch.setattr(cpu, "_FEW_DENSE_ROWS", 128)  # as where there are no tiles
     x, w = torch.randn(rows, shape[1]).bfloat16(), torch.randn(shape).bfloat16()
     truth = x.double() @ w.double().T
     error = (cpu.dense_linear(x, w).double() - truth).norm()

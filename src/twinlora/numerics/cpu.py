@@ -46,8 +46,9 @@ OPS = (
 # How many of the first arguments must be bfloat16 for the kernels between the products.
 _BFLOAT16 = {"rms_norm": 2, "rms_norm_backward": 3, "swiglu": 2, "swiglu_backward": 3, "cross_entropy_": 1}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FEW_DENSE_ROWS = 12  # more are bound by arithmetic, where oneDNN is better
-FEW_LORA_ROWS = 16  # of one adapter; more are a matter for GEMMs
+# More are bound by arithmetic, where oneDNN is as good, or much better with tiles (AMX).
+_FEW_DENSE_ROWS = 12 if torch.cpu._is_amx_tile_supported() else 128
+FEW_LORA_ROWS = 128  # of one adapter; more are a matter for GEMMs
 _FEW_ROWS = 64  # up to here weights are decoded into the product or just before it; above, into a GEMM's buffer
 _NO_WINDOW = 1 << 40  # more keys than there are
 
