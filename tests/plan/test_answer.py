@@ -1,6 +1,7 @@
 """A whole plan, over a simulation that is arithmetic; one over the real one."""
 
 import json
+import shutil
 
 import pytest
 
@@ -12,6 +13,7 @@ from twinlora.config import PlanOptions
 from twinlora.errors import ConfigError, ModelError
 from twinlora.plan import answer, ways
 from twinlora.plan.overhead import Overhead
+from twinlora.plan.words import command
 from twinlora.reporter import Reporter
 
 GIB = 2**30
@@ -186,6 +188,52 @@ def test_json_is_one_document(simulated, capsys):
     for found in document["rows"]:
         assert sum(found["by_cause"].values()) == found["peak_bytes"]
         assert found["expected"]["source"]
+
+
+def test_a_model_that_is_not_packed_is_planned_padded(simulated, tmp_path, tiny):
+    """Rows of gemma 2 and of a GPT-2 with dropout are filled up to the longest of their micro-batch."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [chat("x" * 10, "y")] * 15 + [chat("x" * 400, "y")])
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    given = {"model": str(model), "data": [str(rows)], "device": "RTX 4090"}
+    packed = plan(**given).ways
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    padded = plan(**given).ways
+    activations = [made[1].candidates[0].by_cause["activations"] for made in (packed, padded)]
+    lengths = [len(e.ids) for e in answer.tokenised(PlanOptions(**given), answer.describe(str(model)), print).examples]
+    assert activations[0] == sum(lengths) * fake.PER_TOKEN
+    assert activations[1] == max(lengths) * len(lengths) * fake.PER_TOKEN
+
+
+@pytest.mark.parametrize("given, least", [({}, 3.13), ({"double_quant": False}, 3.5), ({"block_size": 128}, 3.07)])
+def test_no_fewer_bits_are_planned_than_the_formats_take(simulated, given, least):
+    found = plan(memory="3.4GiB", **given)
+    assert row(found, "hybrid").bits == least
+    assert f"--bits {least:.2f} " in command(row(found, "hybrid"), found.options, "m")
+    scales = 32 / given.get("block_size", 64)
+    assert row(found, "int8").bits == 8 + scales
+
+
+def test_rows_that_were_assumed_long_pass(simulated, tiny):
+    assert "--max-length 4096" in plan(model=str(tiny), length=4096, memory="24GiB").command
+    assert "--max-length" not in plan(model=str(tiny), memory="24GiB").command
+
+
+def test_float32_has_no_times_by_peaks_of_16_bit(simulated):
+    found = plan(dtype="float32")
+    assert found.rates is None
+    assert any("16-bit products" in note for note in found.notes)
+
+
+def test_calibration_is_of_a_device_that_is_here(capsys, monkeypatch):
+    measured = []
+    monkeypatch.setattr("twinlora.plan.calibrate.calibrate", lambda device, _: measured.append(device) or 1 / 0)
+    assert main(["plan", "--calibrate", "--device", "RTX 4090"]) == 2
+    assert "--calibrate measures this machine, not 'RTX 4090'" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        main(["plan", "--calibrate", "--device", "cpu"])
+    assert [device.type for device in measured] == ["cpu"]
 
 
 def test_a_missing_model_is_one_message(capsys):

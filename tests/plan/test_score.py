@@ -51,6 +51,14 @@ def test_a_correction_is_judged_on_other_runs():
     assert score.score(scattered).time_corrected > score.score(scattered).time
 
 
+def test_a_new_calibration_is_not_corrected_for_the_old_one():
+    old = [past(measured_step_seconds=2.0, rates="then") for _ in range(3)]
+    new = [past(measured_step_seconds=1.0, rates="now") for _ in range(2)]
+    assert score.time_factor(score.with_rates(old + new, "now")) == pytest.approx(1.0)
+    assert score.time_factor(score.with_rates(old + new, "then")) == pytest.approx(2.0)
+    assert score.score(old + new).time_corrected == pytest.approx(0.0)
+
+
 def test_runs_without_rates_say_nothing_of_time():
     found = score.score([past(predicted_step_seconds=None, measured_peak_bytes=1100)])
     assert found.time is None

@@ -1,5 +1,6 @@
 """What is said about a choice names its reason, in two sentences, and the other ways to it."""
 
+import dataclasses
 import shlex
 
 import pytest
@@ -117,4 +118,9 @@ def test_claims_are_checked_against_the_rows():
     share, saved = checked(rows, model="m", rank=16)
     assert "0.50 %" in share
     assert "74.2 % less" in saved
+    recomputed = dataclasses.replace(rows["lora"], setting=rows["lora"].way.candidates[1])
+    assert rows["qlora"].setting != recomputed.setting
+    _, again = checked(rows | {"lora": recomputed}, model="m", rank=16)
+    alike = rows["qlora"].way.candidates[1].peak
+    assert f"with equal settings {100 * (1 - alike / recomputed.setting.peak):.1f} % less" in again
     assert len(checked(rows, model="gpt3-175b", rank=16)) == 3

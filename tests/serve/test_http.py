@@ -159,7 +159,9 @@ def test_fields_that_ask_for_nothing_change_nothing(running):
 def test_extreme_rules_end_nobodys_answer(running, rules):
     """With next to no temperature, or of next to nothing, the likeliest token is left."""
     expected = ask(running.openai, "a0", "hi").choices[0].message.content
-    assert ask(running.openai, "a0", "hi", seed=1, **({"temperature": 1} | rules)).choices[0].message.content == expected
+    assert (
+        ask(running.openai, "a0", "hi", seed=1, **({"temperature": 1} | rules)).choices[0].message.content == expected
+    )
 
 
 def test_models_name_their_parent(running):

@@ -15,7 +15,7 @@ from twinlora.model.load import resolve
 from twinlora.numerics.formats import NF4Format
 from twinlora.plan import answer, predict, score
 from twinlora.plan.overhead import Overhead
-from twinlora.train import rehearsal
+from twinlora.train import memory, rehearsal
 from twinlora.train.loop import train
 
 PLANNED = {"plan": "auto", "max_steps": 2}  # one workload, so that its steps are simulated once
@@ -135,6 +135,59 @@ def test_the_cause_is_what_exceeds_its_prediction(weights, trained, free, said, 
     causes |= {"activations": 500, "loss head": 100, "workspace": 0, "runtime": 300}
     prediction = predict.Prediction(sum(causes.values()), causes, None, None)
     assert said in predict.blame(prediction, weights=weights, trained=trained, device=torch.device("cpu"))
+
+
+def test_a_run_that_goes_on_with_less_says_which_cause_took_more(tiny, data_file, tmp_path, history, monkeypatch):
+    kept, calls = rehearsal.loss_sum, []
+
+    def once(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+        return kept(*args, **kwargs)
+
+    monkeypatch.setattr(rehearsal, "loss_sum", once)
+    train(options(tiny, data_file, tmp_path / "r", max_steps=1))
+    (note,) = [note for note in document(tmp_path / "r")["notes"] if note.startswith("out of memory: predicted peak")]
+    assert note.endswith("activations took more than that")
+
+
+def test_full_float32_weights_are_their_own_masters(tiny, data_file, tmp_path, history, monkeypatch):
+    def exhausted(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(rehearsal, "loss_sum", exhausted)
+    with pytest.raises(OutOfMemory, match="activations took more than that"):
+        train(options(tiny, data_file, tmp_path / "r", method="full", dtype="float32", on_oom="stop"))
+
+
+def test_what_did_not_run_as_planned_joins_no_history(tiny, data_file, tmp_path, history, monkeypatch):
+    """Neither a run that is resumed with what an earlier part of it gave up, nor one that was at its end."""
+    given = {"max_steps": 2, "dtype": "float32"}
+    train(options(tiny, data_file, tmp_path / "r", **given))
+    assert len(score.read(print)) == 1
+    train(options(tiny, data_file, tmp_path / "r", resume=True, **given))
+    assert len(score.read(print)) == 1
+
+    monkeypatch.setattr(memory.Memory, "state", lambda self: {"micro_batch_tokens": 300, "checkpointing": False})
+    train(options(tiny, data_file, tmp_path / "less", **given))
+    assert len(score.read(print)) == 1
+
+
+def test_what_is_given_bounds_what_is_chosen(tiny, data_file, tmp_path, own_cache):
+    given = PLANNED | {"method": "hybrid", "bits": 6.5, "gradient_checkpointing": "off", "micro_batch_tokens": 30}
+    train(options(tiny, data_file, tmp_path / "r", **given))
+    chosen, notes = (document(tmp_path / "r")[key] for key in ("options", "notes"))
+    assert (chosen["bits"], chosen["gradient_checkpointing"], chosen["micro_batch_tokens"]) == (6.5, "off", 30)
+    assert any("hybrid at 6.5 bits" in note and "keeping activations" in note for note in notes)
+
+
+def test_scales_are_those_of_the_checkpoint(tiny, tokenizer, data_file, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    save_bnb(Merged(Checkpoint(resolve(str(tiny))), None), base, tokenizer, torch.bfloat16, NF4Format(64, 0))
+    train(options(base, data_file, tmp_path / "r", method=None, plan="auto", max_steps=1))
+    assert document(tmp_path / "r")["options"]["double_quant"] is False
 
 
 def test_a_hybrid_run_is_predicted_in_its_own_formats(tiny, data_file, tmp_path, history, own_cache):

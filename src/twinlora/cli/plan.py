@@ -12,6 +12,7 @@ from rich.text import Text
 
 from twinlora.cli.console import as_typed, carry_out, figures_table, out, print_json, print_table
 from twinlora.config import PlanOptions
+from twinlora.errors import ConfigError
 from twinlora.reporter import ConsoleReporter, Reporter
 
 if TYPE_CHECKING:
@@ -38,8 +39,11 @@ def run(options: PlanOptions) -> None:
 def _calibrate(options: PlanOptions) -> None:
     from twinlora.model.load import pick_device
     from twinlora.plan import calibrate
+    from twinlora.plan.devices import DEVICES
 
-    device, reporter = pick_device("auto"), ConsoleReporter()
+    if options.device in DEVICES:
+        raise ConfigError(f"--calibrate measures this machine, not {options.device!r}: leave one of them out")
+    device, reporter = pick_device(options.device), ConsoleReporter()
     try:
         rates = calibrate.calibrate(device, reporter)
     finally:

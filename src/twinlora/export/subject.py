@@ -184,7 +184,9 @@ def _record(run: Path) -> dict[str, Any]:
         return {}
     found = read_json(path)
     record = found.value
-    problems = found.problems + [f"{key} is no object" for key in ("options", "deployed") if not isinstance(record.get(key, {}), dict)]
+    problems = found.problems + [
+        f"{key} is no object" for key in ("options", "deployed") if not isinstance(record.get(key, {}), dict)
+    ]
     if problems:
         raise AdapterError(f"{path}: damaged ({'; '.join(problems)}); delete it, and name held-out rows with --data")
     return record

@@ -123,9 +123,12 @@ def plan(
     workload: Workload | None = None,
     *,
     only: str | None = None,
-    checkpointing: bool = False,
+    checkpointing: bool | None = None,
+    bits: float | None = None,
+    fused: bool = True,
 ) -> Plan:
-    """Plan as `options` say, for a `workload` if there is one already; `only` one method, with `checkpointing` only.
+    """Plan as `options` say, for a `workload` if there is one already; `only` one method, with `checkpointing` alone or
+    without (None: either), a hybrid of so many `bits`, the model with its stock blocks (not `fused`).
 
     Raises InputError; StorageError for rates that are damaged.
     """
@@ -136,23 +139,27 @@ def plan(
         options = options.model_copy(update={"double_quant": planned.nf4})
         notes.append(f"double_quant {'on' if planned.nf4 else 'off'}, as the checkpoint has it")
     here = options.device in ("auto", "cpu") or options.device.startswith("cuda")
-    device = this_machine(pick_device(options.device)) if here else find(options.device)
+    local = pick_device(options.device) if here else None
+    device = find(options.device) if local is None else this_machine(local)
     memory = device.memory_bytes if options.memory is None else parse_size(options.memory)
     notes += _memory_notes(options, device, memory)
     dtype, reason = _dtype(options, device)
     notes += [reason] if reason else []
-    rates, reserve = _rates(device, notes)
+    rates, reserve = _of_table(device, dtype, notes) if local is None else _measured(local, options, notes)
     if workload is None:
         workload = tokenised(options, planned, reporter.note) if options.data else assumed(options)
     maker = Ways(
         planned.config,
         workload,
-        Conditions(options, device.target, dtype, rates, _overhead(device)),
+        Conditions(options, device.target, dtype, rates, _overhead(device), fused),
         lambda done, total: reporter.progress("simulating", done, total),
     )
     wanted = "qlora" if left_out else only
     made = [way for way in maker.make() if wanted in (None, way.method)]
-    made = [way.recomputing() for way in made] if checkpointing else made
+    if checkpointing is not None:
+        made = [way.with_checkpointing(checkpointing) for way in made]
+    if bits is not None:
+        made = [way.with_bits(bits) for way in made]
     ways, rows, choice = _settled(maker, made, memory, options, reserve)
     found = changes(ways, memory, options.goal, reserve)
     claims = checked({row.method: row for row in rows}, model=planned.given, rank=options.rank)
@@ -215,16 +222,23 @@ def _dtype(options: PlanOptions, device: Device) -> tuple[torch.dtype, str | Non
     return pick_dtype(options.dtype, torch.device("cpu"))
 
 
-def _rates(device: Device, notes: list[str]) -> tuple[Rates | None, float]:
-    """Rates of the device and the reserve of memory, both corrected by what past runs took there."""
-    table = stated(device)
-    if table is not None:
-        notes.append(f"times follow from the maker's peaks ({device.source}, {device.date}), not from a measurement")
-        return table, RESERVE
-    hardware = calibrate.hardware(torch.device(device.target))
+def _of_table(device: Device, dtype: torch.dtype, notes: list[str]) -> tuple[Rates | None, float]:
+    """Rates of a device of the table, and the reserve of memory."""
+    if dtype == torch.float32:
+        notes.append("no times: the makers' peaks are those of 16-bit products, and this plan is in float32")
+        return None, RESERVE
+    notes.append(f"times follow from the maker's peaks ({device.source}, {device.date}), not from a measurement")
+    return stated(device), RESERVE
+
+
+def _measured(device: torch.device, options: PlanOptions, notes: list[str]) -> tuple[Rates | None, float]:
+    """Rates of this machine's device and the reserve of memory, both corrected by what past runs took there."""
+    hardware = calibrate.hardware(device)
     measured = calibrate.load(hardware)
     history = score.of_hardware(score.read(notes.append), hardware)
     if measured is None:
-        notes.append("no times: this machine is not measured yet; twinlora plan --calibrate does it in under a minute")
+        command = "twinlora plan --calibrate" + ("" if options.device == "auto" else f" --device {options.device}")
+        notes.append(f"no times: this machine is not measured yet; {command} does it in under a minute")
         return None, score.reserve(history)
-    return dataclasses.replace(measured, factor=score.time_factor(history)), score.reserve(history)
+    factor = score.time_factor(score.with_rates(history, measured.source))
+    return dataclasses.replace(measured, factor=factor), score.reserve(history)

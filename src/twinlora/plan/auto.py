@@ -13,19 +13,32 @@ from twinlora.train.notes import Notes
 
 __all__ = ["CHOSEN", "planned_options"]
 
-CHOSEN = ("method", "bits", "micro_batch_tokens")  # what the planner decides; checkpoints say what is recomputed
+CHOSEN = (
+    "method",
+    "bits",
+    "double_quant",
+    "micro_batch_tokens",
+)  # what the planner decides; checkpoints say what is recomputed
 
 
 def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> TrainOptions:
-    """`options` with what the planner chose for this machine. A method with its budget and checkpointing that is on
-    stay as given, and micro-batches no larger. Raises ConfigError if nothing fits."""
+    """`options` with what the planner chose for this machine. A method with its budget and checkpointing that is on or
+    off stay as given, and micro-batches no larger. Raises ConfigError if nothing fits."""
     shared = {name: getattr(options, name) for name in PlanOptions.model_fields if name in TrainOptions.model_fields}
     del shared["memory"]  # of train it is what the weights of a hybrid base may take
     asked = PlanOptions(**(shared | {"model": str(inputs.source.path)}))
     workload = Workload(inputs.examples, asked, from_data=True, packed=options.packing == "auto")
     found = plan(
-        asked, notes.reporter, workload, only=options.method, checkpointing=options.gradient_checkpointing == "on"
+        asked,
+        notes.reporter,
+        workload,
+        only=options.method,
+        checkpointing={"on": True, "off": False, "auto": None}[options.gradient_checkpointing],
+        bits=options.bits,
+        fused=options.fused,
     )
+    for note in found.notes:
+        notes.add(f"plan: {note}")
     if found.left_out:
         notes.add(f"plan: {found.left_out}")
     first, second = found.sentences
@@ -35,7 +48,8 @@ def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> Trai
     setting = found.choice.row.setting
     update: dict[str, Any] = {
         "method": found.choice.method,
-        "micro_batch_tokens": setting.micro_batch_tokens,
+        "double_quant": found.options.double_quant,
+        "micro_batch_tokens": min(setting.micro_batch_tokens, options.micro_batch_tokens),  # a longer row goes alone
         "gradient_checkpointing": "on" if setting.checkpointing else options.gradient_checkpointing,
     }
     if options.method is None and found.choice.method in ("hybrid", "int8"):

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import date
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,8 @@ def measure(device: torch.device, reporter: Reporter) -> Measured:
             found.setdefault(curve, []).append(point)
             reporter.progress("calibrating", number + 1, len(pieces), curve)
     curves = {name: Curve(tuple(sorted(points))) for name, points in found.items()}
-    rates = Measured(f"measured on this machine, {date.today().isoformat()}", curves, dispatch)
+    when = datetime.now(UTC).isoformat(sep=" ", timespec="minutes")
+    rates = Measured(f"measured on this machine, {when}", curves, dispatch)
     rates = replace(rates, overhead=_overhead(device, rates))
     return replace(rates, slowdown=_slowdown(device, rates))
 

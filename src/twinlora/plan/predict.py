@@ -52,8 +52,8 @@ def predict(
     runtime: int,
     precision: Mapping[str, str] | None,
 ) -> Prediction:
-    """Of a run with `options`; `runtime` are the bytes that the process had before its model, `precision` the format of
-    each layer of a hybrid base."""
+    """Of a run with `options`; `runtime` are the bytes that the process had before its model (of a GPU's memory 0),
+    `precision` the format of each layer of a hybrid base."""
     workload = Workload(inputs.examples, options, from_data=True, packed=packed)
     limit = options.micro_batch_tokens
     micro = workload.largest(limit)
@@ -87,11 +87,12 @@ def remember(prediction: Prediction, options: TrainOptions, record: Mapping[str,
         checkpointing=options.gradient_checkpointing == "on",
         micro_batch_tokens=options.micro_batch_tokens,
         steps=record["steps"],
-        predicted_peak_bytes=prediction.peak_bytes - (prediction.by_cause["runtime"] if device.type == "cuda" else 0),
+        predicted_peak_bytes=prediction.peak_bytes,
         predicted_by_cause=dict(prediction.by_cause),
         measured_peak_bytes=measured,
         predicted_step_seconds=prediction.step_seconds,
         measured_step_seconds=record["seconds"] / record["steps"],
+        rates=prediction.rates,
     )
     score.append(past)
 
@@ -104,12 +105,13 @@ def as_json(prediction: Prediction) -> dict[str, Any]:
 def blame(prediction: Prediction, *, weights: int, trained: int, device: torch.device) -> str:
     """Which cause exceeded its prediction when memory ran out, in words.
 
-    `weights` are the base's bytes as loaded, `trained` the parameters that train; the rest is what the pass holds.
+    `weights` are the base's bytes as loaded, `trained` those of what trains with its masters and moments, beyond the
+    base's; the rest is what the pass holds.
     """
     by_cause = prediction.by_cause
     stored = by_cause["weights"] + by_cause["quantisation constants"]
     fixed = stored + sum(by_cause[cause] for cause in ("adapter", "optimiser"))
-    held = weights + 12 * trained  # float32: itself or its master, two moments
+    held = weights + trained
     rest = prediction.peak_bytes - fixed - by_cause["runtime"]
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine.available_bytes()
     peak = prediction.peak_bytes / _GIB

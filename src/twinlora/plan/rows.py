@@ -19,7 +19,7 @@ RESERVE = 0.02  # of the predicted peak: what the prediction may be off by
 Fit = Literal["fits", "tight", "does not fit"]
 _FEW_TOKENS = 128  # about as many are multiplied in the time that reading the weights takes
 _SAME_TIME = 0.02  # settings that differ by less are equally fast
-_LEAST_BITS, _MOST_BITS = FORMATS[0].bits, FORMATS[-1].bits
+_LEAST_BITS, _MOST_BITS = FORMATS[0].bits, FORMATS[-1].bits  # of a hybrid base
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,16 @@ class Way:
     expected: Expectation
     candidates: tuple[Candidate, ...]
     needs: str | None = None
+    least_bits: float = _LEAST_BITS  # that hybrid may have, and the most
+    most_bits: float = _MOST_BITS
 
-    def recomputing(self) -> Way:
-        """With checkpointing alone."""
-        return dataclasses.replace(self, candidates=tuple(c for c in self.candidates if c.checkpointing))
+    def with_checkpointing(self, wanted: bool) -> Way:
+        """With checkpointing alone, or without."""
+        return dataclasses.replace(self, candidates=tuple(c for c in self.candidates if c.checkpointing == wanted))
+
+    def with_bits(self, bits: float) -> Way:
+        """A hybrid of so many bits, whatever else would fit."""
+        return dataclasses.replace(self, least_bits=bits, most_bits=bits)
 
 
 @dataclass(frozen=True)
@@ -150,8 +156,8 @@ def _hybrid(way: Way, candidate: Candidate, memory: int, reserve: float) -> Row:
     """The candidate is in NF4; what memory is left buys bits, or too little is left and bits are saved."""
     spare = memory / (1 + reserve) - candidate.peak
     bits = way.bits + 8 * spare / way.quantised_weights
-    bits = min(max(bits, _LEAST_BITS), _MOST_BITS)
-    bits = max(math.floor(100 * bits) / 100, _LEAST_BITS)
+    bits = min(max(bits, way.least_bits), way.most_bits)
+    bits = max(math.floor(100 * bits) / 100, way.least_bits)
     more = math.ceil((bits - way.bits) * way.quantised_weights / 8)
     by_cause = dict(candidate.by_cause) | {"weights": candidate.by_cause["weights"] + more}
     return Row(way, candidate, _fit(sum(by_cause.values()), memory, reserve), by_cause, bits, memory, reserve)

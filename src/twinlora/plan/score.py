@@ -31,6 +31,7 @@ __all__ = [
     "score",
     "summary",
     "time_factor",
+    "with_rates",
 ]
 
 _FEW = 5  # runs; fewer change no reserve
@@ -54,6 +55,7 @@ class Past(BaseModel):
     measured_peak_bytes: int
     predicted_step_seconds: float | None
     measured_step_seconds: float
+    rates: str | None = None  # by which the time was predicted
 
     @property
     def peak_ratio(self) -> float:
@@ -106,6 +108,11 @@ def of_hardware(runs: Sequence[Past], hardware: str) -> list[Past]:
     return [run for run in runs if run.hardware == hardware]
 
 
+def with_rates(runs: Sequence[Past], source: str) -> list[Past]:
+    """Those whose times were predicted by these rates: a new calibration needs no correction of the old one."""
+    return [run for run in runs if run.rates == source]
+
+
 def time_factor(runs: Sequence[Past]) -> float:
     """By what predicted times are multiplied: the median of measured over predicted; 1 without runs."""
     ratios = [math.log(run.time_ratio) for run in runs if run.time_ratio]
@@ -134,9 +141,10 @@ def score(runs: Sequence[Past]) -> Score:
     """Of runs of one hardware."""
     timed = [run for run in runs if run.time_ratio]
     corrected = [
-        _error((run.time_ratio or 1.0) / time_factor([other for other in timed if other is not run]))
+        _error((run.time_ratio or 1.0) / time_factor(others))
         for run in timed
-        if len(timed) > 1
+        for others in [[other for other in timed if other is not run and other.rates == run.rates]]
+        if others
     ]
     return Score(
         runs=len(runs),

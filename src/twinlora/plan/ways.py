@@ -9,6 +9,7 @@ is simulated itself (`exact`).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import get_args
@@ -18,9 +19,10 @@ from transformers import PretrainedConfig
 
 from twinlora.adapters.targets import LoraConfig
 from twinlora.config import AdapterOptions, Method, PlanOptions
-from twinlora.model.quantizer import nf4_of
+from twinlora.numerics.formats import of_kind
+from twinlora.plan.build import prove
 from twinlora.plan.overhead import Overhead
-from twinlora.plan.quality import FORMATS, expected
+from twinlora.plan.quality import expected
 from twinlora.plan.rows import Candidate, Row, Way
 from twinlora.plan.simulate import Cell, Simulated, larger, simulate
 from twinlora.plan.speed import Rates
@@ -31,7 +33,6 @@ __all__ = ["METHODS", "Conditions", "Ways", "cell_for", "simulated", "step_times
 
 METHODS = ("full", "lora", "int8", "qlora", "hybrid")
 _GROWING = ("activations", "loss head", "workspace", "fragmentation")  # with the tokens of a micro-batch
-_NF4, _INT8 = FORMATS[1], FORMATS[2]
 _KEPT = 2  # checkpoints, as train keeps by default
 
 
@@ -44,6 +45,7 @@ class Conditions:
     dtype: torch.dtype
     rates: Rates | None
     overhead: Overhead  # of a process, beside the step
+    fused: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,16 @@ class Ways:
         conditions: Conditions,
         tell: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.config, self.workload, self.conditions = config, workload, conditions
+        self.config, self.conditions = config, conditions
+        adapter = LoraConfig.from_options(conditions.options)
+        if workload.packed and not prove(config, conditions.dtype, adapter, fused=conditions.fused).packed:
+            workload = workload.padded()  # as training will
+        self.workload = workload
+        options = conditions.options
+        self._formats = {
+            kind: of_kind(kind, options.block_size, double_quant=options.double_quant)
+            for kind in ("nf3", "nf4", "int8")
+        }
         self._tell = tell or (lambda done, total: None)
         self._cells: set[str] = set()
         self.limits = self._limits()
@@ -127,6 +138,7 @@ class Ways:
         made["hybrid"] = dataclasses.replace(
             made["qlora"],
             method="hybrid",
+            least_bits=math.ceil(100 * self._bits("nf3")) / 100,  # as the command can say them
             needs=_needs("hybrid"),
             expected=expected("hybrid", made["qlora"].parameters),
         )
@@ -135,10 +147,13 @@ class Ways:
 
     def _quantised(self, lora: Simulated, qlora: Simulated) -> int:
         """Weights that QLoRA quantises. The sizes as stored: an allocator's rounding is not the format's."""
-        options, count = self.conditions.options, 1 << 24
-        fmt = nf4_of(options)
-        saved = self.conditions.dtype.itemsize - fmt.stored_bytes(count) / count
+        saved = self.conditions.dtype.itemsize - self._bits("nf4") / 8
         return round((lora.weight_bytes - qlora.weight_bytes) / saved)
+
+    def _bits(self, kind: str) -> float:
+        """Of a weight in that format, scales included."""
+        count = 1 << 24
+        return 8 * self._formats[kind].stored_bytes(count) / count
 
     def exact(self, row: Row) -> Way:
         """The way of `row`, with the row's setting simulated itself."""
@@ -146,7 +161,7 @@ class Ways:
         found = self._simulated(method, row.setting.checkpointing, row.setting.micro_batch_tokens)
         by_cause = found.by_cause | self._beside(found)
         if row.method == "int8":
-            by_cause = _int8_causes(by_cause, row.way.quantised_weights)
+            by_cause = self._int8_causes(by_cause, row.way.quantised_weights)
         better = dataclasses.replace(row.setting, by_cause=by_cause, exact=True)
         candidates = tuple(better if candidate is row.setting else candidate for candidate in row.way.candidates)
         return dataclasses.replace(row.way, candidates=candidates)
@@ -156,7 +171,7 @@ class Ways:
         cell = cell_for(
             self.workload.largest(limit), given.options, method=method, checkpointing=checkpointing,
             dtype=given.dtype, target=given.target, packed=packed, block_size=given.options.block_size,
-            double_quant=given.options.double_quant,
+            double_quant=given.options.double_quant, fused=given.fused,
         )  # fmt: skip
         found = simulated(self.config, cell)
         self._cells.add(repr(cell))
@@ -216,7 +231,7 @@ class Ways:
 
     def _way(self, method: str, candidates: list[Candidate], found: Simulated, quantised: int) -> Way:
         full = method == "full"
-        bits = _NF4.bits if method == "qlora" else 8.0 * self.conditions.dtype.itemsize
+        bits = self._bits("nf4") if method == "qlora" else 8.0 * self.conditions.dtype.itemsize
         artefact = found.trainable_parameters * (self.conditions.dtype.itemsize if full else 4)
         return Way(
             method=method,
@@ -235,12 +250,19 @@ class Ways:
     def _in_int8(self, qlora: Way) -> Way:
         """QLoRA with the weights of another format."""
         candidates = tuple(
-            dataclasses.replace(c, by_cause=_int8_causes(c.by_cause, qlora.quantised_weights)) for c in qlora.candidates
+            dataclasses.replace(c, by_cause=self._int8_causes(c.by_cause, qlora.quantised_weights))
+            for c in qlora.candidates
         )
         known = expected("int8", qlora.parameters)
         return dataclasses.replace(
-            qlora, method="int8", bits=_INT8.bits, candidates=candidates, expected=known, needs=_needs("int8")
+            qlora, method="int8", bits=self._bits("int8"), candidates=candidates, expected=known, needs=_needs("int8")
         )
+
+    def _int8_causes(self, by_cause: Mapping[str, int], weights: int) -> dict[str, int]:
+        """Of NF4's: a byte a weight for half of one, and other scales."""
+        constants = weights * (self._bits("int8") - 8) / 8
+        more = by_cause["weights"] + weights // 2
+        return dict(by_cause) | {"weights": more, "quantisation constants": round(constants)}
 
 
 def cell_for(
@@ -293,11 +315,6 @@ def simulated(config: PretrainedConfig, cell: Cell) -> Simulated:
     if key not in _done:
         _done[key] = simulate(config, cell)
     return _done[key]
-
-
-def _int8_causes(by_cause: Mapping[str, int], weights: int) -> dict[str, int]:
-    constants = weights * (_INT8.bits - 8) / 8
-    return dict(by_cause) | {"weights": by_cause["weights"] + weights // 2, "quantisation constants": round(constants)}
 
 
 def _at(tokens: float, top: _Point, low: _Point | None) -> float:

@@ -55,7 +55,7 @@ def sentences(choice: Choice, rows: Sequence[Row], goal: Goal) -> tuple[str, str
         return (
             f"Nothing fits into {gib(row.memory)}: the least is {_name(row)} with {gib(row.needed)} (peak "
             f"{gib(row.peak)} and {100 * row.reserve:.0f} % reserve).",
-            "Take a smaller model, shorter rows (--max-length), or more memory.",
+            "Take a smaller model, shorter rows (--max-length; without data --length), or more memory.",
         )
     name = _name(row)
     return f"Choose {name}: {_why(choice, rows, goal)}.", _run(row)
@@ -73,8 +73,9 @@ def _why(choice: Choice, rows: Sequence[Row], goal: Goal) -> str:
         "not rounded": f"it fits with {gib(row.needed)}, and its base is not rounded",
         "switching": f"it fits, and switching between tasks swaps {_size(row.way.artefact_bytes)} of adapter over one "
         "base that is not rounded",
-        "fastest": f"it is the fastest that fits{expectation}",
-        "least memory": f"it needs the least memory, {gib(row.needed)}{expectation}",
+        "fastest": f"it is the fastest that fits, or simpler and nearly as fast{expectation}",
+        "least memory": f"it needs the least memory without rounding more than NF4 does, or simpler and nearly as "
+        f"little: {gib(row.needed)}{expectation}",
         "edge": "an edge device runs a base of about 4 bits, so train on the base that will run, and export both for it"
         + expectation,
     }
@@ -160,6 +161,8 @@ def command(row: Row, options: PlanOptions, train_as: str) -> str:
     """The `twinlora train` command that does what the row says."""
     setting = row.setting
     data = options.data or ["train.jsonl"]
+    if not options.data:  # rows as long as those that were planned must pass
+        options = options.model_copy(update={"max_length": max(options.max_length, options.length)})
     mixed = row.method in ("hybrid", "int8")
     parts = ["twinlora", "train", "--model", train_as, "--data", *data, "--method", "hybrid" if mixed else row.method]
     parts += ["--bits", f"{row.bits:.2f}"] if mixed else []

@@ -43,6 +43,10 @@ class Workload:
     packed: bool = True
     _cut: dict[int, list[list[list[Example]]]] = field(default_factory=dict, repr=False, compare=False)
 
+    def padded(self) -> Workload:
+        """The same examples for a model that does not train on packed rows."""
+        return Workload(self.examples, self.options, self.from_data, packed=False)
+
     @cached_property
     def weights(self) -> list[float]:
         """How often each example is seen in an epoch."""

@@ -199,9 +199,7 @@ def _models(service: Service) -> list[dict[str, Any]]:
     return entries
 
 
-def _sampling(
-    body: ChatRequest | CompletionRequest, max_tokens: int, top: int | None, *, continues: bool
-) -> Sampling:
+def _sampling(body: ChatRequest | CompletionRequest, max_tokens: int, top: int | None, *, continues: bool) -> Sampling:
     temperature = 1.0 if body.temperature is None else body.temperature
     return Sampling(max_tokens, temperature, body.top_p or 1.0, body.seed, body.stops(), top, continues)
 
@@ -221,7 +219,7 @@ async def _answer(
 
 
 class _Stream(StreamingResponse):
-    """Lets go of the answer however it ends, also before its first piece was sent, and when the client stops reading."""
+    """Lets go of the answer however it ends, also before its first piece was sent or when the client reads no more."""
 
     def __init__(self, answer: Answer, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

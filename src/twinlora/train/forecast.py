@@ -10,6 +10,7 @@ from twinlora import machine
 from twinlora.config import TrainOptions
 from twinlora.errors import StorageError
 from twinlora.train.inputs import Inputs
+from twinlora.train.memory import Memory
 from twinlora.train.notes import Notes
 from twinlora.train.prepare import Prepared
 
@@ -26,9 +27,10 @@ class Forecast:
         self, options: TrainOptions, inputs: Inputs, dtype: torch.dtype, device: torch.device, notes: Notes
     ) -> None:
         self.options, self.inputs, self.dtype, self.device, self.notes = options, inputs, dtype, device, notes
-        self._runtime = machine.rss_bytes()
+        self._runtime = 0 if device.type == "cuda" else machine.rss_bytes()
 
-    def _predict(self, prepared: Prepared) -> Prediction | None:
+    def _predict(self, prepared: Prepared, memory: Memory) -> Prediction | None:
+        """Of a run with the settings that `memory` has come to."""
         from twinlora.plan import predict
         from twinlora.plan.model import describe
 
@@ -40,7 +42,7 @@ class Forecast:
         try:
             return predict.predict(
                 describe(str(self.inputs.source.path), trust_remote_code=self.options.trust_remote_code).config,
-                self.options,
+                self._with(memory),
                 self.inputs,
                 packed=prepared.packed,
                 dtype=self.dtype,
@@ -52,25 +54,37 @@ class Forecast:
             self.notes.add(f"no prediction beside this run: {type(error).__name__}: {str(error).splitlines()[0]}")
             return None
 
-    def beside(self, record: dict[str, Any], prepared: Prepared, *, as_planned: bool) -> dict[str, Any] | None:
+    def _with(self, memory: Memory) -> TrainOptions:
+        now = {"micro_batch_tokens": memory.micro_batch_tokens,
+               "gradient_checkpointing": "on" if memory.checkpointing else "off"}  # fmt: skip
+        return self.options.model_copy(update=now)
+
+    def beside(
+        self, record: dict[str, Any], prepared: Prepared, memory: Memory, *, as_planned: bool
+    ) -> dict[str, Any] | None:
         """The prediction for run.json; the run joins the history. None for a run that was not `as_planned`."""
         from twinlora.plan import predict
 
-        prediction = self._predict(prepared) if record["steps"] and as_planned else None
+        prediction = self._predict(prepared, memory) if as_planned else None
         if prediction is None:
             return None
         try:
-            predict.remember(prediction, self.options, record, self.device)
+            predict.remember(prediction, self._with(memory), record, self.device)
         except StorageError as error:
             self.notes.add(f"this run is missing from the history: {error}")
         return predict.as_json(prediction)
 
-    def blame(self, prepared: Prepared) -> str:
-        """Which cause took more than predicted when memory ran out, in words."""
+    def blame(self, prepared: Prepared, memory: Memory) -> str | None:
+        """Which cause took more than predicted when memory ran out, in words; None without a prediction."""
         from twinlora.plan import predict
 
-        prediction = self._predict(prepared)
+        prediction = self._predict(prepared, memory)
         if prediction is None:
-            return "what it should have taken is not predicted"
-        trained = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
+            return None
+        full = self.options.method == "full"  # then a float32 weight is its own master
+        trained = sum(
+            p.numel() * (8 if full and p.dtype == torch.float32 else 12)  # two moments, and the float32 weight itself
+            for p in prepared.model.parameters()
+            if p.requires_grad
+        )
         return predict.blame(prediction, weights=prepared.weight_bytes, trained=trained, device=self.device)

@@ -21,7 +21,7 @@ from twinlora.adapters.lora import trainable_parameters
 from twinlora.config import TrainOptions
 from twinlora.data.packing import Batch, make_batch
 from twinlora.data.template import Example
-from twinlora.errors import ConfigError, Interrupted, OutOfMemory, StorageError, TrainingDiverged
+from twinlora.errors import ConfigError, Interrupted, StorageError, TrainingDiverged
 from twinlora.evaluate.metrics import mean_loss
 from twinlora.model.load import pick_device
 from twinlora.reporter import Reporter
@@ -95,10 +95,7 @@ def _train(options: TrainOptions, inputs: Inputs, run: RunDirectory, notes: Note
         trainer = _Trainer(choices, inputs, run, notes, trackers, device)
         trainer.restore(found)
         trackers.start(trainer.at.step)
-        try:
-            trainer.fit()
-        except OutOfMemory as error:
-            raise OutOfMemory(f"{error}\n  {trainer.forecast.blame(trainer.prepared)}") from None
+        trainer.fit()
         return trainer.finish()
 
 
@@ -136,12 +133,20 @@ class _Trainer:
         self.loading_peak = machine.peak_rss_bytes()
         machine.reset_peaks(device)  # what a step takes is predicted; loading may take more
         self.parameters = trainable_parameters(self.model)
-        self.memory = Memory(options, self.model, packed=self.prepared.packed, device=device, notes=notes)
+        self.memory = Memory(
+            options,
+            self.model,
+            packed=self.prepared.packed,
+            device=device,
+            notes=notes,
+            blame=lambda memory: self.forecast.blame(self.prepared, memory),
+        )
         self.optimizer = MasterAdamW(
             self.parameters, options, scaled=dtype == torch.float16, offload="optimizer" in options.offload
         )
         self.total = inputs.steps(options)
         self.at = Progress()
+        self.began = 0  # the step that this process went on from
         chooses = bool(options.keep_best and options.eval and options.eval_every)
         self.selection = Selection(keep=chooses)
 
@@ -158,6 +163,7 @@ class _Trainer:
         self.memory.load(found.state["memory"])
         restore_rng(found.rng, self.device)
         self.at = Progress(step=found.state["step"], **found.state["progress"])
+        self.began = self.at.step
         missing = self.run.rewind_metrics(found.state["records"])
         if missing:
             self.notes.add(f"resume: {missing} line(s) of {self.run.metrics} before this step are gone")
@@ -329,7 +335,8 @@ class _Trainer:
         options, inputs, prepared = self.options, self.inputs, self.prepared
         saved = record.save(self.run, options, inputs, prepared, self.selection.kept_step or self.at.step)
         result = record.result(options, self.at, self.selection, prepared, self.loading_peak, self.device) | saved
-        result["predicted"] = self.forecast.beside(result, prepared, as_planned=self.memory.untouched)
+        as_planned = self.memory.untouched and self.at.step > self.began
+        result["predicted"] = self.forecast.beside(result, prepared, self.memory, as_planned=as_planned)
         document = record.document(options, inputs, prepared, self.memory, self.notes, self.device)
         atomic.write_json(self.run.path / "run.json", document | {"result": result})
         return TrainResult(result, self.model, inputs.tokenizer, prepared.plain_head, prepared.packed)

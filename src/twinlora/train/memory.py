@@ -47,8 +47,17 @@ class Memory:
     """The policies of one run. Its state is saved with every checkpoint: a resumed run continues alike."""
 
     def __init__(
-        self, options: TrainOptions, model: PreTrainedModel, *, packed: bool, device: torch.device, notes: Notes
+        self,
+        options: TrainOptions,
+        model: PreTrainedModel,
+        *,
+        packed: bool,
+        device: torch.device,
+        notes: Notes,
+        blame: Callable[[Memory], str | None] = lambda _: None,
     ) -> None:
+        """`blame` says which cause took more than was predicted."""
+        self._blame = blame
         self.options, self.model, self.packed, self.device, self.notes = options, model, packed, device, notes
         self.micro_batch_tokens = options.micro_batch_tokens
         self.checkpointing = options.gradient_checkpointing == "on"
@@ -78,8 +87,13 @@ class Memory:
 
     @property
     def untouched(self) -> bool:
-        """Whether the run took what its options alone say: nothing was given up, moved to the host or copied."""
-        return not (self.retries or self.options.offload or self.copies)
+        """Whether the run took what its options alone say: nothing was given up, now or before it was resumed, moved to
+        the host or copied."""
+        given = {
+            "micro_batch_tokens": self.options.micro_batch_tokens,
+            "checkpointing": self.options.gradient_checkpointing == "on",
+        }
+        return self.state() == given and not (self.retries or self.options.offload or self.copies)
 
     def record(self) -> dict[str, Any]:
         """For run.json."""
@@ -118,6 +132,8 @@ class Memory:
         if self.options.on_oom == "stop" or not safe:
             raise OutOfMemory(self._explain(part, reason))
         self.retries += 1
+        if self.retries == 1 and (blamed := self._blame(self)):
+            self.notes.add(f"out of memory: {blamed}")
         what = f"out of memory at {size} tokens ({reason}): "
         if self.copies is not None:
             self.copies = None
@@ -155,9 +171,11 @@ class Memory:
             advice.append("or add --offload optimizer,activations")
         if self.options.method == "lora":
             advice.append("or choose --method qlora")
+        blamed = self._blame(self)
         return (
             f"out of memory; the largest micro-batch has {size_of(part, packed=self.packed)} tokens in {len(part)} "
             f"row(s), the longest of {len(longest.ids)} tokens ({longest.where})\n  {reason}\nlower {', '.join(advice)}"
+            + (f"\n  {blamed}" if blamed else "")
         )
 
     def make_copies(self, dtype: torch.dtype) -> None:
