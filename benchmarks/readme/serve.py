@@ -89,6 +89,14 @@ def _soak(part: dict) -> str:
 
 
 def _outgrow(part: dict) -> str:
-    """How often vLLM says the same."""
+    """How often vLLM says the same, and how near the others were to it."""
     equal = part["rows"] - len(part["differing"])
-    return f"A trained adapter in vLLM's server: {equal:,} of {part['rows']:,} greedy answers are the same."
+    told = (
+        f"A trained adapter in vLLM's server: {equal:,} of {part['rows']:,} greedy answers are the same, the "
+        f"log-probabilities of their {part['tokens']:,} common tokens {part['mean_apart']:.3f} nats apart"
+    )
+    margins = [place[side] for place in part["differing"] for side in ("preferred by ours", "preferred by vllm")]
+    if not margins:
+        return f"{told}."
+    known = [margin for margin in margins if margin is not None]
+    return f"{told}; where answers part, a server preferred its token by {max(known):.2f} nats at most."

@@ -113,10 +113,10 @@ def test_thirty_steps_follow_peft(tiny, tmp_path, dtype, tolerance):
 
 
 @pytest.mark.model
-def test_thirty_steps_on_the_real_model_follow_peft(smollm2, tmp_path):
-    data = encode_rows(load_tokenizer(resolve(str(smollm2))), tasks.rows("legal", "train", 60), 512)
+def test_ten_steps_on_the_real_model_follow_peft(smollm2, tmp_path):
+    data = encode_rows(load_tokenizer(resolve(str(smollm2))), tasks.rows("legal", "train", 20), 512)
     options = OptimizerOptions(lr=1e-3, warmup_steps=3)
-    for step, (ours, theirs) in enumerate(losses_of_both(smollm2, tmp_path, torch.float32, data, options, 2, 30)):
+    for step, (ours, theirs) in enumerate(losses_of_both(smollm2, tmp_path, torch.float32, data, options, 2, 10)):
         assert abs(ours - theirs) < 1e-4, f"step {step}"
 
 
