@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from twinlora.config import AdapterOptions, Goal, PlanOptions, TrainOptions
@@ -73,9 +73,15 @@ def _why(choice: Choice, rows: Sequence[Row], goal: Goal) -> str:
         "not rounded": f"it fits with {gib(row.needed)}, and its base is not rounded",
         "switching": f"it fits, and switching between tasks swaps {_size(row.way.artefact_bytes)} of adapter over one "
         "base that is not rounded",
-        "fastest": f"it is the fastest that fits, or simpler and nearly as fast{expectation}",
-        "least memory": f"it needs the least memory without rounding more than NF4 does, or simpler and nearly as "
-        f"little: {gib(row.needed)}{expectation}",
+        "fastest": _first(row, rows, lambda r: r.setting.cost, "is the fastest that fits", "faster") + expectation,
+        "least memory": _first(
+            row,
+            rows,
+            lambda r: r.peak,
+            f"needs the least memory without rounding more than NF4 does, {gib(row.needed)}",
+            f"smaller than its {gib(row.needed)}",
+        )
+        + expectation,
         "edge": "an edge device runs a base of about 4 bits, so train on the base that will run, and export both for it"
         + expectation,
     }
@@ -91,6 +97,13 @@ def _why(choice: Choice, rows: Sequence[Row], goal: Goal) -> str:
         fits = too_large if lora.fit != "fits" else "LoRA in 16 bit leaves room for smaller or recomputed steps only"
         return f"{fits}, and this memory, between QLoRA's and LoRA's, buys back {kept:.0f} % of what NF4 rounds"
     return reasons[choice.reason]
+
+
+def _first(row: Row, rows: Sequence[Row], cost: Callable[[Row], float], first: str, more: str) -> str:
+    """That `row` costs the least of what fits, or that what costs less is hardly `more` than it, and less simple."""
+    fitting = [other for other in rows if other.fit == row.fit and other.way.needs is None]
+    least = min(fitting, key=cost)
+    return f"it {first}" if cost(least) >= cost(row) else f"{_name(least)} is hardly {more}, and less simple"
 
 
 def _short(rows: Sequence[Row], chosen: Row) -> str:
