@@ -24,7 +24,7 @@ from twinlora.adapters.lora import LoraLinear, attach, lora_layers, whole_module
 from twinlora.adapters.read import CONFIG, PREFIX, WEIGHTS, AdapterFile, read_adapter
 from twinlora.adapters.targets import LoraConfig
 from twinlora.errors import AdapterError
-from twinlora.model.linear import FrozenLinear, is_linear
+from twinlora.model.linear import FrozenLinear, as_frozen, is_linear
 
 __all__ = [
     "CONFIG",
@@ -174,6 +174,8 @@ def require_fit(model: nn.Module, adapter: AdapterFile) -> None:
     for name, (a, b) in adapter.tensors.items():
         module = modules.get(name)
         linear = getattr(module, "base", module)
+        if linear is not None and is_linear(linear):
+            linear = as_frozen(linear)  # a Conv1D has no such attributes
         shape = (getattr(linear, "out_features", None), getattr(linear, "in_features", None))
         if None in shape:
             problems.append(f"{name}: the model has no such linear layer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from twinlora.adapters.lora import lora_layers
 from twinlora.adapters.targets import LayerConfig
@@ -22,7 +23,8 @@ def _principal(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         u, s, v = torch.svd_lowrank(matrix, q=min(rank + 16, *matrix.shape), niter=8)
         vh = v.T
     root = s[:rank].sqrt()
-    return root[:, None] * vh[:rank], u[:, :rank] * root
+    lacking = rank - len(root)  # a narrow layer has fewer components than that: the others start at 0
+    return F.pad(root[:, None] * vh[:rank], (0, 0, 0, lacking)), F.pad(u[:, :rank] * root, (0, lacking))
 
 
 @torch.no_grad()

@@ -246,7 +246,7 @@ def attach(
     generator = torch.Generator().manual_seed(seed)
     for name in names:
         layer = wrap(model, name, per_layer[name] if per_layer else config.layer(name), generator)
-        if initial is not None:
+        if initial is not None and name in initial:  # a layer that stays in 16 bit lost nothing
             with torch.no_grad():
                 layer.lora_A.copy_(initial[name][0])
                 layer.lora_B.copy_(initial[name][1])

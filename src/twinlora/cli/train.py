@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from twinlora.cli.console import as_typed, carry_out, out
@@ -30,6 +31,6 @@ def show(record: dict[str, Any], options: TrainOptions) -> None:
     )
     out.print(f"saved: {where}", markup=False)
     if options.method != "full":
-        precision = "" if options.method == "lora" else " --precision auto"
-        command = f"twinlora chat --model {options.model}{precision} --adapter mine={where}"
+        precision = [] if options.method == "lora" else ["--precision", "auto"]
+        command = shlex.join(["twinlora", "chat", "--model", options.model, *precision, "--adapter", f"mine={where}"])
         out.print(f"next:  {as_typed(command)}", markup=False)

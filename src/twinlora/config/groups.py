@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from twinlora.config.values import (
     BasePrecision,
@@ -115,8 +115,10 @@ class AdapterOptions(BaseModel):
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
-    def _patterns(cls, entries: list[str]) -> list[str]:
-        parse_patterns(entries)
+    def _patterns(cls, entries: list[str], info: ValidationInfo) -> list[str]:
+        patterns = parse_patterns(entries)
+        if info.field_name == "rank_pattern" and any(value != int(value) for value in patterns.values()):
+            raise ValueError("ranks are whole numbers")
         return entries
 
     @model_validator(mode="after")
@@ -201,6 +203,8 @@ class SourceOptions(BaseModel):
                 raise ValueError(f"{entry!r} is not FIELD=COLUMN with a field of {', '.join(_FIELDS)}")
         if len({entry.partition("=")[2] for entry in entries}) < len(entries):
             raise ValueError("a column is named twice")
+        if len({entry.partition("=")[0] for entry in entries}) < len(entries):
+            raise ValueError("a field is named twice: which of its columns is meant?")
         return entries
 
 

@@ -207,6 +207,10 @@ class CompareOptions(Options, ModelOptions, AdapterOptions, HybridOptions, DataO
     @model_validator(mode="after")
     def _budget(self) -> Self:
         self._budget_for(self.methods)
+        if self.init == "loftq" and set(self.methods) != {"qlora"}:
+            raise ValueError("init loftq makes up for what NF4 loses: with it compare qlora alone, --methods qlora")
+        if self.lr != OptimizerOptions.model_fields["lr"].default:
+            raise ValueError(f"lr {self.lr:g}: each method's rate is searched; give --lr-grid {self.lr:g} instead")
         return self
 
 

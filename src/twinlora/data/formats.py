@@ -114,7 +114,9 @@ def _chat_row(column: str, record: dict[str, Any], where: str) -> Row:
 
 def _alpaca_row(record: dict[str, Any], where: str) -> Row:
     pairs = _json_value(record.get("history") or [], "history")
-    if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair) for pair in pairs):
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair) for pair in pairs
+    ):
         raise DataError("`history`: expected pairs of question and answer")
     asked = "\n\n".join(part for part in (_text(record, "instruction"), _text(record, "input")) if part)
     said = [*(part for pair in pairs for part in pair), asked, _text(record, "output")]

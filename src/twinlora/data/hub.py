@@ -67,7 +67,7 @@ def choose(names: list[str], part: str | None) -> list[str]:
     if len(groups) > 1:
         raise DataError(f"several sets of files: {', '.join(groups[:10])}; name one as owner/name:PART")
     shards = [match for name in chosen if (match := _SHARD.search(name))]
-    if shards and len(shards) < int(shards[0][2]):
+    if shards and part not in readable and len(shards) < int(shards[0][2]):
         raise DataError(f"{len(shards)} of {int(shards[0][2])} shards are here; fetch the others while online")
     return chosen
 

@@ -63,7 +63,7 @@ def epoch_order(weights: Sequence[float], epoch: int, seed: int, *, shuffle: boo
     A weight of 2.5 shows an example twice, and a random half of its kind once more. All depends on seed and epoch
     alone, so that a resumed run repeats it.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
     seen: list[int] = []
     for weight, members in _by_weight(weights).items():
         seen += members * int(weight)
@@ -78,6 +78,12 @@ def epoch_size(weights: Sequence[float]) -> int:
     """Examples that an epoch shows: the same number in each."""
     kinds = _by_weight(weights).items()
     return sum(len(members) * int(weight) + _some(len(members), weight) for weight, members in kinds)
+
+
+def unseen(weights: Sequence[float]) -> dict[float, int]:
+    """Weights whose fraction of their examples rounds to none, and how many examples have them."""
+    kinds = _by_weight(weights).items()
+    return {weight: len(members) for weight, members in kinds if not int(weight) and not _some(len(members), weight)}
 
 
 def _by_weight(weights: Sequence[float]) -> dict[float, list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,10 +130,16 @@ def _answers(base: str, data: Path, adapters: dict[str, Path], reporter: Reporte
 
 def _next_commands(options: DemoOptions, base: str, data: Path, adapters: dict[str, Path]) -> list[str]:
     third = next(task for task in TASKS if task not in adapters)
-    named = " ".join(f"--adapter {name}={path}" for name, path in adapters.items())
-    return [
-        f"twinlora chat --model {base} {named}",
-        f"twinlora eval --model {base} --adapter {adapters[_SECOND]} --data {data / _SECOND / 'test.jsonl'}",
-        f"twinlora train --model {base} --method qlora --data {data / third / 'train.jsonl'} "
-        f"--eval {data / third / 'validation.jsonl'} --lr 2e-3 --batch-size 8 --output {options.output / third}",
-    ]
+    named = [part for name, path in adapters.items() for part in ("--adapter", f"{name}={path}")]
+    test, train_rows, held_out = (
+        data / _SECOND / "test.jsonl",
+        data / third / "train.jsonl",
+        data / third / "validation.jsonl",
+    )
+    commands: list[list[str | Path]] = [
+        ["chat", "--model", base, *named],
+        ["eval", "--model", base, "--adapter", adapters[_SECOND], "--data", test],
+        ["train", "--model", base, "--method", "qlora", "--data", train_rows, "--eval", held_out, "--lr", "2e-3",
+         "--batch-size", "8", "--output", options.output / third],
+    ]  # fmt: skip
+    return [shlex.join(["twinlora", *map(str, command)]) for command in commands]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import random
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -22,8 +23,9 @@ from typing import Any, TypeVar
 from twinlora import machine
 from twinlora.config import CompareOptions
 from twinlora.data import sources
+from twinlora.data.examples import encode_rows
 from twinlora.data.formats import Row, write_rows
-from twinlora.errors import BackendError, ConfigError, DataError
+from twinlora.errors import BackendError, ConfigError, DataError, OutOfMemory, TrainingDiverged
 from twinlora.evaluate import html, worker
 from twinlora.evaluate.general import read_texts
 from twinlora.evaluate.metrics import Prediction
@@ -34,12 +36,14 @@ from twinlora.evaluate.verdict import judge
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import load_tokenizer, pick_device, pick_dtype, resolve
 from twinlora.reporter import Reporter
+from twinlora.train.compatible import require_trainable
 
 __all__ = ["compare"]
 
 _OWN = ("data", "search", "runs", "report.json", "report.html")
 _SAMPLES = 6
 _SEARCH_SHARE = 4  # a search run sees a quarter of the rows unless told otherwise
+_FAILURES = (TrainingDiverged, OutOfMemory, BackendError)  # of one method
 
 T = TypeVar("T")
 
@@ -48,7 +52,7 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
     """Run the comparison and write report.json and report.html. Raises InputError before anything is written."""
     reporter = reporter or Reporter()
     source = resolve(options.model)
-    load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     device = pick_device(options.device)
     dtype, reason = pick_dtype(options.dtype, device)  # once: every process must compute in the same type
     if reason:
@@ -57,10 +61,16 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
     train, validation, test = _split(options, reporter)
     require(options.metric, test)
     read_texts(options.general)
+    for rows in (train, validation, test):
+        encode_rows(tokenizer, rows, options.max_length, overlong=options.overlong,
+                    allow_untrained=options.allow_untrained)  # fmt: skip
+    for method in options.methods:
+        require_trainable(worker.train_options(options, method), source, fingerprint(source))
     _claim(options)
     splits = _write(options, train, validation, test)
     results: list[MethodResult] = []
     diverged: list[str] = []
+    failed: dict[str, str] = {}
     predictions: dict[str, list[Prediction]] = {}
     base, predictions[BASE] = _in_process(BASE, worker.measure_base, options, splits.test)
     results.append(base.result)
@@ -72,7 +82,12 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
         method: _in_process(f"{method} base", worker.measure_quantised, options, method) for method in quantised
     }
     for method in options.methods:
-        points = _in_process(f"{method} search", worker.search, options, method, splits.search, splits.validation)
+        try:
+            points = _in_process(f"{method} search", worker.search, options, method, splits.search, splits.validation)
+        except _FAILURES as error:  # what the other methods found is not lost with it
+            failed[method] = str(error)
+            reporter.note(f"{method} search: {error}")
+            continue
         lr, at_edge = _best(points)
         if lr is None:
             reporter.note(f"{method}: every learning rate diverged")
@@ -80,7 +95,12 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
             continue
         note = f"{method}: best learning rate {lr:g} of {', '.join(f'{p.lr:g}' for p in points)}"
         reporter.note(note + (", at the edge of the grid" if at_edge else ""))
-        done, predictions[method] = _in_process(method, worker.train_and_measure, options, method, lr, splits)
+        try:
+            done, predictions[method] = _in_process(method, worker.train_and_measure, options, method, lr, splits)
+        except _FAILURES as error:
+            failed[method] = str(error)
+            reporter.note(f"{method}: {error}")
+            continue
         general = _since(before.get(method, base.result.general), done.general)
         result = done.model_copy(
             update={"search": points, "at_edge": at_edge, "search_seconds": sum(p.seconds for p in points)}
@@ -110,7 +130,8 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
         differences=differences,
         forgetting=forgetting,
         diverged=diverged,
-        verdict=judge(results, differences, diverged, metric=options.metric[0], forgetting=forgetting),
+        failed=failed,
+        verdict=judge(results, differences, diverged, failed, metric=options.metric[0], forgetting=forgetting),
         samples=_samples(predictions, results),
         next_commands=_next_commands(options, results),
     )
@@ -132,23 +153,27 @@ def _split(options: CompareOptions, reporter: Reporter) -> tuple[list[Row], list
         reporter.note(f"data: {shared} of {len(rows)} training rows ask what a test row asks; test figures flatter")
     if options.validation:
         validation = read(options.validation)
-        overlap = sum(_prompt(row) in asked for row in validation)
-        if overlap:
-            raise DataError(
-                f"data {', '.join(options.validation)}: {overlap} validation row(s) are test rows; "
-                "choose disjoint files"
-            )
+        trained = {_prompt(row) for row in rows}
+        for what, others in (("test", asked), ("training", trained)):
+            overlap = sum(_prompt(row) in others for row in validation)
+            if overlap:
+                raise DataError(
+                    f"data {', '.join(options.validation)}: {overlap} validation row(s) ask what a {what} row asks; "
+                    "choose disjoint files"
+                )
         return rows, validation, test
     order = list(range(len(rows)))
     random.Random(options.seed).shuffle(order)
     candidates = [i for i in order if _prompt(rows[i]) not in asked]
     chosen = set(candidates[: options.validation_rows])
-    if len(rows) - len(chosen) < options.batch_size or not chosen:
+    held = {_prompt(rows[i]) for i in chosen}
+    left = [row for row in rows if _prompt(row) not in held]  # nor another row that asks the same
+    if len(left) < options.batch_size or not chosen:
         raise DataError(
             f"data {', '.join(options.data)}: {len(rows)} rows are too few to take {options.validation_rows} "
             "validation rows; give --validation FILE or fewer --validation-rows"
         )
-    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)], test
+    return left, [rows[i] for i in sorted(chosen)], test
 
 
 def _prompt(row: Row) -> str:
@@ -272,11 +297,12 @@ def _next_commands(options: CompareOptions, results: list[MethodResult]) -> list
     out = []
     for way in results[1:]:
         if way.method == "full":
-            out.append(f"twinlora chat --model {options.output}/runs/full/model")
+            parts = ["--model", f"{options.output}/runs/full/model"]
         else:
-            precision = {"qlora": " --precision nf4", "hybrid": " --precision auto"}.get(way.method, "")
+            precision = ["--precision", "auto"] if way.method in ("qlora", "hybrid") else []
             adapter = f"{way.method}={options.output}/runs/{way.method}/adapter"
-            out.append(f"twinlora chat --model {options.model}{precision} --adapter {adapter}")
+            parts = ["--model", options.model, *precision, "--adapter", adapter]
+        out.append(shlex.join(["twinlora", "chat", *parts]))
     return out
 
 

@@ -13,6 +13,7 @@ from twinlora.config import EvalOptions
 from twinlora.data import sources
 from twinlora.data.examples import encode_rows
 from twinlora.data.formats import Row
+from twinlora.errors import DataError
 from twinlora.evaluate.metrics import RowLoss, predict, row_losses
 from twinlora.evaluate.opening import Opened, open_model
 from twinlora.evaluate.scores import METRICS, field_shares, require, row_scores, summarise
@@ -43,6 +44,11 @@ def evaluate(options: EvalOptions, reporter: Reporter | None = None) -> dict[str
     lines: list[dict[str, Any]] = [{"prompt": row.question, "expected": row.answer} for row in rows]
     if {"loss", "perplexity"} & set(options.metric):
         losses = _losses(opened, rows, options.max_length)
+        if len(losses) != len(rows):
+            raise DataError(
+                f"data {', '.join(options.data)}: {len(rows) - len(losses)} of {len(rows)} rows are there twice, with "
+                "file and line: name each file once"
+            )
         result |= _loss_figures(losses)
         for line, loss in zip(lines, losses, strict=True):
             line["loss"] = loss.total / loss.tokens

@@ -185,7 +185,13 @@ class TwinloraLM(TemplateLM):  # type: ignore[misc]
         reporter, done = Reporter() if disable_tqdm else ConsoleReporter(), 0
         for group in groups.values():
             asked = _generation_options(requests[group[0]].args[1])
-            prompts = {i: self.tok_encode(requests[i].args[0])[-(self.max_length - asked["new"]) :] for i in group}
+            room = self.max_length - asked["new"]
+            if room <= 0:
+                raise ConfigError(
+                    f"max_gen_toks {asked['new']:,}: this model takes {self.max_length:,} tokens, prompt and answer "
+                    "together; give fewer, as --gen_kwargs max_gen_toks=256"
+                )
+            prompts = {i: self.tok_encode(requests[i].args[0])[-room:] for i in group}
             order = sorted(group, key=lambda i: -len(prompts[i]))
             for begin in range(0, len(order), self.batch_size):
                 chosen = order[begin : begin + self.batch_size]

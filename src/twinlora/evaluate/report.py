@@ -160,6 +160,7 @@ class Report(_Model):
     metric: str  # the one that decides
     ways: list[MethodResult]
     diverged: list[str] = []  # methods whose every learning rate diverged; they have no result
+    failed: dict[str, str] = {}  # nor those whose runs failed: why
     differences: list[Difference]
     forgetting: list[Difference]
     verdict: Verdict

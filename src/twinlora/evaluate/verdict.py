@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from twinlora.evaluate.report import BASE, Difference, MethodResult, Verdict
 from twinlora.evaluate.scores import title_of
@@ -29,6 +30,7 @@ def judge(
     ways: list[MethodResult],
     differences: list[Difference],
     diverged: Sequence[str] = (),
+    failed: Mapping[str, str] = MappingProxyType({}),
     *,
     metric: str,
     forgetting: list[Difference],
@@ -36,18 +38,27 @@ def judge(
     """Choose among the tuned ways by `metric`, or say why not; and say in notes which of them forget more.
 
     Withheld if a best learning rate lies at the edge of its grid, or every rate diverged: then the comparison would be
-    between badly tuned methods. Quality decides if the paired interval excludes 0, else memory, then speed.
+    between badly tuned methods; and if a method's run failed. Quality decides if the paired interval excludes 0, else
+    memory, then speed.
     """
-    verdict = _choose(ways, differences, diverged, metric)
+    verdict = _choose(ways, differences, diverged, failed, metric)
     return verdict.model_copy(update={"notes": _forgets_more(ways, forgetting)})
 
 
-def _choose(ways: list[MethodResult], differences: list[Difference], diverged: Sequence[str], metric: str) -> Verdict:
+def _choose(
+    ways: list[MethodResult],
+    differences: list[Difference],
+    diverged: Sequence[str],
+    failed: Mapping[str, str],
+    metric: str,
+) -> Verdict:
     tuned = [way for way in ways if way.method != BASE]
     reasons = [_describe(way, metric) for way in tuned]
-    withheld = [f"every learning rate diverged for {name_of(method)}" for method in diverged] + _edges(tuned)
+    rates = [f"every learning rate diverged for {name_of(method)}" for method in diverged] + _edges(tuned)
+    withheld = rates + [f"{name_of(method)} failed ({why.splitlines()[0]})" for method, why in failed.items()]
     if withheld:
-        sentence = "No verdict: " + "; ".join(withheld) + ". Widen the grid of learning rates and compare again."
+        advice = "Widen the grid of learning rates" if rates else "Mend that"
+        sentence = "No verdict: " + "; ".join(withheld) + f". {advice} and compare again."
         return Verdict(choose=None, sentence=sentence, reasons=reasons, withheld=withheld)
     useless = _none_beats_base(tuned, differences)
     if useless:
@@ -135,6 +146,8 @@ def _forgets_more(ways: list[MethodResult], forgetting: list[Difference]) -> lis
         if d.b == BASE or d.low <= 0 <= d.high or abs(d.value) < _FORGETS:
             continue
         more, less = (d.a, d.b) if d.value > 0 else (d.b, d.a)
+        if general[more].after <= general[more].before:
+            continue  # neither forgot: one learnt less
         low, high = sorted((abs(d.low), abs(d.high)))
         changes = [f"{general[m].before:.3f} → {general[m].after:.3f}" for m in (more, less)]
         out.append(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from twinlora import atomic, machine
-from twinlora.config import CompareOptions, HybridOptions, TrainOptions
+from twinlora.config import CompareOptions, HybridOptions, TrainOptions, validated
 from twinlora.data.examples import encode_rows
 from twinlora.data.packing import epoch_size, steps_per_epoch
 from twinlora.data.sources import read_rows
@@ -96,12 +96,20 @@ def _layers_file(options: CompareOptions) -> Path:
 
 def choose_layers(options: CompareOptions, splits: Splits) -> None:
     """Choose the precision of each layer of method hybrid, once for all its runs."""
-    values = {name: getattr(options, name) for name in _SHARED} | {"method": "hybrid", "lr": options.lr_grid[0]}
-    train_options = TrainOptions(**values | {"data": splits.train, "output": options.output})
+    given = train_options(options, "hybrid").model_copy(update={"data": splits.train})
     notes = Notes(ConsoleReporter("hybrid"))
-    inputs, device = read_inputs(train_options, notes), pick_device(options.device)
+    inputs, device = read_inputs(given, notes), pick_device(options.device)
     dtype, _ = pick_dtype(options.dtype, device)
-    atomic.write_json(_layers_file(options), choose_precision(train_options, inputs, dtype, device, notes))
+    atomic.write_json(_layers_file(options), choose_precision(given, inputs, dtype, device, notes))
+
+
+def train_options(options: CompareOptions, method: str) -> TrainOptions:
+    """What all runs of `method` share. Raises ConfigError if it cannot be trained so."""
+    values = {name: getattr(options, name) for name in _SHARED} | {"method": method, "lr": options.lr_grid[0]}
+    if method != "hybrid":
+        values |= dict.fromkeys(HybridOptions.model_fields)
+    values |= {"data": options.data, "output": options.output}
+    return validated(TrainOptions, values, where=f"compare, method {method}")
 
 
 def measure_quantised(options: CompareOptions, method: str) -> General:
@@ -190,6 +198,7 @@ def _train_options(
     values |= dict.fromkeys(HybridOptions.model_fields)
     values["layer_precision"] = _layers_file(options) if method == "hybrid" else None
     steps = options.epochs * steps_per_epoch(epoch_size([row.weight for row in read_rows(data)]), options.batch_size)
+    steps = min(steps, options.max_steps or steps)
     warmup = min(options.warmup_steps, max(1, steps // _WARMUP_SHARE))
     return TrainOptions(**values | {"data": data, "eval": validation, "output": output, "warmup_steps": warmup})
 
@@ -224,6 +233,7 @@ def train_and_measure(
     )
     record = done.record
     figures, predictions = _measure(options, done, splits.test, method)
+    figures["peak_device_bytes"] = record["peak_device_bytes"]  # of training alone, before it answered
     artefact = Path(record.get("adapter") or record["model"])
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     result = MethodResult(

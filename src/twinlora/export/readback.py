@@ -35,9 +35,9 @@ def _first(differences: Iterator[str | None]) -> str | None:
     return next((line for line in differences if line), None)
 
 
-def checkpoint_difference(directory: Path, weights: Merged) -> str | None:
+def checkpoint_difference(directory: Path, weights: Merged, *, trust_remote_code: bool) -> str | None:
     """The first parameter of a 16- or 4-bit checkpoint that is not what was merged."""
-    read = Checkpoint(resolve(str(directory)))
+    read = Checkpoint(resolve(str(directory)), trust_remote_code=trust_remote_code)
     missing = sorted(set(weights.names) ^ set(read.names))
     if missing:
         return f"tensor {missing[0]} is in one of the two alone"

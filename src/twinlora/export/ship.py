@@ -175,7 +175,8 @@ def _gate(subject: Subject, quantized: Precision | None, artefact: Artefact, rep
 
 @contextmanager
 def _stock(name: str, load: Callable[[], Any], directory: Path | None, subject: Subject) -> Iterator[Runtime]:
-    tokenizer = subject.tokenizer if directory is None else AutoTokenizer.from_pretrained(directory)
+    trust = {"trust_remote_code": subject.options.trust_remote_code}
+    tokenizer = subject.tokenizer if directory is None else AutoTokenizer.from_pretrained(directory, **trust)
     yield Stock(name, load(), tokenizer, subject.stop if directory is None else None)
 
 
@@ -192,7 +193,7 @@ def _merged(subject: Subject, quantized: Precision | None, directory: Path) -> A
     return Artefact(
         lambda: _stock("transformers", lambda: _transformers(directory, subject, dtype), directory, subject),
         LIMITS[_LIMIT_NAMES[weight_type(subject)]],
-        lambda: readback.checkpoint_difference(directory, weights),
+        lambda: readback.checkpoint_difference(directory, weights, trust_remote_code=subject.options.trust_remote_code),
         {"dtype": str(weight_type(subject)).removeprefix("torch.")},
     )
 
@@ -206,7 +207,7 @@ def _bnb(subject: Subject, quantized: Precision | None, directory: Path) -> Arte
     return Artefact(
         lambda: _stock("bitsandbytes", lambda: _transformers(directory, subject, None), directory, subject),
         LIMITS["4bit"],
-        lambda: readback.checkpoint_difference(directory, weights),
+        lambda: readback.checkpoint_difference(directory, weights, trust_remote_code=subject.options.trust_remote_code),
         {"quant": fmt.name},
     )
 

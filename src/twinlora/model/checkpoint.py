@@ -64,6 +64,8 @@ class Checkpoint:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  # not a dict
                     self._places[key if key in known or prefix + key not in known else prefix + key] = (path, key)
+        if self.tied and self._has_own_head():
+            self.tied = False
         self.names = [name for name in self._places if not bnb4.is_part(name)]
         if self.tied:
             self.names = [name for name in self.names if name != f"{self.head}.weight"]
@@ -74,6 +76,14 @@ class Checkpoint:
                 f"model {self.source.given}: its files name tensors otherwise than the model ({shown} not found); "
                 "load and save it with transformers once, and give that directory"
             )
+
+    def _has_own_head(self) -> bool:
+        """Whether the files hold a head that is not the embedding, whatever the configuration says: it is then used."""
+        names = f"{self.head}.weight", f"{self.embedding}.weight"
+        if not all(name in self._places for name in names):
+            return False
+        head, embedding = map(self._tensor, names)
+        return not torch.equal(head, embedding)
 
     def stored(self, name: str) -> QuantTensor | None:
         """The weight as bitsandbytes' NF4, if it is stored so."""

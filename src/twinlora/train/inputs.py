@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,9 +12,9 @@ from twinlora.config import TrainOptions
 from twinlora.data import sources
 from twinlora.data.examples import encode_rows
 from twinlora.data.formats import Row
-from twinlora.data.packing import epoch_order, epoch_size, steps_per_epoch
+from twinlora.data.packing import epoch_order, epoch_size, steps_per_epoch, unseen
 from twinlora.data.template import Example
-from twinlora.errors import ConfigError
+from twinlora.errors import ConfigError, DataError
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import Source, load_tokenizer, resolve
 from twinlora.train.notes import Notes
@@ -36,8 +37,8 @@ class Inputs:
 
     @property
     def pad_id(self) -> int:
-        """Token that fills padded batches."""
-        return self.tokenizer.pad_token_id or 0
+        """Token that fills batches. Any will do, and the tokenizer's own may be without an embedding."""
+        return 0
 
     @property
     def digests(self) -> dict[str, str]:
@@ -91,12 +92,18 @@ def read_inputs(options: TrainOptions, notes: Notes) -> Inputs:
             tokenizer, rows, o.max_length, overlong=o.overlong, allow_untrained=o.allow_untrained, note=notes.add
         )
 
+    examples = encode(data.rows)
+    for weight, count in unseen([example.weight for example in examples]).items():
+        raise DataError(
+            f"data: of {count} rows with weight {weight:g} an epoch would show none; give at least "
+            f"@{math.ceil(1000 * 0.51 / count) / 1000:g}, or leave them out"
+        )
     return Inputs(
         source=source,
         tokenizer=tokenizer,
         data=data,
         held_out=held_out,
-        examples=encode(data.rows),
+        examples=examples,
         eval_examples=encode(held_out.rows) if options.eval else [],
         fingerprint=fingerprint(source, notes.show),
     )

@@ -27,7 +27,7 @@ from twinlora.model.load import pick_device
 from twinlora.reporter import Reporter
 from twinlora.train import checkpoint, record, rehearsal
 from twinlora.train.choices import Choices, choose
-from twinlora.train.compatible import require_loadable
+from twinlora.train.compatible import require_known_tokens, require_loadable, require_trainable
 from twinlora.train.forecast import Forecast
 from twinlora.train.inputs import Inputs, read_inputs
 from twinlora.train.memory import Memory
@@ -69,6 +69,7 @@ def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResul
     notes = Notes(reporter or Reporter())
     device = pick_device(options.device)
     inputs = read_inputs(options, notes)
+    require_known_tokens(require_trainable(options, inputs.source, inputs.fingerprint), inputs)
     require_loadable(options, inputs.source, notes)
     try:
         with RunDirectory(options.output, resume=options.resume, overwrite=options.overwrite) as run:

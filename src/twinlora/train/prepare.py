@@ -84,7 +84,8 @@ def prepare(
     _make_trainable(model, options, lora, initial)
     replaced = swap.replace_blocks(model, notes.add) if options.fused else {}
     packed = options.packing == "auto"
-    refusal = forward.packing_refusal(model, len(inputs.tokenizer)) if packed else None
+    words = min(len(inputs.tokenizer), model.get_input_embeddings().weight.shape[0])
+    refusal = forward.packing_refusal(model, words) if packed else None
     if refusal:
         notes.add(f"padded batches: packing was refused for this model, because {refusal}")
     plain_head = forward.has_plain_head(model)
