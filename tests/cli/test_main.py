@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from twinlora.cli.main import main, parse_options
 from twinlora.errors import ConfigError
 
 REQUIRED = ["--model", "m", "--data", "d.jsonl", "--method", "lora", "--output", "o"]
+COMPARE = ["--model", "m", "--data", "d", "--eval", "e", "--output", "o"]
 
 
 def test_flags_override_the_recipe_which_overrides_defaults(tmp_path):
@@ -92,6 +94,10 @@ def test_wrong_recipes(tmp_path, text, message):
         (["train", *REQUIRED], 2, "model m: no such directory or file"),
         (["train", *REQUIRED, "--lr", "-1"], 2, "lr: Input should be greater than 0"),
         (["train", *REQUIRED, "--resume", "--overwrite"], 2, "exclude each other"),
+        (["train", *REQUIRED, "--columns", "prompt=a,prompt=b"], 2, "a field is named twice"),
+        (["train", *REQUIRED, "--rank-pattern", "q_proj=0.5"], 2, "ranks are whole numbers"),
+        (["compare", *COMPARE, "--init", "loftq"], 2, "with it compare qlora alone"),
+        (["compare", *COMPARE, "--lr", "5e-4"], 2, "give --lr-grid 0.0005 instead"),
         (["train", *REQUIRED, "--dense-copies", "4GiB"], 2, "dense_copies are of weights in 4 bit"),
         (["chat", "--model", "m", "--adapter", "dir"], 2, "expected NAME=DIR"),
     ],
@@ -172,6 +178,15 @@ def test_help_needs_no_torch():
     code = "import sys; from twinlora.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
     environment = {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PATH": ""}
     assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == 0
+
+
+def test_chat_of_a_pipe_is_one_document_with_json(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/adapters\nagain\n"))
+    assert main(["chat", "--model", str(tiny), "--max-new-tokens", "4", "--json"]) == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert [(said["adapter"], said["question"]) for said in document["answers"]] == [(None, "hello"), (None, "again")]
+    assert "none loaded" in captured.err
 
 
 def test_chat_switches_adapters(tiny, tmp_path, monkeypatch, capsys):

@@ -135,3 +135,5 @@ def test_which_files_are_meant():
         choose(["README.md"], None)
     with pytest.raises(DataError, match="1 of 3 shards"):
         choose(["train-00000-of-00003.parquet"], None)
+    shards = [f"train-0000{i}-of-00002.parquet" for i in range(2)]
+    assert choose(shards, shards[1]) == shards[1:]

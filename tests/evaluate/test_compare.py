@@ -9,7 +9,7 @@ from tests.processes import FORKED
 from twinlora.cli.main import main
 from twinlora.config import CompareOptions
 from twinlora.data.sources import read_rows
-from twinlora.errors import ConfigError, DataError
+from twinlora.errors import ConfigError, DataError, OutOfMemory
 from twinlora.evaluate import compare as module
 from twinlora.evaluate import worker
 from twinlora.evaluate.metrics import Prediction
@@ -153,6 +153,41 @@ def test_validation_rows_are_disjoint_from_test_rows_and_training_rows(tiny, tmp
         module._split(options(tiny, tmp_path, eval=test, validation=test), notes)
     with pytest.raises(DataError, match="too few"):
         module._split(options(tiny, tmp_path, validation_rows=39), notes)
+    twice = write_jsonl(tmp_path / "twice.jsonl", letters(20, 1) * 2)
+    train, validation, _ = module._split(options(tiny, tmp_path, data=twice, validation_rows=6), notes)
+    assert not {module._prompt(r) for r in validation} & {module._prompt(r) for r in train}
+    with pytest.raises(DataError, match=r"40 validation row.s. ask what a training row asks"):
+        module._split(options(tiny, tmp_path, validation=tmp_path / "tr.jsonl"), notes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"target": ["q_porj"]}, "q_porj"), ({"max_length": 9}, "tokens"), ({"block_size": 77}, "block_size"),
+     ({"layers": "99"}, "99"), ({"methods": ["hybrid"], "bits": 2.0}, "bits")],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_said_before_an_earlier_comparison_is_removed(tiny, tmp_path, changes, message):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match=message):
+        module.compare(options(tiny, tmp_path, overwrite=True, **changes))
+    assert (tmp_path / "out" / "report.json").exists()
+
+
+def test_a_method_that_fails_takes_nothing_from_the_others(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "get_context", lambda _: FORKED)
+    kept = module._in_process
+
+    def in_process(what, function, *arguments):
+        if what == "qlora":
+            raise OutOfMemory("out of memory; lower --micro-batch-tokens\nmore")
+        return kept(what, function, *arguments)
+
+    monkeypatch.setattr(module, "_in_process", in_process)
+    found = module.compare(options(tiny, tmp_path, methods=["qlora", "lora"], lr_grid=[1e-3, 1e-2]))
+    assert [way.method for way in found.ways] == ["base", "lora"]
+    assert list(found.failed) == ["qlora"]
+    assert "QLoRA failed (out of memory; lower --micro-batch-tokens). Mend that" in found.verdict.sentence
+    assert load(tmp_path / "out" / "report.json") == found
 
 
 @pytest.mark.parametrize(

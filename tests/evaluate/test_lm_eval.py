@@ -103,6 +103,8 @@ def test_what_we_do_not_do_is_an_error(sides):
 
     with pytest.raises(ConfigError, match="num_beams: not supported"):
         sides[0].generate_until(requests(("a", {"until": [], "num_beams": 4})), disable_tqdm=True)
+    with pytest.raises(ConfigError, match="max_gen_toks 4,000: this model takes"):
+        sides[0].generate_until(requests(("a", {"until": [], "max_gen_toks": 4000})), disable_tqdm=True)
     with pytest.raises(ConfigError, match=r"TwinloraLM: 1 problem.*(.|\n)*batch_size"):
         TwinloraLM("nowhere", batch_size="auto")
 

@@ -57,6 +57,7 @@ def test_who_forgets_more_is_said_if_it_is_beyond_noise_and_worth_a_word():
         .startswith("LoRA forgets")
     )
     assert not verdict(way("lora", rows(0.8), rise=0.2), way("qlora", rows(0.8), rise=0.201)).notes, "too little"
+    assert not verdict(way("lora", rows(0.8), rise=-0.2), way("qlora", rows(0.8), rise=-0.05)).notes, "none forgot"
     noisy = way("qlora", rows(0.8), rise=0.2)
     swing = [a + (-1) ** i * 100 for i, a in enumerate(noisy.general.rows_after)]
     noisy.general.rows_after[:] = swing

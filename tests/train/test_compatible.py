@@ -1,11 +1,19 @@
-"""`train --for`: refused before anything is loaded, with the nearest options, which are then accepted."""
+"""What a model without weights shows, before anything is loaded or an earlier run removed; `train --for` and the
+nearest options, which are then accepted."""
 
+import json
 import re
+import shutil
 
 import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from tests.conftest import chat, write_jsonl
+from twinlora.adapters import files
+from twinlora.cli.main import main
 from twinlora.config import TrainOptions
-from twinlora.errors import ConfigError
+from twinlora.errors import ConfigError, DataError, InputError
 from twinlora.train.loop import train
 
 
@@ -95,3 +103,110 @@ def test_all_weights_are_no_adapter(tiny, data_file, tmp_path):
     train(options(tiny, data_file, tmp_path, program="vllm", method="full"))
     notes = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
     assert "for vllm: all weights are trained, there is no adapter that it could refuse" in notes
+
+
+@pytest.fixture(scope="module")
+def earlier(tiny, tmp_path_factory):
+    """A finished run."""
+    directory = tmp_path_factory.mktemp("earlier")
+    data = write_jsonl(directory / "data.jsonl", [chat(f"say {i}", "word") for i in range(8)])
+    train(options(tiny, data, directory, seed=1))
+    return directory
+
+
+def _on(tiny, earlier, **changes):
+    values = {"output": earlier / "run", "overwrite": True} | changes
+    train(options(tiny, earlier / "data.jsonl", earlier, **values))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"target": ["q_prj"]}, "q_prj"),
+        ({"layers": "99"}, "99"),
+        ({"modules_to_save": ["nothing"]}, "nothing"),
+        ({"init_adapter": "typo"}, "typo: no such directory"),
+        ({"method": "hybrid", "bits": 1.0}, "the smallest formats take"),
+    ],
+)
+def test_an_earlier_run_stays_where_the_new_one_cannot_be(tiny, earlier, tmp_path, changes, message):
+    before = (earlier / "run/adapter/adapter_model.safetensors").read_bytes()
+    with pytest.raises(InputError, match=message):
+        _on(tiny, earlier, **changes)
+    (tmp_path / "layers.json").write_text(json.dumps({"model.layers.0.nothing": "int8-64"}))
+    with pytest.raises(InputError, match="no such layer"):
+        _on(tiny, earlier, method="hybrid", layer_precision=tmp_path / "layers.json")
+    assert (earlier / "run/adapter/adapter_model.safetensors").read_bytes() == before
+
+
+def test_an_adapter_to_start_from_keeps_its_scale(tiny, earlier, tmp_path):
+    start = {"init_adapter": earlier / "run" / "adapter", "output": tmp_path / "next"}
+    with pytest.raises(InputError, match=r"14 layer.s. have another scale.* with 2 instead of 4; give .*--alpha 8"):
+        _on(tiny, earlier, **start, alpha=16)
+    with pytest.raises(InputError, match=r"with 2 instead of 4.*--rank 4 --alpha 4"):
+        _on(tiny, earlier, **start, alpha=8, rslora=True)
+    _on(tiny, earlier, **start, lr=1e-9)
+    begun, ended = (files.read_adapter(path) for path in (start["init_adapter"], tmp_path / "next"))
+    for name, (_, b) in begun.tensors.items():
+        torch.testing.assert_close(ended.tensors[name][1], b, atol=1e-6, rtol=1e-4)
+
+
+def test_an_adapter_to_start_from_is_of_this_base(tiny, tokenizer, earlier, tmp_path):
+    other = shutil.copytree(tiny, tmp_path / "other")
+    blob = bytearray((other / "model.safetensors").read_bytes())
+    blob[-1] ^= 1
+    (other / "model.safetensors").write_bytes(blob)
+    with pytest.raises(InputError, match="was trained on another base model"):
+        _on(other, earlier, init_adapter=earlier / "run" / "adapter", output=tmp_path / "next")
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=128, n_embd=32, n_layer=2, n_head=2))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(InputError, match="do not fit this model"):
+        _on(tmp_path / "gpt2", earlier, init_adapter=earlier / "run" / "adapter", output=tmp_path / "next")
+
+
+def test_an_adapter_over_conv1d_goes_on_to_everything(tokenizer, earlier, tmp_path):
+    """Its layers have neither `in_features` nor `out_features`."""
+    torch.manual_seed(0)
+    base = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=128, n_embd=32, n_layer=2, n_head=2)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    _on(base, earlier, output=tmp_path / "run", lr=1e-2, max_steps=3)
+    data = ["--data", str(earlier / "data.jsonl"), "--metric", "loss"]
+    assert main(["eval", "--model", str(base), "--adapter", str(tmp_path / "run"), *data]) == 0
+    _on(base, earlier, output=tmp_path / "next", init_adapter=tmp_path / "run")
+
+
+def test_words_without_an_embedding_are_named(tiny, tokenizer, earlier, tmp_path):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    more = type(tokenizer).from_pretrained(tiny)
+    more.add_tokens(["wordy"])
+    more.save_pretrained(base)
+    data = write_jsonl(tmp_path / "rows.jsonl", [chat("say", "word"), chat("say", "wordy")])
+    with pytest.raises(DataError, match=r"rows.jsonl:2: token 259 \('wordy'\) of the tokenizer has no embedding"):
+        train(options(base, data, tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fill_token_needs_no_embedding(tiny, tokenizer, earlier, tmp_path):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    more = type(tokenizer).from_pretrained(tiny)
+    more.add_special_tokens({"pad_token": "<more>"})
+    assert more.pad_token_id == 259
+    more.save_pretrained(base)
+    for packing in ("auto", "off"):
+        train(options(base, earlier / "data.jsonl", tmp_path, packing=packing, overwrite=True))
+
+
+def test_weights_that_show_no_row_are_refused(tiny, earlier, tmp_path):
+    data = f"{earlier / 'data.jsonl'}@0.01"
+    with pytest.raises(DataError, match=r"of 8 rows with weight 0\.01 an epoch would show none; give at least @0.064"):
+        train(options(tiny, data, tmp_path))
+    train(options(tiny, f"{earlier / 'data.jsonl'}@0.064", tmp_path, seed=20250131120000))
+
+
+def test_more_components_than_a_layer_has(tiny, earlier, tmp_path):
+    """k_proj has 32 outputs."""
+    for method, init in (("lora", "pissa"), ("qlora", "loftq")):
+        _on(tiny, earlier, method=method, init=init, rank=48, output=tmp_path / init)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinlora.cli.console import err, out
+from twinlora.cli.console import err, out, print_json
 from twinlora.config import ChatOptions
 from twinlora.errors import AdapterError, ConfigError, DataError
 from twinlora.reporter import ConsoleReporter
@@ -39,6 +39,7 @@ class Conversation:
         self.opened, self.options = opened, options
         self.generator = torch.Generator(device=opened.model.device).manual_seed(options.seed)
         self.turns: list[dict[str, Any]] = []
+        self.said: list[dict[str, Any]] = []  # every answer, also of before a /clear
 
     @property
     def system(self) -> str | None:
@@ -57,24 +58,37 @@ class Conversation:
         if word == "/base":
             bank.use(None)
             self.turns.clear()
-            out.print("the base model answers", style="dim")
+            self._tell("the base model answers")
         elif word == "/adapter":
             try:
                 bank.use(rest.strip() or None)
                 self.turns.clear()
-                out.print(f"{bank.active or 'the base model'} answers", style="dim")
+                self._tell(f"{bank.active or 'the base model'} answers")
             except AdapterError as error:
                 err.print(str(error), style="red", markup=False)
         elif word == "/adapters":
-            out.print(", ".join(bank.names) or "none loaded", style="dim")
+            self._tell(", ".join(bank.names) or "none loaded")
         elif word == "/clear":
             self.turns.clear()
         else:
-            out.print(_HELP, style="dim")
+            self._tell(_HELP)
         return True
 
+    def _tell(self, text: str) -> None:
+        """A line about the conversation; with --json standard output has the document alone."""
+        (err if self.options.json_output else out).print(text, style="dim")
+
+    def _show(self, text: str) -> None:
+        """A piece of an answer."""
+        if not self.options.json_output:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
     def answer(self, text: str) -> str:
-        """Say `text`; stream the answer to stdout and remember both. Raises DataError if the model cannot take it."""
+        """Say `text`; stream the answer to stdout (but with --json) and remember both.
+
+        Raises DataError if the model cannot take it.
+        """
         from twinlora.data.template import encode_chat, encode_text
         from twinlora.model.generate import end_tokens, generate
 
@@ -93,8 +107,7 @@ class Conversation:
             tokens.append(token)
             decoded = tokenizer.decode(tokens, skip_special_tokens=True)
             if not decoded.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of a character is still to come
-                sys.stdout.write(decoded[len(shown) :])
-                sys.stdout.flush()
+                self._show(decoded[len(shown) :])
                 shown = decoded
 
         try:
@@ -109,8 +122,9 @@ class Conversation:
             )
         finally:  # also what was said before a Ctrl-C is part of the conversation
             final = str(tokenizer.decode(tokens, skip_special_tokens=True))
-            sys.stdout.write(final[len(shown) :] + "\n")
+            self._show(final[len(shown) :] + "\n")
             self.turns.append({"role": "assistant", "content": final})
+            self.said.append({"adapter": self.opened.bank.active, "question": text, "answer": final})
         return final
 
     def _room(self, used: int) -> int:
@@ -156,3 +170,5 @@ def run(options: ChatOptions) -> None:
                 err.print(" (stopped)", style="dim")
             except DataError as error:
                 err.print(str(error), style="red", markup=False)
+    if options.json_output:
+        print_json({"model": options.model, "answers": conversation.said})

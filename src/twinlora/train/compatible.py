@@ -31,9 +31,13 @@ def require_trainable(options: TrainOptions, source: Source, fingerprint: str) -
     if options.layer_precision is not None:
         by_layer(read_layers(options.layer_precision), quantizable(model))
     if options.method == "hybrid" and options.bits is not None:
-        least = min(8 * fmt.stored_bytes(1 << 24) / (1 << 24) for fmt in candidates(options))
-        if options.bits < least:
-            raise ConfigError(f"hybrid: --bits {options.bits:g}; the smallest format takes {least:.3f} bits a weight")
+        counts = [model.get_submodule(name).weight.numel() for name in quantizable(model)]
+        least = sum(min(fmt.stored_bytes(count) for fmt in candidates(options)) for count in counts)
+        if int(options.bits / 8 * sum(counts)) < least:
+            raise ConfigError(
+                f"hybrid: --bits {options.bits:g}; the smallest formats take {8 * least / sum(counts):.3f} bits a "
+                f"weight; give --bits {-(-8 * least * 1000 // sum(counts)) / 1000:g} or more, or a smaller model"
+            )
     if options.method != "full":
         lora = LoraConfig.from_options(options)
         resolve_targets(model, lora)
