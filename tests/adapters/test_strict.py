@@ -79,6 +79,14 @@ def test_a_header_as_long_as_it_claims(adapter):
     assert "header claims 2,147,483,648 bytes" in refusal(adapter)
 
 
+def test_layers_come_in_the_order_of_the_file(tmp_path):
+    names = [f"base_model.model.layers.{i}.q_proj.lora_{part}.weight" for i in range(40) for part in "AB"]
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    expected = sorted(f"layers.{i}.q_proj" for i in range(40))
+    assert [list(read_adapter(tmp_path).tensors) for _ in range(3)] == [expected] * 3
+
+
 def test_bytes_that_no_tensor_claims_are_not_read(adapter):
     with (adapter / WEIGHTS).open("r+b") as file:
         file.truncate(1 << 40)

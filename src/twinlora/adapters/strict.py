@@ -86,7 +86,7 @@ def read_tensors(path: Path) -> Found[dict[str, Tensor]]:
         if length > min(size - 8, _HEADER_LIMIT):
             return Found({}, [f"damaged: the header claims {length:,} bytes, the file has {size:,}; fetch it again"])
         start += file.read(length)
-        problems = _header_problems(start[8:], size - 8 - length)
+        names, problems = _names(start[8:], size - 8 - length)
         if problems:
             return Found({}, problems)
         file.seek(0)
@@ -94,13 +94,14 @@ def read_tensors(path: Path) -> Found[dict[str, Tensor]]:
     if not data.startswith(start):
         return Found({}, ["changed while it was read; try again"])
     try:
-        return Found(load(data), [], hashlib.sha256(data).digest())
+        tensors = load(data)  # in no order at all
+        return Found({name: tensors[name] for name in names}, [], hashlib.sha256(data).digest())
     except (SafetensorError, ValueError) as error:
         return Found({}, [f"damaged: {error}"])
 
 
-def _header_problems(text: bytes, room: int) -> list[str]:
-    """What is wrong with the header of a file that has `room` bytes after it."""
+def _names(text: bytes, room: int) -> tuple[list[str], list[str]]:
+    """The tensors of a header in the order of the file, which has `room` bytes after it, and what is wrong with it."""
     header, problems = _parsed(text, "the header")
     header.pop("__metadata__", None)
     spans: list[tuple[int, int, str]] = []
@@ -114,7 +115,7 @@ def _header_problems(text: bytes, room: int) -> list[str]:
     named = max((end for _, end, _ in spans), default=0)
     if not problems and named < room:
         problems.append(f"damaged: {room - named:,} bytes after the last tensor; fetch it again")
-    return problems
+    return [name for _, _, name in sorted(spans)], problems
 
 
 def _entry_problem(entry: Any, room: int, name: str, spans: list[tuple[int, int, str]]) -> str | None:

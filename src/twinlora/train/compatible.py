@@ -16,7 +16,7 @@ from twinlora.adapters.targets import LoraConfig, resolve_modules, resolve_targe
 from twinlora.config import TrainOptions
 from twinlora.errors import AdapterError, ConfigError, DataError
 from twinlora.model.load import Source, skeleton
-from twinlora.model.quantizer import quantizable
+from twinlora.model.quantizer import nf4_of, quantizable
 from twinlora.numerics.formats import by_layer
 from twinlora.train.hybrid import candidates
 from twinlora.train.inputs import Inputs
@@ -28,6 +28,8 @@ __all__ = ["require_known_tokens", "require_loadable", "require_trainable"]
 def require_trainable(options: TrainOptions, source: Source, fingerprint: str) -> PreTrainedModel:
     """The model without weights. Raises InputError for options that do not fit it."""
     model = skeleton(source, trust_remote_code=options.trust_remote_code)
+    if options.method == "qlora" or options.deploy:
+        nf4_of(options)
     if options.layer_precision is not None:
         by_layer(read_layers(options.layer_precision), quantizable(model))
     if options.method == "hybrid" and options.bits is not None:
