@@ -57,7 +57,8 @@ def examples():
         "throughput": throughput | shared,
         "switching": switching | {"adapters": 1000, "bytes_on_disk": 2 * 10**6, "rss_bytes": [10**9, 11 * 10**8]} | shared,
         "mixups": {"adapters": 32, "answers": 2000, "wrong": [], "statuses": {"200": 2000}} | shared,
-        "outgrow": {"rows": 200, "differing": [["a", "b"]]} | shared,
+        "outgrow": {"rows": 200, "differing": [{"ours": "a", "vllm": "b", "preferred by ours": 0.12, "preferred by vllm": None}],
+                    "tokens": 1382, "mean_apart": 0.0058, "most_apart": 0.14} | shared,
         "soak": {"minutes": 30.0, "statuses": {"200": 9, "429": 3, "500": 1, "0": 5}, "health": {"status": "ok"},
                  "rss_bytes": {"middle third": 10**9, "last third": 11 * 10**8}} | shared,
     }  # fmt: skip

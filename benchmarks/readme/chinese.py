@@ -55,8 +55,11 @@ WORDS = [
      r"SmolLM2-135M-Instruct，\1，所有线性层加秩 16 的适配器，每个回答 64 个 token。"),
     (r"\| with \| load \| tokens/s \| 8 adapters at once, compared with it \| first token, median \|",
      "| 工具 | 负载 | token/s | 8 个适配器同时服务，与之相比 | 首个 token，中位数 |"),
-    (r"A trained adapter in vLLM's server: ([\d,]+) of ([\d,]+) greedy answers are the same\.",
-     r"训练好的适配器放进 vLLM 的服务：\2 个贪心回答中 \1 个相同。"),
+    (r"A trained adapter in vLLM's server: ([\d,]+) of ([\d,]+) greedy answers are the same, the log-probabilities of their "
+     r"([\d,]+) common tokens ([\d.]+) nats apart on average",
+     r"训练好的适配器放进 vLLM 的服务：\2 个贪心回答中 \1 个相同，共同的 \3 个 token 的对数概率平均相差 \4 nat"),
+    (r"; where answers part, a server preferred its token by ([\d.]+) nats at most\.",
+     r"；回答分岔处，服务对自己所选 token 的偏好最多 \1 nat。"),
     (r"\*\*twinlora\*\*'s server", "**twinlora** 的服务"),
     (r"vLLM's server", "vLLM 的服务"),
     (r"llama\.cpp's server \(F16\)", "llama.cpp 的服务（F16）"),

@@ -93,7 +93,7 @@ def _outgrow(part: dict) -> str:
     equal = part["rows"] - len(part["differing"])
     told = (
         f"A trained adapter in vLLM's server: {equal:,} of {part['rows']:,} greedy answers are the same, the "
-        f"log-probabilities of their {part['tokens']:,} common tokens {part['mean_apart']:.3f} nats apart"
+        f"log-probabilities of their {part['tokens']:,} common tokens {part['mean_apart']:.3f} nats apart on average"
     )
     margins = [place[side] for place in part["differing"] for side in ("preferred by ours", "preferred by vllm")]
     if not margins:
