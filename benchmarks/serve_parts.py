@@ -21,6 +21,8 @@ from typing import Any
 import harness  # puts src on the path
 import httpx
 
+# A connection for each request: llama.cpp's server closes those that wait, now and then in the face of the next request.
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 ADMIN = "benchmark-admin-token"
 QUESTION = "What is your code word?"
 
@@ -226,7 +228,7 @@ def clients(work: Any, count: int) -> None:
     """Run the coroutine `work(client, number)` for `count` clients at once."""
 
     async def everyone() -> None:
-        async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+        async with httpx.AsyncClient(timeout=120, limits=_LIMITS) as client:
             await asyncio.gather(*(work(client, number) for number in range(count)))
 
     asyncio.run(everyone())
