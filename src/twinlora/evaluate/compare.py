@@ -64,8 +64,9 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
     for rows in (train, validation, test):
         encode_rows(tokenizer, rows, options.max_length, overlong=options.overlong,
                     allow_untrained=options.allow_untrained)  # fmt: skip
+    identity = fingerprint(source)
     for method in options.methods:
-        require_trainable(worker.train_options(options, method), source, fingerprint(source))
+        require_trainable(worker.train_options(options, method), source, identity)
     _claim(options)
     splits = _write(options, train, validation, test)
     results: list[MethodResult] = []
@@ -117,7 +118,7 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
         machine=machine.describe(device),
         model=options.model,
         model_parameters=base.parameters,
-        base_fingerprint=fingerprint(source),
+        base_fingerprint=identity,
         data={
             "train": ", ".join(options.data),
             "test": ", ".join(options.eval),

@@ -96,19 +96,19 @@ def _layers_file(options: CompareOptions) -> Path:
 
 def choose_layers(options: CompareOptions, splits: Splits) -> None:
     """Choose the precision of each layer of method hybrid, once for all its runs."""
-    given = train_options(options, "hybrid").model_copy(update={"data": splits.train})
+    given = train_options(options, "hybrid", data=splits.train)
     notes = Notes(ConsoleReporter("hybrid"))
     inputs, device = read_inputs(given, notes), pick_device(options.device)
     dtype, _ = pick_dtype(options.dtype, device)
     atomic.write_json(_layers_file(options), choose_precision(given, inputs, dtype, device, notes))
 
 
-def train_options(options: CompareOptions, method: str) -> TrainOptions:
-    """What all runs of `method` share. Raises ConfigError if it cannot be trained so."""
+def train_options(options: CompareOptions, method: str, **changes: Any) -> TrainOptions:
+    """What all runs of `method` share, with `changes`. Raises ConfigError if it cannot be trained so."""
     values = {name: getattr(options, name) for name in _SHARED} | {"method": method, "lr": options.lr_grid[0]}
     if method != "hybrid":
         values |= dict.fromkeys(HybridOptions.model_fields)
-    values |= {"data": options.data, "output": options.output}
+    values |= {"data": options.data, "output": options.output} | changes
     return validated(TrainOptions, values, where=f"compare, method {method}")
 
 
@@ -194,13 +194,13 @@ def _measure(
 def _train_options(
     options: CompareOptions, method: str, lr: float, data: list[str], validation: Path, output: Path
 ) -> TrainOptions:
-    values = {name: getattr(options, name) for name in _SHARED} | {"method": method, "lr": lr}
-    values |= dict.fromkeys(HybridOptions.model_fields)
-    values["layer_precision"] = _layers_file(options) if method == "hybrid" else None
+    precision = {"layer_precision": _layers_file(options)} if method == "hybrid" else {}
+    budget = dict.fromkeys(HybridOptions.model_fields) | precision  # chosen once, for all runs
     steps = options.epochs * steps_per_epoch(epoch_size([row.weight for row in read_rows(data)]), options.batch_size)
     steps = min(steps, options.max_steps or steps)
     warmup = min(options.warmup_steps, max(1, steps // _WARMUP_SHARE))
-    return TrainOptions(**values | {"data": data, "eval": validation, "output": output, "warmup_steps": warmup})
+    own = {"lr": lr, "data": data, "eval": validation, "output": output, "warmup_steps": warmup}
+    return train_options(options, method, **own, **budget)
 
 
 def search(options: CompareOptions, method: str, data: list[str], validation: Path) -> list[SearchPoint]:

@@ -13,12 +13,8 @@ from twinlora.train.notes import Notes
 
 __all__ = ["CHOSEN", "planned_options"]
 
-CHOSEN = (
-    "method",
-    "bits",
-    "double_quant",
-    "micro_batch_tokens",
-)  # what the planner decides; checkpoints say what is recomputed
+# What the planner decides; checkpoints say what is recomputed.
+CHOSEN = ("method", "bits", "double_quant", "micro_batch_tokens")
 
 
 def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> TrainOptions:

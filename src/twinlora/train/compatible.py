@@ -85,12 +85,11 @@ def require_known_tokens(model: PreTrainedModel, inputs: Inputs) -> None:
             )
 
 
-def require_loadable(options: TrainOptions, source: Source, notes: Notes) -> None:
-    """Raises ConfigError with every reason and the nearest options that the program takes."""
+def require_loadable(options: TrainOptions, model: PreTrainedModel, notes: Notes) -> None:
+    """Raises ConfigError with every reason and the nearest options that it takes; `model` is without weights."""
     program = options.program
     if program is None:
         return
-    model = skeleton(source, trust_remote_code=options.trust_remote_code)
     kind = model.config.model_type
     if program == "llama.cpp" and kind not in GGUF_MODELS:
         raise ConfigError(

@@ -69,8 +69,9 @@ def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResul
     notes = Notes(reporter or Reporter())
     device = pick_device(options.device)
     inputs = read_inputs(options, notes)
-    require_known_tokens(require_trainable(options, inputs.source, inputs.fingerprint), inputs)
-    require_loadable(options, inputs.source, notes)
+    shapes = require_trainable(options, inputs.source, inputs.fingerprint)
+    require_known_tokens(shapes, inputs)
+    require_loadable(options, shapes, notes)
     try:
         with RunDirectory(options.output, resume=options.resume, overwrite=options.overwrite) as run:
             return _train(options, inputs, run, notes, device)
