@@ -126,8 +126,15 @@ def test_few_rows_times_a_dense_weight(path, threads, rows, shape, monkeypatch):
     monkeypatch.setattr(cpu, "_FEW_DENSE_ROWS", 128)  # as where there are no tiles
     x, w = torch.randn(rows, shape[1]).bfloat16(), torch.randn(shape).bfloat16()
     truth = x.double() @ w.double().T
-    error = (cpu.dense_linear(x, w).double() - truth).norm()
+    error = (cpu.dense_linears(x, [w])[0].double() - truth).norm()
     assert error <= 1.1 * ((x @ w.T).double() - truth).norm() + 1e-9
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_dense_weights_together_are_weights_alone(path, threads, rows):
+    x, weights = torch.randn(2, rows, 192).bfloat16(), [torch.randn(n, 192).bfloat16() for n in (130, 7, 64)]
+    for found, weight in zip(ops.dense_linears(x, weights), weights, strict=True):
+        assert torch.equal(found, ops.dense_linears(x, [weight])[0])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40, 100])

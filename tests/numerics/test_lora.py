@@ -55,7 +55,12 @@ def test_opcheck():
     opcheck(torch.ops.twinlora.attention_extend.default, (q, k, k, cos, sin, keys, values, 1, 6, 0.3, 4))
 
 
-@pytest.mark.skipif(not lora.has_tables(torch.device("cpu"), torch.bfloat16), reason="no kernel for this processor")
+here = pytest.mark.skipif(
+    not lora.has_tables(torch.device("cpu"), torch.bfloat16), reason="no kernel for this processor"
+)
+
+
+@here
 def test_a_table_is_its_adapters_one_by_one():
     """Two layers with one input; the second lacks an adapter that the first has, and one was dropped."""
     torch.manual_seed(0)
@@ -75,3 +80,30 @@ def test_a_table_is_its_adapters_one_by_one():
     route = torch.tensor([[n, starts[n], starts[n + 1]] for n in range(3)])
     lora.add(found, x, tables, route)
     assert all(torch.equal(w, f) for w, f in zip(wanted, found, strict=True))
+
+
+@here
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("layers, adapters", [((96,), 1), ((200, 16, 40), 2), ((33, 1), 9)])
+def test_products_with_what_adapters_add_are_one_after_the_other(threads, layers, adapters):
+    torch.manual_seed(0)
+    x, weights = torch.randn(2 * adapters, 576).bfloat16(), [torch.randn(n, 576).bfloat16() for n in layers]
+    tables, kept = [], []
+    for number, n in enumerate(layers):
+        tables.append(lora.LoraTable())
+        for key in range(number % 2, adapters):  # every second layer lacks the first
+            a, b = torch.randn(3 + key, 576).bfloat16(), torch.randn(3 + key, n).bfloat16().T
+            kept.append((a, b))
+            tables[-1].put(key, a, b, 0.5)
+    route = torch.tensor([[key, 2 * key, 2 * key + 1 + key % 2] for key in range(adapters)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = lora.multiply(x, weights, tables, route)
+        wanted = ops.dense_linears(x, weights)
+        lora.add(wanted, x, tables, route)
+    finally:
+        torch.set_num_threads(before)
+    assert found is not None
+    assert all(torch.equal(w, f) for w, f in zip(wanted, found, strict=True))
+    assert lora.multiply(x.float(), [weight.float() for weight in weights], tables, route) is None

@@ -20,6 +20,7 @@ def test_opcheck(shape, nested):
     opcheck(library.nf4_linear.default, (x, *quantized.arguments))
     plain = x.detach()
     opcheck(library.nf4_linears.default, (plain, quantized.tensors * 2, [shape[0]] * 2, 32, nested))
+    opcheck(library.dense_linears.default, (plain, [weight, torch.randn(2, shape[1])]))
     opcheck(library.nf4_linear_transposed.default, (torch.randn(3, shape[0]), *quantized.arguments))
 
 

@@ -124,7 +124,7 @@ calls = {
     "nf4_linear few": lambda: ("nf4_linear", (bf(2, 64), *small.arguments), (bf(12, 2048), *q.arguments)),
     "nf4_linear decoded": lambda: ("nf4_linear", (bf(17, 64), *small.arguments), (bf(40, 2048), *q.arguments)),
     "nf4_linear buffer": lambda: ("nf4_linear", (bf(65, 64), *small.arguments), (bf(90, 2048), *q.arguments)),
-    "dense_linear": lambda: ("dense_linear", (bf(1, 64), bf(8, 64)), (bf(12, 4096), bf(64, 4096))),
+    "dense_linears": lambda: ("dense_linears", (bf(1, 64), [bf(8, 64)]), (bf(12, 4096), [bf(64, 4096), bf(8, 4096)])),
     "attention_backward": lambda: ("attention_backward", back(32), back(900)),
     "attention": lambda: ("attention", (*heads(32), None, None, [0, 32], 0.1, 0), (*heads(900), None, None, [0, 900], 0.1, 0)),
     "attention_step": lambda: ("attention_step", step(8), step(30000)),
@@ -144,7 +144,7 @@ for case in sys.argv[1:]:
     os._exit(0)
 """
 KEEPING = [
-    "nf4_linear few", "nf4_linear decoded", "nf4_linear buffer", "dense_linear", "attention", "attention_backward",
+    "nf4_linear few", "nf4_linear decoded", "nf4_linear buffer", "dense_linears", "attention", "attention_backward",
     "attention_step",
 ]  # fmt: skip
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from twinlora.adapters.files import AdapterFile, require_fit
 from twinlora.adapters.lora import LoraLinear, lora_layers
 from twinlora.errors import AdapterError
-from twinlora.model.linear import FrozenLinear, as_frozen, multiply_each
+from twinlora.model.linear import FrozenLinear, as_frozen, dense_weights, multiply_each
 from twinlora.numerics import lora, ops
 
 __all__ = ["AdapterBank", "BankLinear", "LayerWeights", "Resident", "Routing", "blend"]
@@ -112,15 +112,14 @@ class BankLinear(nn.Module):
         if self.bank.routing is None:
             out: Tensor = self.base(x)
             return out
-        return _add(x, (self.base.multiply(x),), (self,))[0]
+        return _multiply(x, (self,))[0]
 
     @staticmethod
     def together(x: Tensor, layers: tuple[BankLinear, ...]) -> tuple[Tensor, ...]:
         """What each layer makes of the same x [..., K]; see `model.linear.project`."""
-        bases = [layer.base for layer in layers]
         if layers[0].bank.routing is None:
-            return FrozenLinear.together(x, bases)
-        return _add(x, multiply_each(x, bases), layers)
+            return FrozenLinear.together(x, [layer.base for layer in layers])
+        return _multiply(x, layers)
 
     def runs(self, parts: _Parts) -> list[Run]:
         """What the table's kernel leaves of this layer; a row whose adapter has nothing here ends a run."""
@@ -139,13 +138,19 @@ class BankLinear(nn.Module):
         return self._planned[1]
 
 
-def _add(x: Tensor, ys: tuple[Tensor, ...], layers: tuple[BankLinear, ...]) -> tuple[Tensor, ...]:
-    """Adds every row's adapter to y = base(x) of each layer, in place."""
+def _multiply(x: Tensor, layers: tuple[BankLinear, ...]) -> tuple[Tensor, ...]:
+    """base(x) of each layer and what every row's adapter adds to it."""
     bank, rows = layers[0].bank, x.numel() // x.shape[-1]
     assert bank.routing is not None
     parts = bank.routing.parts(bank, rows, layers[0].head)
-    if parts.few is not None:
-        lora.add(ys, x, [layer.table for layer in layers], parts.few)
+    bases, tables = [layer.base for layer in layers], [layer.table for layer in layers]
+    ys: tuple[Tensor, ...] | None = None
+    if parts.few is not None and (weights := dense_weights(bases, x.dtype)) is not None:
+        ys = lora.multiply(x, weights, tables, parts.few)
+    if ys is None:
+        ys = multiply_each(x, bases)
+        if parts.few is not None:
+            lora.add(ys, x, tables, parts.few)
     if not (parts.rest or parts.gains):
         return ys
     for layer, y in zip(layers, ys, strict=True):

@@ -24,6 +24,7 @@ __all__ = [
     "QuantLinear",
     "as_frozen",
     "bits_per_weight",
+    "dense_weights",
     "is_linear",
     "multiply_each",
     "project",
@@ -112,12 +113,22 @@ class FrozenLinear(nn.Module):
 
 
 def multiply_each(x: Tensor, layers: Sequence[FrozenLinear]) -> tuple[Tensor, ...]:
-    """`multiply` of each layer with the same x, in one call where all are in one NF4 format."""
+    """`multiply` of each layer with the same x, in one call where all are dense or in one NF4 format."""
+    if (weights := dense_weights(layers, x.dtype)) is not None:
+        return ops.dense_linears(x, weights)
     quantized = [layer.quantized for layer in layers if isinstance(layer, QuantLinear) and layer.bias is None]
     formats = {weight.format for weight in quantized}
     if len(quantized) == len(layers) > 1 and len(formats) == 1 and quantized[0].family == "nf4":
         return ops.linears(x, quantized)
     return tuple(layer.multiply(x) for layer in layers)
+
+
+def dense_weights(layers: Sequence[FrozenLinear], dtype: torch.dtype) -> list[Tensor] | None:
+    """Their weights [out, in], if all are dense, of this type and without a bias."""
+    plain: list[Tensor] = [
+        m.weight for m in layers if isinstance(m, DenseLinear) and m.bias is None and not m.fan_in_fan_out
+    ]
+    return plain if len(plain) == len(layers) and all(weight.dtype == dtype for weight in plain) else None
 
 
 class DenseLinear(FrozenLinear):
@@ -142,7 +153,7 @@ class DenseLinear(FrozenLinear):
         """See FrozenLinear."""
         if self.bias is not None:
             return F.linear(x, self._matrix(x.dtype), self.bias.to(x.dtype))
-        return ops.dense_linear(x, self._matrix(x.dtype))
+        return ops.dense_linears(x, [self._matrix(x.dtype)])[0]
 
     def multiply_transposed(self, dy: Tensor) -> Tensor:
         """See FrozenLinear."""

@@ -32,13 +32,13 @@ except ImportError:
     _native = None
 
 __all__ = [
-    "FEW_LORA_ROWS", "OPS", "add_lora", "attention_work", "has_blocks", "lora_entry", "path", "paths", "runtime",
-    "use_path",
+    "FEW_LORA_ROWS", "OPS", "add_lora", "attention_work", "has_blocks", "lora_entry", "multiply_adapted", "path",
+    "paths", "runtime", "use_path",
 ]  # fmt: skip
 
 OPS = (
     "nf4_quantize", "scales_quantize", "nf4_dequantize", "nf4_linear", "nf4_linears",
-    "nf4_linear_transposed", "blockwise_dequantize", "blockwise_linear", "blockwise_linear_transposed", "dense_linear",
+    "nf4_linear_transposed", "blockwise_dequantize", "blockwise_linear", "blockwise_linear_transposed", "dense_linears",
     "attention", "attention_backward", "attention_step", "grouped_lora_",
     "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "cross_entropy_",
 )  # fmt: skip
@@ -249,26 +249,43 @@ def blockwise_linear_transposed(
     return dy @ _weight(shape, dy.dtype, packed, scales, ns, no, *layout)
 
 
-def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """See ops.py. Few rows are bound by reading the weight, which oneDNN does at half the rate."""
-    if not _few_dense_rows(x, weight):
-        return torch.nn.functional.linear(x, weight)
-    n, k = weight.shape
-    rows, x = x.numel() // k, x.contiguous()
-    y = x.new_empty(*x.shape[:-1], n)
-    _library().multiply_dense(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, n, k, _threads())
-    return y
+def dense_linears(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """See ops.py. Few rows are bound by reading the weights, which oneDNN does at half the rate."""
+    if not _few_dense_rows(x, weights):
+        return reference.dense_linears(x, weights)
+    return _multiply_dense(x, weights, [(0, 0)] * len(weights), None)
 
 
-def _few_dense_rows(x: Tensor, weight: Tensor) -> bool:
-    k = weight.shape[1]
-    few = 0 < x.numel() <= _FEW_DENSE_ROWS * k and k % 64 == 0 and x.dtype == weight.dtype == torch.bfloat16
-    return few and weight.is_contiguous() and _library().has_dense()
+def _multiply_dense(
+    x: Tensor, weights: Sequence[Tensor], tables: Sequence[tuple[int, int]], route: Tensor | None
+) -> list[Tensor]:
+    x = x.contiguous()
+    *shape, k = x.shape
+    ys, layers, addresses = [], [], []
+    for weight, (table, size) in zip(weights, tables, strict=True):
+        n = weight.shape[0]
+        y = x.new_empty((*shape, n))
+        ys.append(y)
+        layers.append((y.data_ptr(), n, table, size))
+        addresses.append(weight.data_ptr())
+    at, count = (0, 0) if route is None else (route.data_ptr(), len(route))
+    _library().multiply_dense(x.data_ptr(), addresses, layers, at, count, x.numel() // k, k, _threads())
+    return ys
+
+
+def _few_dense_rows(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    k = x.shape[-1]
+    if not (0 < x.numel() <= _FEW_DENSE_ROWS * k and k % 64 == 0 and x.dtype == torch.bfloat16):
+        return False
+    for weight in weights:  # no `all`, which costs a microsecond in every layer
+        if weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+            return False
+    return bool(_library().has_dense())
 
 
 def takes(op: str, *args: Any) -> bool:
     """Whether a kernel of ours computes `op` with these arguments, and not the reference."""
-    if op == "dense_linear":
+    if op == "dense_linears":
         return _few_dense_rows(*args)
     if op.startswith("attention"):
         q, cos = (args[1], args[4]) if op == "attention_backward" else (args[0], args[3])
@@ -481,6 +498,16 @@ def add_lora(ys: Sequence[Tensor], x: Tensor, tables: Sequence[tuple[int, int]],
         assert y.dtype == x.dtype == torch.bfloat16
         layers.append((y.data_ptr(), y.shape[-1], *table))
     _library().grouped_lora(layers, x.data_ptr(), route.data_ptr(), len(route), x.shape[-1], _threads())
+
+
+def multiply_adapted(
+    x: Tensor, weights: Sequence[Tensor], tables: Sequence[tuple[int, int]], route: Tensor
+) -> list[Tensor] | None:
+    """`dense_linears`, and what `add_lora` adds; adapters' weights come from memory while the others are multiplied.
+
+    None, and nothing done, where oneDNN multiplies.
+    """
+    return _multiply_dense(x, weights, tables, route) if _few_dense_rows(x, weights) else None
 
 
 _threads = torch.get_num_threads

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twinlora.numerics import cpu
 
-__all__ = ["FEW_ROWS", "LoraTable", "add", "has_tables"]
+__all__ = ["FEW_ROWS", "LoraTable", "add", "has_tables", "multiply"]
 
 FEW_ROWS = cpu.FEW_LORA_ROWS  # of one adapter; more are for `ops.grouped_lora_`
 
@@ -48,3 +48,11 @@ def add(ys: Sequence[Tensor], x: Tensor, tables: Sequence[LoraTable], route: Ten
     an adapter leaves its rows alone.
     """
     cpu.add_lora(ys, x, [table.place for table in tables], route)
+
+
+def multiply(
+    x: Tensor, weights: Sequence[Tensor], tables: Sequence[LoraTable], route: Tensor
+) -> tuple[Tensor, ...] | None:
+    """x [..., K] times each layer's dense weight [N, K], and what `add` adds; None where no kernel does that."""
+    ys = cpu.multiply_adapted(x, weights, [table.place for table in tables], route)
+    return None if ys is None else tuple(ys)

@@ -15,7 +15,7 @@ reference serves every device without one. Shapes: `weight` [N, K] in general an
     grouped_lora_(y, x, a, b, scales, starts)          -> y [R, N] += scale · x Aᵀ Bᵀ, an adapter for each group of rows
     blockwise_quantize(weight, bits, block_size)       -> codes of int8 (bits 8) or NF3 (3), scales f32; see formats.py
     blockwise_dequantize, blockwise_linear, blockwise_linear_transposed: as those of NF4, with `bits` after the rest
-    dense_linear(x, weight)                            -> x [..., K] @ weight [N, K].T -> [..., N]; no gradient
+    dense_linears(x, weights)                          -> x [..., K] @ weight [N, K].T -> [..., N] of each; no gradient
     attention(q, k, v, cos, sin, starts, …)            -> out [T, H, D], lse f32 [T, H]; differentiable in q, k, v
     attention_backward(dout, q, …, out, lse, …)        -> dq, dk, dv
     attention_step(q, k, v, …, keys, values, …)        -> out [n, H, D]; one new token of n sequences, see below
@@ -64,7 +64,7 @@ __all__ = [
     "attention_extend",
     "attention_step",
     "backend",
-    "dense_linear",
+    "dense_linears",
     "grouped_lora_",
     "linear",
     "linear_add_",
@@ -96,7 +96,7 @@ _SCHEMAS = {
     "blockwise_dequantize": f"({_QUANT}, int bits, ScalarType dtype) -> Tensor",
     "blockwise_linear": f"(Tensor x, {_QUANT}, int bits) -> Tensor",
     "blockwise_linear_transposed": f"(Tensor dy, {_QUANT}, int bits) -> Tensor",
-    "dense_linear": "(Tensor x, Tensor weight) -> Tensor",
+    "dense_linears": "(Tensor x, Tensor[] weights) -> Tensor[]",
     "attention": f"({_HEADS}, {_SEEN}) -> (Tensor, Tensor)",
     "attention_backward": f"(Tensor dout, {_HEADS}, Tensor out, Tensor lse, {_SEEN}) -> (Tensor, Tensor, Tensor)",
     "attention_step": (
@@ -180,9 +180,9 @@ def _(y: Tensor, *_: Any) -> None:
     return None
 
 
-@torch.library.register_fake("twinlora::dense_linear")
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+@torch.library.register_fake("twinlora::dense_linears")
+def _(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
 
 
 @torch.library.register_fake("twinlora::attention")
@@ -376,10 +376,9 @@ def adds_products(device: torch.device) -> bool:
     return kind_of(device) == "cuda"
 
 
-def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., K] @ weight [N, K].T -> [..., N], in x's type; no gradient."""
-    out: Tensor = torch.ops.twinlora.dense_linear(x, weight)
-    return out
+def dense_linears(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
+    """x [..., K] @ weight [N, K].T of each weight -> [..., N] of each, in x's type; no gradient."""
+    return tuple(torch.ops.twinlora.dense_linears(x, weights))
 
 
 def attention(

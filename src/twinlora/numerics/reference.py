@@ -20,7 +20,7 @@ __all__ = [
     "blockwise_linear",
     "blockwise_linear_transposed",
     "blockwise_quantize",
-    "dense_linear",
+    "dense_linears",
     "grouped_lora_",
     "nf4_dequantize",
     "nf4_linear",
@@ -255,6 +255,6 @@ def blockwise_linear_transposed(dy: Tensor, packed: Tensor, *quant: Any) -> Tens
     return dy @ blockwise_dequantize(packed, *quant)
 
 
-def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., K] @ weight [N, K].T -> [..., N]."""
-    return torch.nn.functional.linear(x, weight)
+def dense_linears(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """x [..., K] @ weight [N, K].T of each weight -> [..., N] of each."""
+    return [torch.nn.functional.linear(x, weight) for weight in weights]

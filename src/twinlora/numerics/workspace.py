@@ -77,8 +77,8 @@ def _of_cpu(op: str, args: tuple[Any, ...], threads: int) -> Workspace:
     if op in ("nf4_linear_transposed", "blockwise_linear", "blockwise_linear_transposed"):
         n, k = args[5]
         return Workspace(kept=_decoded(x, n * k))
-    if op == "dense_linear":
-        n, k = args[1].shape
+    if op == "dense_linears":
+        n, k = sum(len(weight) for weight in args[1]), x.shape[-1]
         return Workspace(copy_bytes(x), {op: few_rows_bytes(x.numel() // k, n, k, 0, threads, cpu.path())})
     if op == "attention_step":
         return Workspace(kept={op: attention_step_bytes(args[8], args[10], x.shape, args[1].shape[1], threads)})

@@ -55,13 +55,13 @@ class Target:
         if name in _PRODUCTS:
             x, w = args[_PRODUCTS[name] : _PRODUCTS[name] + 2]
             shape: tuple[Any, ...] = (tuple(x.shape), tuple(w.shape), x.is_contiguous(), w.is_contiguous())
-        elif name in ("nf4_linear", "nf4_linear_transposed", "dense_linear"):
-            x, w = args[0], args[1]
-            sizes = tuple(w.shape) if name == "dense_linear" else tuple(args[5])
-            shape = ((x.numel() // x.shape[-1], x.shape[-1]), sizes, name == "nf4_linear_transposed")
-        elif name == "nf4_linears":
+        elif name in ("nf4_linear", "nf4_linear_transposed"):
             x = args[0]
-            shape = ((x.numel() // x.shape[-1], x.shape[-1]), tuple(args[2]))
+            shape = ((x.numel() // x.shape[-1], x.shape[-1]), tuple(args[5]), name == "nf4_linear_transposed")
+        elif name in ("nf4_linears", "dense_linears"):
+            x = args[0]
+            rows = args[2] if name == "nf4_linears" else map(len, args[1])
+            shape = ((x.numel() // x.shape[-1], x.shape[-1]), tuple(rows))
         else:
             return None
         return shape if x.dtype in (torch.bfloat16, torch.float16) else None

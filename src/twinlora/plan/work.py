@@ -136,7 +136,7 @@ def _of_lists(name: str, func: Any, args: tuple[Any, ...], outputs: list[Tensor]
 def _name(name: str) -> str:
     if name in _QUANTISED or name in ("nf4_linears", "nf4_linear_with"):
         return "nf4 product"  # of other formats, too: their weights are decoded alike
-    if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "_grouped_mm", "linear", "dense_linear"):
+    if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "_grouped_mm", "linear", "dense_linears"):
         return "product"
     if "attention" in name:
         return "attention"
@@ -157,7 +157,7 @@ def _flops(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], 
         rows: int = args[at].numel() // args[at].shape[-1]
         weights: int = math.prod(args[at + 5])
         return 2 * rows * weights
-    if name in ("nf4_linears", "nf4_linear_with", "linear", "dense_linear"):
+    if name in ("nf4_linears", "nf4_linear_with", "linear", "dense_linears"):
         width: int = args[0].shape[-1]
         return sum(2 * y.numel() * width for y in outputs)
     if name == "addmm_":

@@ -163,6 +163,7 @@ void multiply_rows(const u16* x, const u8* packed, const Scales& scales, u16* y,
     u16* arranged = kept_x.at_least(M * K);
     u16* values = M < from_decoded ? nullptr : kept_values.at_least(panel * stride);
     arrange<true>(x, plan, arranged);
+    Soon soon(nullptr, 0, 1);
     for (i64 start = first; start < last; start += panel) {
         const i64 rows = start + panel < last ? panel : last - start;
         const u8* codes = packed + start * K / 2;
@@ -171,22 +172,24 @@ void multiply_rows(const u16* x, const u8* packed, const Scales& scales, u16* y,
         if (values) {
             for (i64 n = 0; n < rows; ++n)
                 decode_split(codes + n * K / 2, decoded + n * blocks, blocks, block, values + n * stride);
-            multiply_panel(Dense{values, K, stride}, stored, plan, arranged, rows, 64, y + start, N);
+            multiply_panel(Dense{values, K, stride}, stored, plan, arranged, rows, 64, y + start, N, soon);
         } else {
-            multiply_panel(Codes{codes, decoded, K, block}, stored, plan, arranged, rows, block, y + start, N);
+            multiply_panel(Codes{codes, decoded, K, block}, stored, plan, arranged, rows, block, y + start, N, soon);
         }
     }
 }
 
-void multiply_dense(const u16* x, const u16* w, u16* y, i64 M, i64 N, i64 K, i64 first, i64 last) {
+void multiply_dense(const u16* x, const u16* w, u16* y, i64 M, i64 N, i64 K, i64 first, i64 last, const Region* regions,
+                    i64 count) {
     const Plan plan(M, K);
     thread_local Kept<u16> kept;
     u16* arranged = kept.at_least(M * K);
     arrange<false>(x, plan, arranged);
+    Soon soon(regions, count, (last - first) * K * plan.groups);
     for (i64 start = first; start < last; start += panel) {
         const i64 rows = start + panel < last ? panel : last - start;
         const u16* at = w + start * K;
-        multiply_panel(Dense{at, K, K}, Stored{at, 2 * K, 2}, plan, arranged, rows, 64, y + start, N);
+        multiply_panel(Dense{at, K, K}, Stored{at, 2 * K, 2}, plan, arranged, rows, 64, y + start, N, soon);
     }
 }
 

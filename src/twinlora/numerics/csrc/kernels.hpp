@@ -31,6 +31,12 @@ struct Scales {
     int nested_shift;  // log2 of the nested block size
 };
 
+// Memory that is read after a product, fetched while it runs: a product of few rows leaves half of the memory's rate unused.
+struct Region {
+    const void* at;
+    std::int64_t bytes;
+};
+
 struct Path {
     const char* name;
     bool (*supported)();
@@ -52,7 +58,8 @@ struct Path {
                           std::int64_t last);
     // The same for a dense W; K a multiple of 64. nullptr where a GEMM library does as well.
     void (*multiply_dense)(const std::uint16_t* x, const std::uint16_t* w, std::uint16_t* y, std::int64_t M,
-                           std::int64_t N, std::int64_t K, std::int64_t first, std::int64_t last);
+                           std::int64_t N, std::int64_t K, std::int64_t first, std::int64_t last, const Region* soon,
+                           std::int64_t regions);
 };
 
 extern const Path portable, avx2, avx512;

@@ -19,8 +19,11 @@ struct GroupedLora {
     std::int64_t k;
     const LoraSpan* spans;
     std::int64_t count;
-    float* hidden;  // of each span [rows, rank]: x · A, rounded to bfloat16
+    std::uint16_t* hidden;  // of each span [rows, hidden_stride(rank)]: x · A; zeros before
 };
+
+// Products of two rows of B are taken together.
+constexpr std::int64_t hidden_stride(std::int64_t rank) { return (rank + 1) / 2 * 2; }
 
 constexpr std::int64_t lora_block = 64;  // columns of y at once
 

@@ -146,15 +146,6 @@ void multiply_rows(Address x, const std::vector<Weight>& weights, std::int64_t r
     });
 }
 
-void multiply_dense(Address x, Address w, Address y, std::int64_t rows, std::int64_t n, std::int64_t k, int threads) {
-    parallel_for(threads, n, std::max<std::int64_t>(1, grain / k), [&](std::int64_t first, std::int64_t last) {
-        path->multiply_dense(pointer<const std::uint16_t>(x), pointer<const std::uint16_t>(w), pointer<std::uint16_t>(y),
-                             rows, n, k, first, last);
-    });
-}
-
-bool has_dense() { return path->multiply_dense; }
-
 // For attention and what stands between the products: one path or none.
 bool has_blocks() { return path == &avx512 && attention_forward && elementwise; }
 
@@ -255,41 +246,92 @@ void cross_entropy(Address logits, Address labels, std::int64_t rows, std::int64
     parallel_for(threads, rows, 1, [&](std::int64_t first, std::int64_t last) { elementwise->cross_entropy(c, first, last); });
 }
 
-// Layers are y, its columns, and a table [size, 4]: addresses of A and of the transposed B (0: none), rank, the scale's bits;
-// by an adapter's number. `route` [count, 3]: a number, and its rows [start, stop).
-void grouped_lora(const std::vector<std::tuple<Address, std::int64_t, Address, std::int64_t>>& layers, Address x,
-                  Address route, std::int64_t count, std::int64_t k, int threads) {
+// y, its columns, and a table [size, 4] of adapters by number: addresses of A and of the transposed B (0: none), rank, the
+// scale's bits.
+using Layer = std::tuple<Address, std::int64_t, Address, std::int64_t>;
+
+// What a pass adds to layers that share x [rows, k]; `route` [count, 3] has adapters' numbers and their rows [start, stop).
+struct Adapters {
     std::vector<LoraSpan> spans;
-    std::int64_t ranks = 0, blocks = 0, products = 0;
-    for (const auto* r = pointer<const std::int64_t>(route); r < pointer<const std::int64_t>(route) + 3 * count; r += 3)
-        for (const auto& [y, n, table, size] : layers) {
-            const auto* p = pointer<const std::int64_t>(table) + 4 * r[0];
-            if (r[0] >= size || !p[0]) continue;
-            double scale;
-            std::memcpy(&scale, p + 3, sizeof scale);
-            spans.push_back({pointer<const std::uint16_t>(p[0]), pointer<const std::uint16_t>(p[1]), p[2], r[1], r[2],
-                             static_cast<float>(scale), pointer<std::uint16_t>(y), n, ranks, blocks, products});
-            ranks += p[2], blocks += (n + lora_block - 1) / lora_block, products += p[2] * (r[2] - r[1]);
-        }
-    if (spans.empty()) return;
-    std::vector<float> hidden(products);
-    const auto used = static_cast<std::int64_t>(spans.size());
-    const GroupedLora g{pointer<const std::uint16_t>(x), k, spans.data(), used, hidden.data()};
-    const auto shares = (used + threads - 1) / threads;
-    if (2 * shares * threads <= 3 * used) {  // enough for every thread to go from A to B: none waits for another
-        parallel_for(threads, used, 1, [&](std::int64_t first, std::int64_t last) {
-            const bool end = last == used;
-            lora->shrink(g, spans[first].ranks, end ? ranks : spans[last].ranks);
-            lora->expand(g, spans[first].blocks, end ? blocks : spans[last].blocks);
-        });
-        return;
+    std::int64_t k, ranks = 0, blocks = 0, products = 0;
+
+    Adapters(const std::vector<Layer>& layers, std::int64_t k, Address route, std::int64_t count) : k(k) {
+        const auto* rows = pointer<const std::int64_t>(route);
+        for (const auto* r = rows; r < rows + 3 * count; r += 3)
+            for (const auto& [y, n, table, size] : layers) {
+                const auto* p = pointer<const std::int64_t>(table) + 4 * r[0];
+                if (r[0] >= size || !p[0]) continue;
+                double scale;
+                std::memcpy(&scale, p + 3, sizeof scale);
+                spans.push_back({pointer<const std::uint16_t>(p[0]), pointer<const std::uint16_t>(p[1]), p[2], r[1], r[2],
+                                 static_cast<float>(scale), pointer<std::uint16_t>(y), n, ranks, blocks, products});
+                ranks += p[2], blocks += (n + lora_block - 1) / lora_block, products += hidden_stride(p[2]) * (r[2] - r[1]);
+            }
     }
-    const std::int64_t weights = std::max<std::int64_t>(1, ranks / used * lora_block);
-    parallel_for(threads, ranks, std::max<std::int64_t>(1, grain / k),
-                 [&](std::int64_t first, std::int64_t last) { lora->shrink(g, first, last); });
-    parallel_for(threads, blocks, std::max<std::int64_t>(1, grain / weights),
-                 [&](std::int64_t first, std::int64_t last) { lora->expand(g, first, last); });
+
+    std::int64_t used() const { return static_cast<std::int64_t>(spans.size()); }
+
+    void add(Address x, int threads) const {
+        if (spans.empty()) return;
+        std::vector<std::uint16_t> hidden(products);
+        const GroupedLora g{pointer<const std::uint16_t>(x), k, spans.data(), used(), hidden.data()};
+        const auto shares = (used() + threads - 1) / threads;
+        if (2 * shares * threads <= 3 * used()) {  // enough for every thread to go from A to B: none waits for another
+            parallel_for(threads, used(), 1, [&](std::int64_t first, std::int64_t last) {
+                const bool end = last == used();
+                lora->shrink(g, spans[first].ranks, end ? ranks : spans[last].ranks);
+                lora->expand(g, spans[first].blocks, end ? blocks : spans[last].blocks);
+            });
+            return;
+        }
+        const std::int64_t weights = std::max<std::int64_t>(1, ranks / used() * lora_block);
+        parallel_for(threads, ranks, std::max<std::int64_t>(1, grain / k),
+                     [&](std::int64_t first, std::int64_t last) { lora->shrink(g, first, last); });
+        parallel_for(threads, blocks, std::max<std::int64_t>(1, grain / weights),
+                     [&](std::int64_t first, std::int64_t last) { lora->expand(g, first, last); });
+    }
+
+    // Where spans [first, last) lie in memory.
+    std::vector<Region> regions(std::int64_t first, std::int64_t last) const {
+        std::vector<Region> found;
+        for (std::int64_t i = first; i < last; ++i) {
+            found.push_back({spans[i].a, 2 * spans[i].rank * k});
+            found.push_back({spans[i].b, 2 * spans[i].rank * spans[i].n});
+        }
+        return found;
+    }
+};
+
+void grouped_lora(const std::vector<Layer>& layers, Address x, Address route, std::int64_t count, std::int64_t k,
+                  int threads) {
+    Adapters(layers, k, route, count).add(x, threads);
 }
+
+// Each layer's y gets the product of its dense weight with the same x [rows, k], and what its adapters add; their weights
+// come from memory meanwhile.
+void multiply_dense(Address x, const std::vector<Address>& weights, const std::vector<Layer>& layers, Address route,
+                    std::int64_t count, std::int64_t rows, std::int64_t k, int threads) {
+    const Adapters adapters(layers, k, route, count);
+    std::int64_t total = 0;
+    for (const Layer& layer : layers) total += std::get<1>(layer);
+    parallel_for(threads, total, std::max<std::int64_t>(1, grain / k), [&](std::int64_t first, std::int64_t last) {
+        const auto soon = adapters.regions(adapters.used() * first / total, adapters.used() * last / total);
+        const auto share = [&](std::int64_t done) { return static_cast<std::int64_t>(soon.size()) * done / (last - first); };
+        std::int64_t start = 0;
+        for (std::size_t i = 0; i < layers.size(); ++i) {
+            const std::int64_t n = std::get<1>(layers[i]);
+            const std::int64_t from = std::max(first, start), to = std::min(last, start + n);
+            if (from < to)
+                path->multiply_dense(pointer<const std::uint16_t>(x), pointer<const std::uint16_t>(weights[i]),
+                                     pointer<std::uint16_t>(std::get<0>(layers[i])), rows, n, k, from - start, to - start,
+                                     soon.data() + share(from - first), share(to - first) - share(from - first));
+            start += n;
+        }
+    });
+    adapters.add(x, threads);
+}
+
+bool has_dense() { return path->multiply_dense; }
 
 }  // namespace
 

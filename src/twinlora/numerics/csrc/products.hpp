@@ -207,9 +207,28 @@ struct Ahead {
     }
 };
 
+// Fetches regions evenly over `work`, which is done a part at a time.
+class Soon {
+public:
+    Soon(const Region* regions, i64 count, i64 work) : next_(regions), last_(regions + count), work_(work) {
+        for (const Region* r = regions; r < last_; ++r) lines_ += (r->bytes + 63) / 64;
+    }
+    inline void done(i64 part) {
+        for (owed_ += part * lines_; owed_ >= work_ && next_ < last_; owed_ -= work_, at_ += 64) {
+            if (at_ >= next_->bytes && (at_ = 0, ++next_ == last_)) return;
+            _mm_prefetch(static_cast<const char*>(next_->at) + at_, _MM_HINT_T1);
+        }
+    }
+
+private:
+    const Region *next_, *last_;
+    i64 work_, lines_ = 0, owed_ = 0, at_ = 0;
+};
+
 // Group g, `Rows` rows of x, against `rows` rows of a panel -> y [Rows, N]. k is cut at multiples of `unit`.
 template <int Rows, int Cols, class Panel>
-void multiply(const Panel& w, const Stored& stored, i64 groups, i64 g, const u16* x, i64 rows, i64 unit, u16* y, i64 N) {
+void multiply(const Panel& w, const Stored& stored, i64 groups, i64 g, const u16* x, i64 rows, i64 unit, u16* y, i64 N,
+              Soon& soon) {
     const i64 ranges = (w.K * Rows + range_values - 1) / range_values;
     const i64 range = (w.K + ranges * unit - 1) / (ranges * unit) * unit;
     __m512 sums[panel * Rows];
@@ -217,8 +236,10 @@ void multiply(const Panel& w, const Stored& stored, i64 groups, i64 g, const u16
         const i64 to = from + range < w.K ? from + range : w.K;
         const Ahead<Cols> ahead(stored, groups, g, rows, w.K, from, to, Panel::step);
         i64 n = 0;
-        for (; n + Cols <= rows; n += Cols)
+        for (; n + Cols <= rows; n += Cols) {
             w.template accumulate<Rows, Cols>(x, n, from, to, sums + n * Rows, ahead.of(n));
+            soon.done(Cols * (to - from));
+        }
         for (; n < rows; ++n) w.template accumulate<Rows, 1>(x, n, from, to, sums + n * Rows, ahead.of(n));
     }
     for (int m = 0; m < Rows; ++m) store_bf16(y + m * N, mask16(rows), sums_of(sums + m, Rows));
@@ -227,14 +248,15 @@ void multiply(const Panel& w, const Stored& stored, i64 groups, i64 g, const u16
 // All rows of x, arranged, against `rows` rows of a panel.
 template <class Panel>
 void multiply_panel(const Panel& w, const Stored& stored, const Plan& plan, const u16* x, i64 rows, i64 unit, u16* y,
-                    i64 N) {
+                    i64 N, Soon& soon) {
     constexpr decltype(&multiply<1, 4, Panel>) kernels[] = {
         multiply<1, 4, Panel>, multiply<2, 4, Panel>, multiply<3, 4, Panel>,  multiply<4, 4, Panel>,
         multiply<5, 4, Panel>, multiply<6, 4, Panel>, multiply<7, 2, Panel>,  multiply<8, 2, Panel>,
         multiply<9, 2, Panel>, multiply<10, 2, Panel>, multiply<11, 2, Panel>, multiply<12, 2, Panel>};
     for (i64 g = 0; g < plan.groups; ++g) {
         const i64 first = plan.first_row(g), count = plan.first_row(g + 1) - first;
-        kernels[count - 1](w, stored, plan.groups, g, x + first * plan.K, rows, unit, y + first * N, N);
+        kernels[count - 1](w, stored, plan.groups, g, x + first * plan.K, rows, unit, y + first * N, N,
+                           soon);
     }
 }
 
