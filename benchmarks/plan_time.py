@@ -4,7 +4,7 @@
 
 Before each cell the rates are measured: products, attention, copies, steps of two small models of its own, nothing of any cell (each time
 anew, because a rented machine's speed changes within minutes). Then the cell is predicted from its configuration and these
-rates, and measured in a process of its own that loads the checkpoint as training does: the median of its steps after two
+rates, and measured in a process of its own that loads the checkpoint as training does: the median of its steps after one or two
 that do not count. Run it on a quiet machine, with all of its cores.
 """
 
@@ -22,6 +22,7 @@ import harness  # puts src on the path
 import plan_memory
 
 _SECONDS, _LEAST, _MOST = 8.0, 5, 60  # of steps of a cell that count
+_LONG = 6.0  # seconds from which on a step counts after one before it, and three will do
 
 
 def measure(connection: Any, directory: str, cell: Any) -> None:
@@ -31,11 +32,14 @@ def measure(connection: Any, directory: str, cell: Any) -> None:
 
     machine.keep_freed_memory()
     step = plan_memory.stepper(resolve(directory), cell)
-    for _ in range(2):
+    begun = time.perf_counter()
+    step()
+    long = time.perf_counter() - begun > _LONG
+    if not long:
         step()
     seconds: list[float] = []
     end = time.perf_counter() + _SECONDS
-    while len(seconds) < _LEAST or (time.perf_counter() < end and len(seconds) < _MOST):
+    while len(seconds) < (3 if long else _LEAST) or (time.perf_counter() < end and len(seconds) < _MOST):
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)

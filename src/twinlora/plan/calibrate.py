@@ -164,8 +164,8 @@ def _pieces(device: torch.device) -> Iterator[Piece]:
         name = str(dtype).removeprefix("torch.")
         for shape in _PRODUCTS[::every]:
             yield f"product {name}", partial(_product, *shape, dtype, device)
-        for rows in (64, 256, 1024)[::every]:
-            yield f"nf4 product {name}", partial(_nf4, rows, 1024, dtype, device)
+        for shape in _NF4_PRODUCTS[::every]:
+            yield f"nf4 product {name}", partial(_nf4, *shape, dtype, device)
     for inner in (16, 48):
         yield "addmm_", partial(_added, 1024, inner, 1024, device)
     for length in (32, 128, 512, 2048):
@@ -190,6 +190,11 @@ _PRODUCTS = (
 )  # fmt: skip
 
 
+_NF4_PRODUCTS = (
+    (64, 1024, 1024), (256, 1024, 1024), (1024, 1024, 1024), (512, 2048, 4096), (1024, 2048, 4096),
+)  # fmt: skip
+
+
 def _product(rows: int, inner: int, outer: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], Any]:
     xs = _rotate(lambda: torch.randn(rows, inner, dtype=dtype, device=device))
     weights = _rotate(lambda: torch.randn(outer, inner, dtype=dtype, device=device))
@@ -203,9 +208,10 @@ def _added(rows: int, inner: int, outer: int, device: torch.device) -> Callable[
     return lambda turn: ys[turn % len(ys)].addmm_(x, weight.T)
 
 
-def _nf4(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], Any]:
-    x = torch.randn(rows, size, dtype=dtype, device=device)
-    weights = [ops.quantize(torch.randn(size, size, dtype=dtype, device=device)) for _ in range(32)]
+def _nf4(rows: int, inner: int, outer: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], Any]:
+    x = torch.randn(rows, inner, dtype=dtype, device=device)
+    count = min(32, 2 * _ROTATING // (inner * outer))
+    weights = [ops.quantize(torch.randn(outer, inner, dtype=dtype, device=device)) for _ in range(count)]
     return lambda turn: ops.linear(x, weights[turn % len(weights)])
 
 
