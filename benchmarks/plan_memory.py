@@ -23,6 +23,7 @@ import dataclasses
 import gc
 import json
 import multiprocessing
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -245,7 +246,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--methods", default="lora,qlora,hybrid,full")
-    parser.add_argument("--only", default="", help="part of a cell's name, to run a few")
+    parser.add_argument("--only", default="", help="a regular expression that cells' names match, to run a few")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
@@ -263,7 +264,7 @@ def main() -> None:
     try:
         for name, directory in models.items():
             for shape, cell in cells(args.methods.split(","), AutoConfig.from_pretrained(directory).num_hidden_layers):
-                if args.only in f"{name} {cell.method} {shape} {cell.checkpointing}":
+                if re.search(args.only, f"{name} {cell.method} {shape} {cell.checkpointing}"):
                     document["cells"] += filter(None, [compare(directory, name, shape, cell)])
                     if args.output:
                         args.output.write_text(json.dumps(document, indent=1))

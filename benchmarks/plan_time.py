@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import shutil
 import statistics
 import time
@@ -106,7 +107,7 @@ def main() -> None:
         for name, directory in models.items():
             layers = AutoConfig.from_pretrained(directory).num_hidden_layers
             for shape, cell in plan_memory.cells(args.methods.split(","), layers):
-                if args.only in f"{name} {cell.method} {shape} {cell.checkpointing}":
+                if re.search(args.only, f"{name} {cell.method} {shape} {cell.checkpointing}"):
                     document["cells"].append(compare(directory, name, shape, cell))
                     if args.output:
                         args.output.write_text(json.dumps(document, indent=1))
