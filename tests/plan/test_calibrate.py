@@ -22,10 +22,12 @@ def quick(monkeypatch, tmp_path):
     """Every piece once, and each takes a millisecond; a call's own overhead a microsecond, in a step, too,
     and nothing is slower there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(calibrate, "_time", lambda call, device: 1e-3)
+    monkeypatch.setattr(calibrate, "_TURNS", 1)
+    monkeypatch.setattr(calibrate, "_time", lambda call, device, at_least=0.0: 1e-3)
     monkeypatch.setattr(calibrate, "_dispatch", lambda device: 1e-6)
-    monkeypatch.setattr(calibrate, "_overhead", lambda device, rates: rates.overhead)
-    monkeypatch.setattr(calibrate, "_slowdown", lambda device, rates: 1.0)
+    monkeypatch.setattr(calibrate, "_overhead", lambda step, rates: rates.overhead)
+    monkeypatch.setattr(calibrate, "_slowdown", lambda step, rates: 1.0)
+    monkeypatch.setattr(probe, "SMALL", probe.TINY)
     monkeypatch.setattr(calibrate, "_ROTATING", 0)
     return tmp_path / "twinlora" / "rates.json"
 
@@ -87,27 +89,49 @@ def test_a_call_takes_what_half_of_them_exceed(monkeypatch):
     assert calibrate._time(lambda turn: None, CPU) == 1
 
 
+def test_of_all_turns_the_median_counts(quick, monkeypatch):
+    """A machine that is slow in one turn of three, or fast, is not believed."""
+    monkeypatch.setattr(calibrate, "_TURNS", 3)
+    curve, make = next(piece for piece in calibrate._pieces(CPU) if piece[0] == "product bfloat16")
+    monkeypatch.setattr(calibrate, "_pieces", lambda device: iter([(curve, make)]))
+    once = calibrate.measure(CPU, Reporter()).curves[curve]
+    turns = iter([9.0, 1.0, 0.1])
+
+    def time(call, device, at_least=None):
+        return 1e-3 if at_least else 1e-3 * next(turns)
+
+    monkeypatch.setattr(calibrate, "_time", time)
+    assert calibrate.measure(CPU, Reporter()).curves[curve] == once
+
+
+def step_of(model, monkeypatch):
+    """A step of it that takes a second."""
+    monkeypatch.setattr(calibrate, "_time", lambda call, *_: (call(0), 1.0)[1])
+    step = calibrate._Step(model, CPU)
+    step.time(CPU, 0.0)
+    return step
+
+
 def test_a_steps_overhead_is_what_its_work_does_not_explain(monkeypatch):
     """With a curve that makes work free, all of the step's time is shared among its calls; nothing is below `rates`."""
-    monkeypatch.setattr(calibrate, "_time", lambda call, *_: (call(0), 1.0)[1])
     free = Measured("here", {"elementwise": Curve(((1.0, 1e30),)), "product float32": Curve(((1.0, 1e30),))}, 1e-6)
-    found = calibrate._overhead(CPU, free)
     tiny = probe.TINY
+    step = step_of(tiny, monkeypatch)
+    found = calibrate._overhead(step, free)
     counts = simulate(tiny.config, Cell(lengths=(tiny.tokens,), rank=tiny.rank)).counts
     assert replace(free, overhead=found).step_seconds(counts, tiny.tokens) == pytest.approx(1.0)
     slow = replace(free, curves={name: Curve(((1.0, 1.0),)) for name in free.curves})
-    assert calibrate._overhead(CPU, slow) == 1e-6
+    assert calibrate._overhead(step, slow) == 1e-6
 
 
 def test_work_is_slower_in_a_step_by_what_a_real_one_takes(monkeypatch):
     """Rates with that slowdown predict the step that it was found by; a step is never much faster than its pieces."""
     tiny = probe.TINY
-    monkeypatch.setattr(probe, "SMALL", tiny)
-    monkeypatch.setattr(calibrate, "_time", lambda call, *_: (call(0), 1.0)[1])
+    step = step_of(tiny, monkeypatch)
     counts = simulate(tiny.config, Cell(lengths=(tiny.tokens,), rank=tiny.rank)).counts
     curves = {name: Curve(((1.0, 1e12),)) for name in ("elementwise", "product float32")}
     rates = Measured("here", curves, 1e-6)
-    found = replace(rates, slowdown=calibrate._slowdown(CPU, rates))
+    found = replace(rates, slowdown=calibrate._slowdown(step, rates))
     assert found.slowdown > 1
     assert found.step_seconds(counts, tiny.tokens) == pytest.approx(1.0)
-    assert calibrate._slowdown(CPU, replace(rates, curves={name: Curve(((1.0, 1.0),)) for name in curves})) == 0.8
+    assert calibrate._slowdown(step, replace(rates, curves={name: Curve(((1.0, 1.0),)) for name in curves})) == 0.8

@@ -2,7 +2,8 @@
 
 Nothing of a cell that is predicted later is measured: pieces alone, and two steps of models of its own. Each piece is a
 call of one op at some size; what it did is counted by the same code that counts a step (work.py), so that rates and
-counts cannot drift apart. Operands rotate, so that a weight comes from memory as it does in a model.
+counts cannot drift apart. Operands rotate, so that a weight comes from memory as it does in a model. All is timed in
+turns, and of its times the median counts: a machine that others use, too, is slow for seconds at a time.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from twinlora.reporter import Reporter
 
 __all__ = ["calibrate", "hardware", "load", "measure", "store"]
 
-_SECONDS = 0.25  # for each piece
-_LEAST, _MOST = 5, 2000  # calls of a piece
-_STEPS_SECONDS = 3.0  # for the steps that all rates are scaled by
+_TURNS = 3
+_SECONDS = 0.1  # of a turn, for each piece
+_LEAST, _MOST = 3, 2000  # calls of a piece in a turn
+_STEPS_SECONDS = 1.5  # of a turn, for the steps that all rates are scaled by
 _FASTEST = 0.8  # the least that a step's work takes of that of its pieces
 _ROTATING = 96 << 20  # bytes of operands that take turns: more than a last-level cache holds for long
 
@@ -51,24 +53,38 @@ def calibrate(device: torch.device, reporter: Reporter) -> Measured:
 
 def measure(device: torch.device, reporter: Reporter) -> Measured:
     """The rates of `device`, which should have nothing else to do."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    dispatch = _dispatch(device)
-    with torch.no_grad():
-        pieces = list(_pieces(device))
+    pieces = list(_pieces(device))
+    kinds: list[list[work.Kind]] = []
+    tiny, small = _Step(probe.TINY, device), _Step(probe.SMALL, device)
+    dispatches: list[float] = []
+    times: list[list[float]] = [[] for _ in pieces]
+    for turn in range(_TURNS):
+        dispatches.append(_dispatch(device))
         for number, (curve, make) in enumerate(pieces):
-            call = make()
-            kinds = _main(_count(call))
-            seconds = _time(call, device)
-            seconds = max(seconds - dispatch * sum(map(launches, kinds)), seconds / 4)
-            flops, size = sum(k.flops for k in kinds), sum(k.read + k.written for k in kinds)
-            point = (flops / size, flops / seconds) if computes(kinds[0].name) else (size / len(kinds), size / seconds)
-            found.setdefault(curve, []).append(point)
-            reporter.progress("calibrating", number + 1, len(pieces), curve)
+            with torch.no_grad():
+                call = make()
+                if not turn:
+                    kinds.append(_main(_count(call)))
+                times[number].append(_time(call, device))
+            reporter.progress("calibrating", turn * len(pieces) + number + 1, _TURNS * len(pieces), curve)
+        tiny.time(device, _SECONDS)
+        small.time(device, _STEPS_SECONDS)
+    dispatch = statistics.median(dispatches)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for (curve, _), calls, seconds in zip(pieces, kinds, map(statistics.median, times), strict=True):
+        found.setdefault(curve, []).append(_point(calls, seconds, dispatch))
     curves = {name: Curve(tuple(sorted(points))) for name, points in found.items()}
     when = datetime.now(UTC).isoformat(sep=" ", timespec="minutes")
     rates = Measured(f"measured on this machine, {when}", curves, dispatch)
-    rates = replace(rates, overhead=_overhead(device, rates))
-    return replace(rates, slowdown=_slowdown(device, rates))
+    rates = replace(rates, overhead=_overhead(tiny, rates))
+    return replace(rates, slowdown=_slowdown(small, rates))
+
+
+def _point(kinds: list[work.Kind], seconds: float, dispatch: float) -> tuple[float, float]:
+    """Of a curve: the size of these calls, and the rate at which they work in `seconds`."""
+    seconds = max(seconds - dispatch * sum(map(launches, kinds)), seconds / 4)
+    flops, size = sum(k.flops for k in kinds), sum(k.read + k.written for k in kinds)
+    return (flops / size, flops / seconds) if computes(kinds[0].name) else (size / len(kinds), size / seconds)
 
 
 class _Counter(TorchDispatchMode):
@@ -128,30 +144,46 @@ def _dispatch(device: torch.device) -> float:
     return _time(chain, device) / len(_count(chain))
 
 
-def _overhead(device: torch.device, rates: Measured) -> float:
+class _Step:
+    """A step of a model: what it does, and the seconds that it takes."""
+
+    def __init__(self, model: probe.Probe, device: torch.device) -> None:
+        cell = Cell(lengths=(model.tokens,), rank=model.rank, target="cuda" if device.type == "cuda" else "cpu")
+        self.counts, self.tokens = simulate(model.config, cell).counts, model.tokens
+        self._run = probe.step_of(model, device)
+        self._run()
+        self._times: list[float] = []
+
+    def time(self, device: torch.device, at_least: float) -> None:
+        """Run it for `at_least` seconds, one of several times."""
+        self._times.append(_time(lambda _: self._run(), device, at_least))
+
+    @property
+    def seconds(self) -> float:
+        """The median of those times."""
+        return statistics.median(self._times)
+
+    @property
+    def launched(self) -> int:
+        """Calls that pay a call's overhead."""
+        return sum(calls * launches(kind) for kind, calls in self.counts.calls_of.items())
+
+    def work(self, rates: Measured) -> float:
+        """Seconds of its work alone at these rates."""
+        return replace(rates, overhead=0.0).step_seconds(self.counts, self.tokens)
+
+
+def _overhead(tiny: _Step, rates: Measured) -> float:
     """Seconds that a step takes for each call beside its work, modules, hooks and our own functions in Python included:
     a tiny model's step, less its work at these rates. At least those of `rates`."""
-    counts, seconds = _step(probe.TINY, device)
-    beside = seconds - replace(rates, overhead=0.0).step_seconds(counts, probe.TINY.tokens)
-    calls = sum(calls * launches(kind) for kind, calls in counts.calls_of.items())
-    return max(rates.overhead, beside / calls)
+    return max(rates.overhead, (tiny.seconds - tiny.work(rates)) / tiny.launched)
 
 
-def _slowdown(device: torch.device, rates: Measured) -> float:
+def _slowdown(small: _Step, rates: Measured) -> float:
     """How much longer work takes in a step than a piece at a time: operands come from further away there, and what a
     call leaves in caches is not what the next one wants. Below 1 if the machine was slow while pieces were timed; where
     a step is all launches, nothing can be said of its work, so never far below."""
-    counts, seconds = _step(probe.SMALL, device, _STEPS_SECONDS)
-    around = sum(rates.overhead * calls * launches(kind) for kind, calls in counts.calls_of.items())
-    return max(_FASTEST, (seconds - around) / replace(rates, overhead=0.0).step_seconds(counts, probe.SMALL.tokens))
-
-
-def _step(model: probe.Probe, device: torch.device, at_least: float = _SECONDS) -> tuple[work.Counts, float]:
-    """What a step of it does, and the seconds that it takes."""
-    cell = Cell(lengths=(model.tokens,), rank=model.rank, target="cuda" if device.type == "cuda" else "cpu")
-    step = probe.step_of(model, device)
-    step()
-    return simulate(model.config, cell).counts, _time(lambda _: step(), device, at_least)
+    return max(_FASTEST, (small.seconds - rates.overhead * small.launched) / small.work(rates))
 
 
 def _rotate(make: Callable[[], Tensor]) -> list[Tensor]:
@@ -211,7 +243,8 @@ def _added(rows: int, inner: int, outer: int, device: torch.device) -> Callable[
 def _nf4(rows: int, inner: int, outer: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], Any]:
     x = torch.randn(rows, inner, dtype=dtype, device=device)
     count = min(32, 2 * _ROTATING // (inner * outer))
-    weights = [ops.quantize(torch.randn(outer, inner, dtype=dtype, device=device)) for _ in range(count)]
+    first = ops.quantize(torch.randn(outer, inner, dtype=dtype, device=device))
+    weights = [first] + [replace(first, packed=first.packed.clone()) for _ in range(count - 1)]
     return lambda turn: ops.linear(x, weights[turn % len(weights)])
 
 
