@@ -233,14 +233,18 @@ def test_declared_as_it_behaves(dtype, rotated):
 
 @kernels
 @pytest.mark.parametrize("window", [0, 5])
-def test_step_kernel(window):
-    q, k, v = (torch.randn(3, h, 64).bfloat16() for h in (6, 2, 2))
-    cos, sin = torch.randn(2, 3, 64).bfloat16()
+@pytest.mark.parametrize(
+    "rows, lengths", [([4, 0, 2], [80, 0, 33]), ([1] * 40 + [3] + [2] * 3, [*range(50, 90), 0, 5, 6, 7])]
+)
+def test_step_kernel(window, rows, lengths):
+    """One token of a sequence, or several, each of which sees those before it."""
+    q, k, v = (torch.randn(len(rows), h, 64).bfloat16() for h in (6, 2, 2))
+    cos, sin = torch.randn(2, len(rows), 64).bfloat16()
     keys, values = torch.randn(2, 5, 2, 90, 64).bfloat16()
     runs = []
     for module, cast in ((cpu, torch.bfloat16), (reference, torch.bfloat16), (reference, torch.float64)):
         caches = [x.to(cast, copy=True) for x in (keys, values)]
         inputs = [x.to(cast) for x in (q, k, v, cos, sin)]
-        runs.append((module.attention_step(*inputs, *caches, [4, 0, 2], [80, 0, 33], 0.125, window), *caches))
+        runs.append((module.attention_step(*inputs, *caches, rows, lengths, 0.125, window), *caches))
     for found, naive, truth in zip(*runs, strict=True):
         assert relative(found, truth) <= 1.05 * relative(naive, truth)

@@ -1,12 +1,13 @@
 """Adapters of different ranks in one batch, against one row at a time."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 from torch.library import opcheck
 
-from twinlora.numerics import lora, ops, reference
+from twinlora.numerics import cpu, lora, ops, reference
 
 
 def case(dtype, rows, ranks, n, k, *, transposed):
@@ -82,10 +83,41 @@ def test_a_table_is_its_adapters_one_by_one():
     assert all(torch.equal(w, f) for w, f in zip(wanted, found, strict=True))
 
 
+@contextlib.contextmanager
+def with_threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@here
+@pytest.mark.parametrize("size", [4096, 1000])
+def test_what_a_row_gets_depends_on_it_alone(size):
+    """However many rows share its adapter, and however many threads share that adapter's rank and columns."""
+    torch.manual_seed(0)
+    x, y = torch.randn(5, size).bfloat16(), torch.randn(5, size).bfloat16()
+    a, b = (torch.randn(33, size) / size**0.5).bfloat16(), torch.randn(33, size).bfloat16().T
+
+    def added(first, last):
+        out = y[first:last].clone()
+        ops.grouped_lora_(out, x[first:last].contiguous(), [a], [b], [0.5], [0, last - first])
+        return out
+
+    with with_threads(1):
+        alone = torch.cat([added(row, row + 1) for row in range(5)])
+    for threads, rows in itertools.product([1, 2, 3], [1, 2, 3, 4, 5]):
+        with with_threads(threads):
+            assert torch.equal(added(0, rows), alone[:rows])
+
+
 @here
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("layers, adapters", [((96,), 1), ((200, 16, 40), 2), ((33, 1), 9)])
-def test_products_with_what_adapters_add_are_one_after_the_other(threads, layers, adapters):
+def test_products_with_what_adapters_add_are_one_after_the_other(threads, layers, adapters, monkeypatch):
+    monkeypatch.setattr(cpu, "_FEW_DENSE_ROWS", 128)  # as where there are no tiles
     torch.manual_seed(0)
     x, weights = torch.randn(2 * adapters, 576).bfloat16(), [torch.randn(n, 576).bfloat16() for n in layers]
     tables, kept = [], []
@@ -96,14 +128,10 @@ def test_products_with_what_adapters_add_are_one_after_the_other(threads, layers
             kept.append((a, b))
             tables[-1].put(key, a, b, 0.5)
     route = torch.tensor([[key, 2 * key, 2 * key + 1 + key % 2] for key in range(adapters)])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with with_threads(threads):
         found = lora.multiply(x, weights, tables, route)
         wanted = ops.dense_linears(x, weights)
         lora.add(wanted, x, tables, route)
-    finally:
-        torch.set_num_threads(before)
     assert found is not None
     assert all(torch.equal(w, f) for w, f in zip(wanted, found, strict=True))
     assert lora.multiply(x.float(), [weight.float() for weight in weights], tables, route) is None

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from twinlora.model.attention import NAME, NO_MASK_SHAPE, Layout
 from twinlora.model.linear import DenseLinear
+from twinlora.numerics import ops
 from twinlora.numerics.loss import linear_cross_entropy
 
 __all__ = ["evaluating", "has_plain_head", "hidden_states", "loss_sum", "packing_refusal", "token_log_probs"]
@@ -91,7 +92,8 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     ids = torch.tensor([[1, 2]], device=head.weight.device)
     with torch.no_grad():
         hidden = model.base_model(input_ids=ids, use_cache=False)[0]
-        expected = head.multiply(hidden) if isinstance(head, DenseLinear) else F.linear(hidden, head.weight)
+        dense = isinstance(head, DenseLinear)
+        expected = ops.dense_linears(hidden, [head.weight])[0] if dense else F.linear(hidden, head.weight)
         logits = model(input_ids=ids, use_cache=False).logits
     return torch.equal(logits, expected)
 

@@ -33,7 +33,7 @@ except ImportError:
 
 __all__ = [
     "FEW_LORA_ROWS", "OPS", "add_lora", "attention_work", "has_blocks", "lora_entry", "multiply_adapted", "path",
-    "paths", "runtime", "use_path",
+    "paths", "runtime", "step_tokens", "use_path",
 ]  # fmt: skip
 
 OPS = (
@@ -50,6 +50,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FEW_DENSE_ROWS = 12 if torch.cpu._is_amx_tile_supported() else 128
 FEW_LORA_ROWS = 128  # of one adapter; more are a matter for GEMMs
 _FEW_ROWS = 64  # up to here weights are decoded into the product or just before it; above, into a GEMM's buffer
+_FEW_STEP_TOKENS = 64  # of one sequence
 _NO_WINDOW = 1 << 40  # more keys than there are
 
 
@@ -278,7 +279,7 @@ def _few_dense_rows(x: Tensor, weights: Sequence[Tensor]) -> bool:
     if not (0 < x.numel() <= _FEW_DENSE_ROWS * k and k % 64 == 0 and x.dtype == torch.bfloat16):
         return False
     for weight in weights:  # no `all`, which costs a microsecond in every layer
-        if weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+        if weight.dtype != torch.bfloat16 or weight.shape[1] != k or not weight.is_contiguous():
             return False
     return bool(_library().has_dense())
 
@@ -304,6 +305,11 @@ def _attends(q: Tensor, cos: Tensor | None) -> bool:
     """Whether the kernels take it: bfloat16, heads of a multiple of 32, with AVX512-BF16."""
     same = q.dtype == torch.bfloat16 and (cos is None or (cos.dtype == q.dtype and cos.shape[-1] == q.shape[-1]))
     return same and q.shape[-1] % 32 == 0 and q.shape[-1] <= 256 and _library().has_blocks()
+
+
+def step_tokens(q: Tensor, cos: Tensor | None, keys: Tensor) -> int:
+    """See ops.py; more tokens read the cache so often that a GEMM is faster."""
+    return _FEW_STEP_TOKENS if _attends(q, cos) and keys.dtype == q.dtype else 1
 
 
 def _by_token(x: Tensor) -> Tensor:

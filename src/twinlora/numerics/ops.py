@@ -18,7 +18,7 @@ reference serves every device without one. Shapes: `weight` [N, K] in general an
     dense_linears(x, weights)                          -> x [..., K] @ weight [N, K].T -> [..., N] of each; no gradient
     attention(q, k, v, cos, sin, starts, …)            -> out [T, H, D], lse f32 [T, H]; differentiable in q, k, v
     attention_backward(dout, q, …, out, lse, …)        -> dq, dk, dv
-    attention_step(q, k, v, …, keys, values, …)        -> out [n, H, D]; one new token of n sequences, see below
+    attention_step(q, k, v, …, keys, values, …)        -> out [n, H, D]; new tokens of sequences, see below
     attention_extend(q, k, v, …, keys, values, …)      -> out [T, H, D]; T new tokens of one sequence, see below
     rms_norm(x, weight, eps, offset, wide)             -> y [..., D], rstd f32 [...]
     rms_norm_backward(dy, x, weight, rstd, offset)     -> dx [..., D]
@@ -34,8 +34,8 @@ with key/value head h // (H / K). Given cos and sin [T, D], q and k are rotated 
 last `window` keys, itself included; 0 means all. lse is the log of the sum of exponentials of its scores.
 
 attention_step appends k (rotated) and v to the caches `keys` and `values` [rows, K, capacity, D], at row rows[i] behind
-the lengths[i] tokens that it holds, and attends from q [n, H, D] to all of that row. attention_extend does so for T
-tokens of one row, each of which sees those before it.
+the lengths[i] tokens that it holds, and attends from q [n, H, D] to that row up to there. Tokens of one row follow each
+other, at most `step_tokens` of them. attention_extend does so for T tokens of one row, however many.
 
 rms_norm is x / rms(x) · (weight + offset); unless `wide`, the normalised x is rounded to x's type before that product.
 """
@@ -73,6 +73,7 @@ __all__ = [
     "linear_with",
     "linears",
     "quantize",
+    "step_tokens",
 ]
 
 _QUANT = (
@@ -411,10 +412,18 @@ def attention_step(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """One new token of n sequences: q [n, H, D], k and v [n, K, D] -> [n, H, D]. Appends to `keys` and `values`."""
+    """New tokens of sequences, at most `step_tokens` of each: q [n, H, D], k and v [n, K, D] -> [n, H, D].
+
+    Appends to `keys` and `values`.
+    """
     arguments = (q, k, v, *rotation, keys, values, rows, lengths, scale, window or 0)
     out: Tensor = torch.ops.twinlora.attention_step(*arguments)
     return out
+
+
+def step_tokens(q: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor) -> int:
+    """Up to how many new tokens of one sequence go best through `attention_step`."""
+    return cpu.step_tokens(q, rotation[0], keys) if q.device.type == "cpu" and cpu.paths() else 1
 
 
 def attention_extend(

@@ -58,10 +58,9 @@ class Target:
         elif name in ("nf4_linear", "nf4_linear_transposed"):
             x = args[0]
             shape = ((x.numel() // x.shape[-1], x.shape[-1]), tuple(args[5]), name == "nf4_linear_transposed")
-        elif name in ("nf4_linears", "dense_linears"):
+        elif name == "nf4_linears":
             x = args[0]
-            rows = args[2] if name == "nf4_linears" else map(len, args[1])
-            shape = ((x.numel() // x.shape[-1], x.shape[-1]), tuple(rows))
+            shape = ((x.numel() // x.shape[-1], x.shape[-1]), tuple(args[2]))
         else:
             return None
         return shape if x.dtype in (torch.bfloat16, torch.float16) else None

@@ -38,10 +38,18 @@ class Pass(Layout):
             assert 0 <= slot < cache.rows
             assert 0 <= before < before + count <= cache.capacity, f"{before + count} of {cache.capacity} tokens"
         assert len({slot for slot, _, _ in chunks}) == len(chunks), "two chunks of one slot"
-        numbered = list(zip(self.starts, chunks, strict=False))
-        self.next = [(at, *chunk) for at, chunk in numbered if chunk[2] == 1]
-        self.whole = [(at, *chunk) for at, chunk in numbered if chunk[2] > 1 and chunk[1] == 0]
-        self.later = [(at, *chunk) for at, chunk in numbered if chunk[2] > 1 and chunk[1] > 0]
+        self._few = 0  # what the chunks were sorted for
+
+    def _sort(self, few: int) -> None:
+        """By how they attend: chunks of up to `few` tokens, and the beginnings and the continuations among the others."""
+        if few == self._few:
+            return
+        numbered = [(at, *chunk) for at, chunk in zip(self.starts, self.chunks, strict=False)]
+        self._few, self.next = few, [chunk for chunk in numbered if chunk[3] <= few]
+        self.whole = [chunk for chunk in numbered if chunk[3] > few and chunk[2] == 0]
+        self.later = [chunk for chunk in numbered if chunk[3] > few and chunk[2] > 0]
+        self.next_rows = [slot for _, slot, _, count in self.next for _ in range(count)]
+        self.next_lengths = [before + i for _, _, before, count in self.next for i in range(count)]
         self.whole_starts = [0, *itertools.accumulate(count for _, _, _, count in self.whole)]
         # The tokens of each kind, where there are several kinds.
         self.next_tokens, self.whole_tokens = (self._tokens(kind) for kind in (self.next, self.whole))
@@ -60,6 +68,7 @@ class Pass(Layout):
     ) -> Tensor:
         """See Layout; keeps the keys and values."""
         keys, values = self.cache.layer(layer, k)
+        self._sort(ops.step_tokens(q, rotation, keys))
         if len(self.next) == len(self.chunks):
             return self._next(q, k, v, rotation, keys, values, scale, window)
         out = torch.empty_like(q)
@@ -83,6 +92,5 @@ class Pass(Layout):
         self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, keys: Tensor, values: Tensor,
         scale: float, window: int | None,
     ) -> Tensor:  # fmt: skip
-        """One more token of each sequence: q [n, H, D]."""
-        rows, lengths = [slot for _, slot, _, _ in self.next], [before for _, _, before, _ in self.next]
-        return ops.attention_step(q, k, v, rotation, keys, values, rows, lengths, scale, window)
+        """Few more tokens of each sequence: q [n, H, D]."""
+        return ops.attention_step(q, k, v, rotation, keys, values, self.next_rows, self.next_lengths, scale, window)

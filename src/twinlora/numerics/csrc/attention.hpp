@@ -50,12 +50,14 @@ using AttentionBackward = void(const Attention&, const AttentionItem&, float* pa
 using AttentionAdd = void(const Attention&, const AttentionItem&, float* part, float* total);
 using AttentionStore = void(const Attention&, const AttentionItem&, float* total);
 
-// One new token of several sequences against cached keys and values.
+// New tokens of several sequences against cached keys and values; of one sequence they follow each other.
 struct AttentionStep : Heads {
     std::uint16_t *keys, *values;        // caches [rows, K, capacity, D]; keys are cached rotated
     const std::int64_t *rows, *lengths;  // [T]: the sequence's row, and how many tokens it holds so far
     std::int64_t capacity;
 };
+// For the heads of a key/value head: `append` caches the token's key and value, `step` attends to those up to its own, which
+// must be there.
 using AttentionStepItem = void(const AttentionStep&, std::int64_t token, std::int64_t kv_head);
 
 // nullptr where the compiler cannot; needs what the path avx512-bf16 needs.
@@ -63,6 +65,7 @@ extern AttentionForward* const attention_forward;
 extern AttentionBackward* const attention_backward;
 extern AttentionAdd* const attention_add;
 extern AttentionStore* const attention_store;
+extern AttentionStepItem* const attention_append;
 extern AttentionStepItem* const attention_step;
 
 }  // namespace twinlora

@@ -1,4 +1,4 @@
-// Attention of one new token a sequence: bound by reading the cached keys and values, so one row at a time.
+// Attention of few new tokens a sequence: bound by reading the cached keys and values, so one row at a time.
 #include "attention_rows.hpp"
 #include "tiles.hpp"
 
@@ -24,12 +24,20 @@ void weighted_sum(const u16* rows, i64 between, const float* weights, i64 count,
     for (int i = 0; i < Width; ++i) store_bf16(out + 16 * i, _mm512_mul_ps(_mm512_add_ps(sums[0][i], sums[1][i]), scale));
 }
 
-// Appends the token, then attends with the heads of a key/value head.
+// Where the cached keys, and values, of a token's sequence begin.
+inline i64 cached(const AttentionStep& a, i64 token, i64 kv_head) {
+    return (a.rows[token] * a.kv_heads + kv_head) * a.capacity * a.size;
+}
+
+void append(const AttentionStep& a, i64 token, i64 kv_head) {
+    const i64 D = a.size, at = cached(a, token, kv_head) + a.lengths[token] * D;
+    load_row(a, a.k + token * a.k_stride + kv_head * D, token, a.keys + at);
+    __builtin_memcpy(a.values + at, a.v + token * a.v_stride + kv_head * D, 2 * D);
+}
+
 void step(const AttentionStep& a, i64 token, i64 kv_head) {
     const i64 D = a.size, group = a.heads / a.kv_heads, length = a.lengths[token] + 1;
-    const i64 base = (a.rows[token] * a.kv_heads + kv_head) * a.capacity * D;
-    load_row(a, a.k + token * a.k_stride + kv_head * D, token, a.keys + base + (length - 1) * D);
-    __builtin_memcpy(a.values + base + (length - 1) * D, a.v + token * a.v_stride + kv_head * D, 2 * D);
+    const i64 base = cached(a, token, kv_head);
     const i64 first = length > a.window ? length - a.window : 0, seen = length - first;
     const u16 *keys = a.keys + base + first * D, *values = a.values + base + first * D;
     thread_local Kept<float> kept;
@@ -68,6 +76,7 @@ void step(const AttentionStep& a, i64 token, i64 kv_head) {
 
 }  // namespace
 
+AttentionStepItem* const attention_append = append;
 AttentionStepItem* const attention_step = step;
 
 }  // namespace twinlora
@@ -75,6 +84,7 @@ AttentionStepItem* const attention_step = step;
 #else
 
 namespace twinlora {
+AttentionStepItem* const attention_append = nullptr;
 AttentionStepItem* const attention_step = nullptr;
 }  // namespace twinlora
 

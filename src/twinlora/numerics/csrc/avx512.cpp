@@ -163,7 +163,7 @@ void multiply_rows(const u16* x, const u8* packed, const Scales& scales, u16* y,
     u16* arranged = kept_x.at_least(M * K);
     u16* values = M < from_decoded ? nullptr : kept_values.at_least(panel * stride);
     arrange<true>(x, plan, arranged);
-    Soon soon(nullptr, 0, 1);
+    Soon soon(nullptr, 0, 1, 1);
     for (i64 start = first; start < last; start += panel) {
         const i64 rows = start + panel < last ? panel : last - start;
         const u8* codes = packed + start * K / 2;
@@ -185,7 +185,7 @@ void multiply_dense(const u16* x, const u16* w, u16* y, i64 M, i64 N, i64 K, i64
     thread_local Kept<u16> kept;
     u16* arranged = kept.at_least(M * K);
     arrange<false>(x, plan, arranged);
-    Soon soon(regions, count, (last - first) * K * plan.groups);
+    Soon soon(regions, count, (last - first) * K * plan.groups, plan.groups);
     for (i64 start = first; start < last; start += panel) {
         const i64 rows = start + panel < last ? panel : last - start;
         const u16* at = w + start * K;

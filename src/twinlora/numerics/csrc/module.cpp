@@ -204,9 +204,18 @@ void attend_step(const std::vector<Address>& tensors, const std::vector<std::int
     const std::int64_t count = static_cast<std::int64_t>(rows.size()), items = count * kv_heads;
     const std::int64_t seen = std::accumulate(lengths.begin(), lengths.end(), count);
     const std::int64_t each = std::max<std::int64_t>(1, seen * heads * size / items);  // multiplications of an item
-    parallel_for(threads, items, (element_grain + each - 1) / each, [&](std::int64_t first, std::int64_t last) {
-        for (std::int64_t i = first; i < last; ++i) attention_step(a, i / kv_heads, i % kv_heads);
-    });
+    // Where a token sees others of this call, all must be cached before.
+    const bool apart = std::adjacent_find(rows.begin(), rows.end()) == rows.end();
+    const auto run = [&](bool append, bool attend, std::int64_t least) {
+        parallel_for(threads, items, least, [&](std::int64_t first, std::int64_t last) {
+            for (std::int64_t i = first; i < last; ++i) {
+                if (append) attention_append(a, i / kv_heads, i % kv_heads);
+                if (attend) attention_step(a, i / kv_heads, i % kv_heads);
+            }
+        });
+    };
+    if (!apart) run(true, false, std::max<std::int64_t>(1, element_grain / size));
+    run(apart, true, (element_grain + each - 1) / each);
 }
 
 void rms_norm(Address x, Address weight, std::int64_t rows, std::int64_t width, float eps, float offset, bool wide,
@@ -307,8 +316,8 @@ void grouped_lora(const std::vector<Layer>& layers, Address x, Address route, st
     Adapters(layers, k, route, count).add(x, threads);
 }
 
-// Each layer's y gets the product of its dense weight with the same x [rows, k], and what its adapters add; their weights
-// come from memory meanwhile.
+// Each layer's y gets the product of its dense weight with the same x [rows, k], and what its adapters add. Meanwhile their
+// weights come from memory, mostly by the thread that will want them.
 void multiply_dense(Address x, const std::vector<Address>& weights, const std::vector<Layer>& layers, Address route,
                     std::int64_t count, std::int64_t rows, std::int64_t k, int threads) {
     const Adapters adapters(layers, k, route, count);

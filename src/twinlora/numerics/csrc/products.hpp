@@ -10,6 +10,8 @@
 
 #include "bf16.hpp"
 
+#include <algorithm>
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
 
 namespace twinlora {
@@ -207,14 +209,17 @@ struct Ahead {
     }
 };
 
-// Fetches regions evenly over `work`, which is done a part at a time.
+// Fetches regions evenly over the end of `work`, products of values of `groups` groups that are done a part at a time: over
+// twice as many bytes of weights as the regions have. Fetched earlier, they would be gone again where weights are large.
 class Soon {
 public:
-    Soon(const Region* regions, i64 count, i64 work) : next_(regions), last_(regions + count), work_(work) {
+    Soon(const Region* regions, i64 count, i64 work, i64 groups) : next_(regions), last_(regions + count) {
         for (const Region* r = regions; r < last_; ++r) lines_ += (r->bytes + 63) / 64;
+        price_ = std::min(work, 64 * lines_ * groups);
+        owed_ = (price_ - work) * lines_;
     }
     inline void done(i64 part) {
-        for (owed_ += part * lines_; owed_ >= work_ && next_ < last_; owed_ -= work_, at_ += 64) {
+        for (owed_ += part * lines_; owed_ >= price_ && next_ < last_; owed_ -= price_, at_ += 64) {
             if (at_ >= next_->bytes && (at_ = 0, ++next_ == last_)) return;
             _mm_prefetch(static_cast<const char*>(next_->at) + at_, _MM_HINT_T1);
         }
@@ -222,7 +227,7 @@ public:
 
 private:
     const Region *next_, *last_;
-    i64 work_, lines_ = 0, owed_ = 0, at_ = 0;
+    i64 price_, owed_, lines_ = 0, at_ = 0;
 };
 
 // Group g, `Rows` rows of x, against `rows` rows of a panel -> y [Rows, N]. k is cut at multiples of `unit`.
