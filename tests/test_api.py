@@ -1,5 +1,7 @@
 """`import twinlora`: cheap, and strict about options."""
 
+import copy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +71,24 @@ def test_an_adapter_goes_on_training_and_keeps_its_passport(tiny, tmp_path, caps
     tokenizer.save_pretrained(other)
     with pytest.raises(AdapterError, match="another base"):
         twinlora.load(other, adapter=tmp_path / "a")
+
+
+def test_loading_needs_no_cache(tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    twinlora.load(tiny)
+    assert "fingerprint not kept" in capsys.readouterr().err
+
+
+def test_loading_checks_the_tokenizer(tiny, tmp_path):
+    model, tokenizer = twinlora.load(tiny)
+    twinlora.attach(model, rank=2).save_pretrained(tmp_path / "a")
+    base = shutil.copytree(tiny, tmp_path / "base")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["newword"])
+    tokenizer.save_pretrained(base)
+    with pytest.raises(AdapterError, match="was trained with another tokenizer"):
+        twinlora.load(base, adapter=tmp_path / "a")
 
 
 def test_what_our_loop_trained_saves_itself_too(tiny, tmp_path):

@@ -45,18 +45,25 @@ def load(model: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrained
     adapter = files.read_adapter(o.adapter) if o.adapter is not None else None
     opened = open_model(o, {}, precision=o.precision, reporter=reporter)
     base, tokenizer = opened.model, opened.tokenizer
+    digests = passport.tokenizer_digests(tokenizer)
     origin = passport.Passport(
         base_model=o.model,
-        base_fingerprint=fingerprint(resolve(o.model)),
+        base_fingerprint=fingerprint(resolve(o.model), reporter.note),
         base_precision=precision_by_layer(base),
         method="qlora" if o.precision == "nf4" else "lora",
         versions=passport.versions(),
-        **passport.tokenizer_digests(tokenizer),
+        **digests,
     )
     base.twinlora_origin = origin  # the passport of what will be trained on it
     if adapter is not None:
-        who, precision = origin.base_fingerprint, origin.base_precision
-        for line in passport.check(adapter.directory, fingerprint=who, base=o.model, precision=precision):
+        notes = passport.check(
+            adapter.directory,
+            fingerprint=origin.base_fingerprint,
+            base=o.model,
+            precision=origin.base_precision,
+            tokenizer=digests,
+        )
+        for line in notes:
             reporter.note(line)
         files.load_adapter(base, adapter)
         hf.follow_peft(base, origin)

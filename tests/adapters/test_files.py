@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from twinlora.adapters.bank import AdapterBank
 from twinlora.adapters.lora import attach, lora_layers, trainable_parameters
 from twinlora.adapters.targets import LoraConfig
 from twinlora.errors import AdapterError
-from twinlora.model.load import load_model, resolve
+from twinlora.model.load import load_model, load_tokenizer, resolve
 from twinlora.numerics.formats import NF4Format
 
 
@@ -156,6 +157,25 @@ def test_passport(tiny, tmp_path):
     (tmp_path / "a" / passport.FILE).unlink()
     (line,) = passport.check(tmp_path / "a", **check)
     assert "no passport" in line
+
+
+def test_a_tokenizers_digest_does_not_depend_on_its_use(tiny, tmp_path):
+    """tokenizer.json may switch on truncation and padding; the first plain call switches them off."""
+    expected = passport.tokenizer_digests(load_tokenizer(resolve(str(tiny))))
+    path = shutil.copytree(tiny, tmp_path / "base") / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    values["padding"] = {
+        "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 258, "pad_type_id": 0,
+        "pad_token": "<|pad|>",
+    }  # fmt: skip
+    path.write_text(json.dumps(values))
+    tokenizer = load_tokenizer(resolve(str(path.parent)))
+    assert tokenizer.backend_tokenizer.truncation is not None
+    assert tokenizer.backend_tokenizer.padding is not None
+    assert passport.tokenizer_digests(tokenizer) == expected
+    tokenizer("x")
+    assert passport.tokenizer_digests(tokenizer) == expected
 
 
 def test_a_path_that_is_no_directory_is_named(tmp_path):

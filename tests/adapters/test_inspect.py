@@ -1,9 +1,10 @@
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import twinlora
 from twinlora.adapters import files
@@ -117,3 +118,21 @@ def test_the_verb(tiny, tmp_path, capsys):
     assert main(["adapter", "inspect", str(tmp_path / "none")]) == 2
     assert main(["adapter", "inspec", "x"]) == 2
     assert "did you mean adapter inspect?" in capsys.readouterr().err
+
+
+def test_the_verb_needs_no_cache(tiny, tmp_path, monkeypatch, capsys):
+    saved(tiny, tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert main(["adapter", "inspect", str(tmp_path / "a"), "--model", str(tiny)]) == 0
+    assert "fingerprint not kept" in capsys.readouterr().err
+
+
+def test_the_verb_checks_the_tokenizer(tiny, tmp_path, capsys):
+    saved(tiny, tmp_path / "a")
+    base = shutil.copytree(tiny, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["newword"])
+    tokenizer.save_pretrained(base)
+    assert main(["adapter", "inspect", str(tmp_path / "a"), "--model", str(base)]) == 2
+    assert "was trained with another tokenizer" in capsys.readouterr().err

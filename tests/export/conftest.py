@@ -26,7 +26,8 @@ def rows(tmp_path_factory) -> Path:
 
 
 def run(base: Path, rows: Path, out: Path, **options) -> Path:
-    values = {"rank": 4, "alpha": 8, "lr": 2e-2, "batch_size": 8, "warmup_steps": 0, "dtype": "float32"} | options
+    values = {"lr": 2e-2, "batch_size": 8, "warmup_steps": 0, "dtype": "float32"}
+    values |= ({"rank": 4, "alpha": 8} if options["method"] != "full" else {}) | options
     train(TrainOptions(model=str(base), data=rows, eval=rows, output=out, **values))
     return out
 

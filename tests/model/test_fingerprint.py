@@ -1,11 +1,14 @@
 """One hash over a base's tensors, and the cache that spares reading them again."""
 
 import json
+import os
 import shutil
 
+import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from twinlora.errors import StorageError
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import resolve
 
@@ -39,3 +42,14 @@ def test_hashes_of_files_that_are_gone_are_forgotten(tiny, tmp_path, monkeypatch
     fingerprint(resolve(str(tmp_path / "a|b")))
     (key,) = json.loads(cache.read_text())
     assert str((tmp_path / "a|b/model.safetensors").stat().st_ino) in key.split("|")
+
+
+def test_a_path_that_is_not_utf8_is_a_note(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = resolve(str(shutil.copytree(tiny, tmp_path / os.fsdecode(b"caf\xe9"))))
+    notes = []
+    assert fingerprint(source, notes.append) == fingerprint(resolve(str(tiny)), notes.append)
+    (note,) = notes
+    assert "fingerprint not kept" in note
+    with pytest.raises(StorageError, match="fingerprint not kept"):
+        fingerprint(source)

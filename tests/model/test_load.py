@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tests.conftest import tiny_config
 from twinlora.errors import ModelError
+from twinlora.model.checkpoint import Checkpoint
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import load_model, load_tokenizer, pick_device, precision_by_layer, resolve
@@ -119,6 +120,26 @@ def test_missing_and_misshapen_tensors_are_named(tiny, tmp_path, quantize):
     assert "q_proj" in str(caught.value)
 
 
+@pytest.mark.parametrize("quantize", [None, NF4Format()])
+@pytest.mark.parametrize("lost", ["self_attn.q_proj.bias", "mlp.up_proj.weight_scale", "mlp.up_proj.lora_A.weight"])
+def test_a_part_of_a_layer_that_the_model_has_no_place_for_is_named(tiny, tmp_path, quantize, lost):
+    """What transformers leaves out on purpose is not: tables of rotations, a stored copy of a tied head, other heads."""
+    directory = _copy(tiny, tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    tensors |= {
+        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "score.weight": torch.ones(2, 64),
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    load_model(resolve(str(directory)), quantize=quantize)
+    tensors[f"model.layers.1.{lost}"] = torch.ones(64)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError) as caught:
+        load_model(resolve(str(directory)), quantize=quantize)
+    assert f"1 tensor(s) could not be loaded\n  left over: model.layers.1.{lost}," in str(caught.value)
+
+
 def test_nan_weight_is_named(tiny, tmp_path):
     directory = _copy(tiny, tmp_path / "m")
     tensors = load_file(directory / "model.safetensors")
@@ -142,6 +163,42 @@ def test_truncated_checkpoint(tiny, tmp_path, monkeypatch):
 def test_unknown_device():
     with pytest.raises(ModelError, match="expected auto, cpu"):
         pick_device("gpu0")
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1").index == 1
+    with pytest.raises(ModelError, match=r"device cuda:7: this torch sees 2 GPU\(s\); expected cuda:0 to cuda:1"):
+        pick_device("cuda:7")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+@pytest.mark.parametrize("load", [load_model, Checkpoint, load_tokenizer])
+def test_a_damaged_configuration_is_named(tiny, tmp_path, text, load):
+    directory = _copy(tiny, tmp_path / "m")
+    source = resolve(str(directory))
+    (directory / "config.json").write_text(text)
+    if load is not load_tokenizer:
+        with pytest.raises(ModelError, match=r"config\.json .*; fetch it again"):
+            load(source)
+    with pytest.raises(ModelError, match=r"config\.json .*; fetch it again"):
+        load(resolve(str(directory)))
+
+
+def test_what_the_hub_gives(tiny, tmp_path, monkeypatch):
+    """Code comes along for --trust-remote-code; weights that are pickled are refused as they are in a directory."""
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or tmp_path
+    )
+    (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    for name in ("owner/name", str(tmp_path)):
+        with pytest.raises(ModelError, match="pickled checkpoints are never read"):
+            resolve(name)
+    assert resolve("owner/name", weights=False).path == tmp_path
+    assert all("*.py" in patterns for patterns in asked)
 
 
 def test_tokenizer_gets_a_pad_token(tiny, tmp_path):

@@ -24,7 +24,7 @@ from twinlora.errors import AdapterError
 from twinlora.model.linear import FrozenLinear, as_frozen, dense_weights, multiply_each
 from twinlora.numerics import lora, ops
 
-__all__ = ["AdapterBank", "BankLinear", "LayerWeights", "Resident", "Routing", "blend"]
+__all__ = ["AdapterBank", "BankLinear", "LayerWeights", "Resident", "Routing", "blend", "require_switchable"]
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,16 @@ def _multiply(x: Tensor, layers: tuple[BankLinear, ...]) -> tuple[Tensor, ...]:
     return ys
 
 
+def require_switchable(adapter: AdapterFile) -> None:
+    """Raise AdapterError, with what to type instead, if `adapter` trained whole modules."""
+    if adapter.modules:
+        raise AdapterError(
+            f"adapter {adapter.directory} trained whole modules ({', '.join(adapter.modules)}), which are not "
+            f"switched: fold it into its base with `twinlora merge {adapter.directory} --output DIR`, then give "
+            "--model DIR and no adapter"
+        )
+
+
 class AdapterBank:
     """Adapters of different ranks and targets over `model`, by key. `use` gives one of them every row."""
 
@@ -190,11 +200,7 @@ class AdapterBank:
         Raises AdapterError if it does not fit or trained whole modules.
         """
         require_fit(self._model, adapter)
-        if adapter.modules:
-            raise AdapterError(
-                f"adapter {adapter.directory} trained whole modules ({', '.join(adapter.modules)}), which are not "
-                "switched; serve it from a model of its own"
-            )
+        require_switchable(adapter)
         return Resident({name: self._layer(adapter, name) for name in adapter.tensors})
 
     @torch.no_grad()

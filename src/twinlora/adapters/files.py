@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from twinlora import atomic
 from twinlora.adapters import passport as passports
 from twinlora.adapters.lora import LoraLinear, attach, lora_layers, whole_modules
-from twinlora.adapters.read import CONFIG, PREFIX, WEIGHTS, AdapterFile, read_adapter
+from twinlora.adapters.read import CONFIG, PREFIX, WEIGHTS, AdapterFile, base_problem, read_adapter
 from twinlora.adapters.targets import LoraConfig
 from twinlora.errors import AdapterError
 from twinlora.model.linear import FrozenLinear, as_frozen, is_linear
@@ -168,7 +168,8 @@ def usual(values: Mapping[str, T]) -> tuple[T | None, dict[str, T]]:
 
 
 def require_fit(model: nn.Module, adapter: AdapterFile) -> None:
-    """Raise AdapterError that lists every layer of `adapter` that `model` lacks or has in another shape."""
+    """Raise AdapterError that lists every layer of `adapter` that `model` lacks, has in another shape, or with another
+    weight than the adapter brings of its base."""
     modules = dict(model.named_modules())
     problems = []
     for name, (a, b) in adapter.tensors.items():
@@ -188,6 +189,13 @@ def require_fit(model: nn.Module, adapter: AdapterFile) -> None:
                 problems.append(f"{name}.{key}: the model has no such parameter")
             elif found.shape != tensor.shape:
                 problems.append(f"{name}.{key}: adapter has {list(tensor.shape)}, the model {list(found.shape)}")
+    for name, saved in adapter.bases.items():
+        layer, _, key = name.rpartition(".")
+        found = getattr(getattr(modules.get(layer), "base", modules.get(layer)), key, None)
+        if not isinstance(found, Tensor):
+            problems.append(f"{name}: the model has no such parameter")
+        elif problem := base_problem(name, saved, found):
+            problems.append(problem)
     if problems:
         shown = "\n  ".join(problems[:20])
         raise AdapterError(f"adapter {adapter.directory}: {len(problems)} part(s) do not fit this model\n  {shown}")

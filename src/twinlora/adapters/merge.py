@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twinlora.adapters.read import AdapterFile
+from twinlora.adapters.read import AdapterFile, base_problem
 from twinlora.errors import AdapterError
 from twinlora.model.checkpoint import Checkpoint
 from twinlora.numerics import ops
@@ -33,7 +33,7 @@ class Merged:
 
     With `quantized` the base is Q(W) in its formats, else W; `rounded`: W is first rounded to that type, as a run
     loads it. Without an adapter they are the base's own. Raises AdapterError that lists every part of the adapter that
-    the base lacks or has in another shape.
+    the base lacks, has in another shape, or with another weight than the adapter brings of its base.
     """
 
     def __init__(
@@ -52,8 +52,9 @@ class Merged:
         self.names = list(base.names)
         ends = [f"{base.embedding}.weight", f"{base.head}.weight"]
         self._retied: str | None = None
-        self.tied = base.tied and not any(end in self._whole for end in ends)
-        if base.tied and not self.tied:  # a trained copy of one; the other stays as it was
+        changed = self._whole.keys() | self._layers.keys()
+        self.tied = base.tied and not any(end in changed for end in ends)
+        if base.tied and not self.tied:  # one of them changed; the other stays as it was
             self.names.append(ends[1])
             self._retied = ends[1]
         if adapter:
@@ -73,20 +74,23 @@ class Merged:
                 problems.append(f"{name}: the model has no such parameter")
             elif name != self._retied and self.base.shape(name) != tuple(tensor.shape):
                 problems.append(f"{name}: adapter has {list(tensor.shape)}, the model {list(self.base.shape(name))}")
+        for name, saved in adapter.bases.items():
+            if name not in self.names:
+                problems.append(f"{name}: the model has no such parameter")
+            elif problem := base_problem(name, saved, self._from_base(name)):
+                problems.append(problem)
         if problems:
             shown = "\n  ".join(problems[:20])
             raise AdapterError(f"adapter {adapter.directory}: {len(problems)} part(s) do not fit this model\n  {shown}")
 
     def _rows_by_columns(self, layer: str) -> tuple[int, ...]:
-        shape = self.base.shape(f"{layer}.weight")
+        shape = self._base_shape(f"{layer}.weight")
         return shape[::-1] if layer in self.base.transposed else shape
 
     def read(self, name: str) -> Tensor:
         """The parameter: float32 where it changed, else as it is stored."""
         if name in self._whole:
             return self._whole[name]
-        if name == self._retied:
-            return self.base.read(f"{self.base.embedding}.weight")
         layer = name.removesuffix(".weight")
         if name not in self._layers and layer not in self._formats:
             return self._from_base(name)
@@ -105,7 +109,7 @@ class Merged:
         return weight
 
     def _from_base(self, name: str) -> Tensor:
-        weight = self.base.read(name)
+        weight = self.base.read(self._name_there(name))
         return weight if self._rounded is None or not weight.is_floating_point() else weight.to(self._rounded)
 
     def _base_weight(self, name: str, layer: str, transposed: bool) -> Tensor:
@@ -136,7 +140,11 @@ class Merged:
         return tuple(self._whole[name].shape) if name in self._whole else self._base_shape(name)
 
     def _base_shape(self, name: str) -> tuple[int, ...]:
-        return self.base.shape(f"{self.base.embedding}.weight" if name == self._retied else name)
+        return self.base.shape(self._name_there(name))
+
+    def _name_there(self, name: str) -> str:
+        """What the base calls a parameter: a head that is no longer tied was its embedding."""
+        return f"{self.base.embedding}.weight" if name == self._retied else name
 
     def low_bit(self, name: str) -> bool:
         """Whether it is the weight of a linear layer that 4-bit formats are for: any but the head's."""

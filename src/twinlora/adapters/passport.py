@@ -5,6 +5,7 @@ Written as `twinlora.json` beside the PEFT files, which other tools ignore.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,11 +56,22 @@ def versions() -> dict[str, str]:
 def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
     """The passport's fields about the tokenizer and its chat template."""
     template = tokenizer.chat_template
-    text = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
+    text = _backend_text(tokenizer) if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
     return {
         "tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
     }
+
+
+def _backend_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A fast tokenizer as JSON, without truncation and padding: tokenizer.json may switch them on, and the first call
+    switches them off."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None or backend.padding is not None:
+        backend = copy.deepcopy(backend)
+        backend.no_truncation()
+        backend.no_padding()
+    return str(backend.to_str())
 
 
 def home(directory: Path) -> Path:

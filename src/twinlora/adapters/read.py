@@ -17,10 +17,15 @@ from twinlora.adapters.strict import read_json, read_tensors
 from twinlora.adapters.targets import LayerConfig, pattern_problem, pattern_value
 from twinlora.errors import AdapterError
 
-__all__ = ["CONFIG", "PREFIX", "WEIGHTS", "AdapterFile", "read_adapter"]
+__all__ = ["CONFIG", "PREFIX", "WEIGHTS", "AdapterFile", "base_problem", "read_adapter"]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+_PICKLE = "adapter_model.bin"
+_CONVERSION = (
+    'python -c "import torch; from safetensors.torch import save_file; '
+    f"save_file(torch.load('{_PICKLE}', map_location='cpu', weights_only=True), '{WEIGHTS}')\""
+)
 _SHOWN = 30  # problems listed in an error
 _LONGEST = 1000  # characters of a tensor's name; also bounds what patterns are tried on
 
@@ -42,7 +47,9 @@ class AdapterFile:
     """A PEFT LoRA adapter as read from disk, by layer name: A and B, DoRA's magnitudes, rank and scale.
 
     `modules` holds the parameters of modules that were trained as a whole, `options` the configuration as it stands,
-    `digest` the SHA-256 over those of the two files, of the very bytes that were read.
+    `digest` the SHA-256 over those of the two files, of the very bytes that were read. `bases` are parameters of the
+    base, by name, that PEFT saves with an adapter on the head; nobody trained them, and a model must have the same
+    (`base_problem`).
     """
 
     directory: Path
@@ -52,6 +59,18 @@ class AdapterFile:
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
+    bases: dict[str, Tensor] = field(default_factory=dict)
+
+
+def base_problem(name: str, saved: Tensor, found: Tensor) -> str | None:
+    """Why the base's parameter `name` that an adapter brings is not the one that was `found`, or None if it is."""
+    if found.shape == saved.shape:
+        if found.is_meta:
+            return None  # a model without weights: nothing to compare
+        rounding = max(torch.finfo(tensor.dtype).eps for tensor in (saved, found))
+        if torch.allclose(saved.to(found), found, rtol=rounding, atol=1e-7):  # float16 has nothing between 0 and 6e-8
+            return None
+    return f"{name}: the adapter was trained over another one than the model's; give the base that it was trained on"
 
 
 def read_adapter(directory: Path) -> AdapterFile:
@@ -88,7 +107,11 @@ def read_adapter(directory: Path) -> AdapterFile:
 
 def _missing(path: Path) -> str:
     kind = "is a directory, not a file" if path.is_dir() else "is no regular file"
-    return f"{path.name} {kind}" if path.is_symlink() or path.exists() else f"no {path.name}"
+    if path.is_symlink() or path.exists():
+        return f"{path.name} {kind}"
+    if path.name == WEIGHTS and (path.parent / _PICKLE).is_file():
+        return f"no {WEIGHTS}, only {_PICKLE}, and pickles are never read; if you trust it, type there: {_CONVERSION}"
+    return f"no {path.name}"
 
 
 def _is_number(value: Any) -> bool:
@@ -142,12 +165,20 @@ def _unsupported(options: dict[str, Any]) -> list[str]:
         problems.append(
             f"init_lora_weights {init!r}: the base was changed by this initialisation; convert it to plain LoRA"
         )
-    checked = _HONOURED | _NEUTRAL | {"bias", "init_lora_weights", "megatron_config", "loftq_config"}
+    # Settings of an initialisation: whether it changed the base is what init_lora_weights says.
+    inits = {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+    checked = _HONOURED | _NEUTRAL | inits | {"bias", "megatron_config"}
     return problems + [
         f"{key[:100]} = {str(value)[:100]}: not supported"
         for key, value in sorted(options.items())
         if key not in checked and value
     ]
+
+
+def _is_saved(key: str, entry: str) -> bool:
+    """PEFT's rule: whether the tensor `key` is in a module whose name ends with `entry` of `modules_to_save`, be it in
+    the middle of a word."""
+    return f"{entry}." in key
 
 
 class _Sorted:
@@ -157,16 +188,20 @@ class _Sorted:
         self.options, self.tensors = options, tensors
         self.parts: dict[str, dict[str, Tensor]] = {}
         self.modules: dict[str, dict[str, Tensor]] = {}
+        self.bases: dict[str, Tensor] = {}
         self.saved = tuple(options.get("modules_to_save") or ())
         self.others: list[str] = []
         for key, tensor in tensors.items():
             match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_(A|B|magnitude_vector)(\.weight)?", key)
+            base = re.fullmatch(re.escape(PREFIX) + r"(.+)\.base_layer\.(weight|bias)", key)
             name, _, parameter = key.removeprefix(PREFIX).rpartition(".")
             if len(key) > _LONGEST:
                 self.others.append(f"{key[:100]}…: a name of {len(key)} characters")
             elif match:
                 self.parts.setdefault(match[1], {})[match[2]] = tensor
-            elif key.startswith(PREFIX) and any(name == entry or name.endswith("." + entry) for entry in self.saved):
+            elif base:
+                self.bases[f"{base[1]}.{base[2]}"] = tensor
+            elif key.startswith(PREFIX) and any(_is_saved(key, entry) for entry in self.saved):
                 self.modules.setdefault(name, {})[parameter] = tensor
             else:
                 self.others.append(
@@ -185,8 +220,13 @@ class _Sorted:
         """Tensors that the options do not foresee, or miss."""
         problems = list(self.others)
         for entry in self.saved:
-            if not any(name == entry or name.endswith("." + entry) for name in self.modules):
+            keys = (f"{PREFIX}{name}.{key}" for name, found in self.modules.items() for key in found)
+            if not any(_is_saved(key, entry) for key in keys):
                 problems.append(f"modules_to_save names {entry}, but there is no tensor of it")
+        for base in self.bases:
+            layer = base.rpartition(".")[0]
+            if layer not in self.parts:
+                problems.append(f"{layer}: has a base_layer, but no lora_A and lora_B")
         expected = {"A", "B", "magnitude_vector"} if self.options.get("use_dora") else {"A", "B"}
         for name, found in self.parts.items():
             if set(found) != expected:
@@ -210,6 +250,7 @@ class _Sorted:
             self.modules,
             self.options,
             digest,
+            self.bases,
         )
 
 

@@ -63,9 +63,15 @@ def _effect(adapter: AdapterFile, name: str, reporter: Reporter) -> float:
     origin = passport.read(adapter.directory)
     papers = {str(adapter.directory): origin}
     opened = open_model(ModelOptions(model=name), {}, precision="auto", reporter=reporter, papers=papers)
-    identity, stored = fingerprint(resolve(name)), precision_by_layer(opened.model)
-    layers = opened.layers
-    for line in passport.check(adapter.directory, fingerprint=identity, base=name, precision=stored, layers=layers):
+    notes = passport.check(
+        adapter.directory,
+        fingerprint=fingerprint(resolve(name), reporter.note),
+        base=name,
+        precision=precision_by_layer(opened.model),
+        layers=opened.layers,
+        tokenizer=passport.tokenizer_digests(opened.tokenizer),
+    )
+    for line in notes:
         reporter.note(line)
     return mean_kl(opened.model, opened.tokenizer, lambda: files.load_adapter(opened.model, adapter))
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twinlora import machine
 from twinlora.adapters import files, passport
-from twinlora.adapters.bank import AdapterBank
+from twinlora.adapters.bank import AdapterBank, require_switchable
 from twinlora.adapters.precision import agreed, read_layers, trained_on
 from twinlora.config import ModelOptions
 from twinlora.config.values import BasePrecision
@@ -63,12 +63,17 @@ def open_model(
     """
     machine.keep_freed_memory()
     read = {name: files.read_adapter(path) for name, path in adapters.items()}
+    for adapter in read.values():
+        require_switchable(adapter)
     passports = {name: passport.read(adapter.directory) for name, adapter in read.items()}
     source = resolve(options.model)
-    identity = fingerprint(source) if read else ""
+    identity = fingerprint(source, reporter.note) if read else ""
+    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    digests = passport.tokenizer_digests(tokenizer)
     for name, paper in passports.items():
         if paper is not None:
             passport.require_base(read[name].directory, paper, fingerprint=identity, base=options.model)
+            passport.check_tokenizer(read[name].directory, paper, digests)  # its lines come again from `check`
     if layer_precision is not None:
         quantize: Precision | None = read_layers(layer_precision)
     else:
@@ -83,13 +88,17 @@ def open_model(
     bank = AdapterBank(model)
     for name, adapter in read.items():
         for line in passport.check(
-            adapter.directory, fingerprint=identity, base=options.model, precision=stored, layers=layers
+            adapter.directory,
+            fingerprint=identity,
+            base=options.model,
+            precision=stored,
+            layers=layers,
+            tokenizer=digests,
         ):
             reporter.note(line)
         bank.add(name, adapter)
     swap.replace_blocks(model, reporter.note)
     bank.use(next(iter(read), None))
-    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     return Opened(model, tokenizer, bank, passports, layers)
 
 

@@ -58,7 +58,9 @@ def _save_and_measure(
 ) -> dict[str, Any]:
     """Ranks, sizes, and with rows the loss of each adapter that was given, before anything is written, and of the new
     one."""
+    reporter = reporter or Reporter()
     papers = [passport.read(adapter.directory) for adapter in adapters]
+    _note_other_bases(adapters, papers, reporter)
     paper = _passport(adapters, papers, how)
     with claimed(options.output, options.overwrite, ADAPTER):
         losses = {str(path): _loss(options, path, reporter) for path in given} if options.data else {}
@@ -85,6 +87,17 @@ def _save(
     kinds = sorted({kind for several in targets if isinstance(several, list) for kind in several})
     listed = kinds if all(isinstance(several, list) for several in targets) else sorted(found)
     files.save_factors(options.output, found, listed, base, paper)
+
+
+def _note_other_bases(adapters: list[AdapterFile], papers: list[passport.Passport | None], reporter: Reporter) -> None:
+    """Say so where adapters name different bases, and one has no passport that would tell whether they are the same."""
+    named = {a.directory: a.options.get("base_model_name_or_path") for a in adapters}
+    if None in papers and len({base for base in named.values() if base}) > 1:
+        listed = "\n  ".join(f"{directory}: {base or 'not named'}" for directory, base in named.items())
+        reporter.note(
+            f"the adapters name different base models, and not all have a passport that could be compared\n  {listed}\n"
+            "what is combined of them is right only if these are one base under several names"
+        )
 
 
 def _passport(

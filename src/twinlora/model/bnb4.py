@@ -20,7 +20,9 @@ from twinlora.numerics.formats import NF4Format
 from twinlora.numerics.nf4 import codebook, dynamic_map
 from twinlora.numerics.ops import QuantTensor
 
-__all__ = ["MARK", "is_nf4", "is_part", "is_stored", "pack", "quantization_config", "unpack"]
+__all__ = [
+    "MARK", "is_nf4", "is_part", "is_stored", "pack", "quantization_config", "read_config", "unpack",
+]  # fmt: skip
 
 MARK = ".quant_state.bitsandbytes__nf4"
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", MARK, ".quant_state.bitsandbytes__fp4")
@@ -44,11 +46,22 @@ def _refusal(config: dict[str, Any]) -> str | None:
     return None if storage == "uint8" else f"its codes are stored as {storage}; expected uint8"
 
 
+def read_config(directory: Path, given: str) -> dict[str, Any]:
+    """config.json of a checkpoint. Raises ModelError, with the name as `given`, if it holds no JSON object."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {given}: config.json cannot be read as JSON ({error}); fetch it again") from None
+    if not isinstance(config, dict):
+        kind = type(config).__name__
+        raise ModelError(f"model {given}: config.json is a JSON {kind}, expected an object; fetch it again")
+    return config
+
+
 def is_stored(directory: Path, given: str) -> bool:
     """Whether a checkpoint is bitsandbytes NF4. Raises ModelError, with the name as `given`, if it is quantised
-    otherwise."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return is_nf4(config.get("quantization_config"), given)
+    otherwise, or has no readable configuration."""
+    return is_nf4(read_config(directory, given).get("quantization_config"), given)
 
 
 def is_nf4(config: dict[str, Any] | None, given: str) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -24,8 +27,8 @@ __all__ = ["Checkpoint"]
 class Checkpoint:
     """A base's tensors, each read when it is asked for. 4-bit weights of bitsandbytes are dequantised on the way.
 
-    A GGUF file is opened whole, by transformers. `names` are parameters of the model in the checkpoint's order; a head
-    that is tied to the embedding is not among them. Raises ModelError.
+    A GGUF file is opened whole, by transformers, in float32. `names` are parameters of the model in the checkpoint's
+    order; a head that is tied to the embedding is not among them. Raises ModelError.
     """
 
     def __init__(self, source: Source, *, trust_remote_code: bool = False) -> None:
@@ -33,7 +36,7 @@ class Checkpoint:
         self._loaded: dict[str, Tensor] = {}
         self._places: dict[str, tuple[Any, str]] = {}  # name of a parameter: its file and its key there
         if source.is_gguf:
-            model: Any = load_model(source, dtype=torch.bfloat16)
+            model: Any = load_model(source, dtype=torch.float32)  # an adapter is folded in before anything is rounded
             self.config: PretrainedConfig = model.config
             self._loaded = {n: p.detach() for n, p in model.named_parameters()}
             self.names = list(self._loaded)
@@ -61,7 +64,7 @@ class Checkpoint:
         known = {name for name, _ in model.named_parameters()}
         prefix = f"{model.base_model_prefix}."
         for path in self.source.weight_files():
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 for key in file.keys():  # noqa: SIM118  # not a dict
                     self._places[key if key in known or prefix + key not in known else prefix + key] = (path, key)
         if self.tied and self._has_own_head():
@@ -105,7 +108,7 @@ class Checkpoint:
         if name in self._loaded:
             return self._loaded[name]
         path, key = self._places[name]
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             tensor: Tensor = file.get_tensor(key)
         return tensor
 
@@ -114,7 +117,7 @@ class Checkpoint:
         if name in self._loaded or name + bnb4.MARK in self._places:
             return tuple(self._loaded[name].shape if name in self._loaded else self.read(name).shape)
         path, key = self._places[name]
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             return tuple(file.get_slice(key).get_shape())
 
     @property
@@ -130,3 +133,13 @@ class Checkpoint:
             values = json.loads((self.source.path / "config.json").read_text(encoding="utf-8"))
         values.pop("quantization_config", None)
         return values
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. Raises ModelError for one that is cut short, or a pointer of Git LFS to it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None

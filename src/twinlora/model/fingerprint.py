@@ -50,9 +50,9 @@ def fingerprint(source: Source, note: Callable[[str], None] | None = None) -> st
     if changed:
         try:
             atomic.write_json(cache_file, {key: kept for key, kept in cache.items() if _stands(key)})
-        except StorageError as error:
+        except (StorageError, UnicodeError) as error:  # a path need not be UTF-8, and the file is
             if note is None:
-                raise
+                raise StorageError(f"fingerprint not kept: {error}") from None
             note(f"fingerprint not kept, the next run hashes the base again: {error}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 

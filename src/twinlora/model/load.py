@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ __all__ = [
     "weight_bytes",
 ]
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+# Code is fetched for --trust-remote-code; without it transformers runs none.
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,7 @@ def resolve(model: str, *, weights: bool = True) -> Source:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model {model}: no config.json in this directory; expected a Hugging Face checkpoint")
-        if weights and not list(path.glob("*.safetensors")):
-            raise ModelError(f"model {model}: no *.safetensors in this directory; pickled checkpoints are never read")
-        return Source(path.resolve(), model)
+        return _checkpoint(path.resolve(), model, weights)
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
@@ -110,12 +109,22 @@ def resolve(model: str, *, weights: bool = True) -> Source:
 
     try:
         patterns = _HUB_FILES if weights else [pattern for pattern in _HUB_FILES if pattern != "*.safetensors"]
-        return Source(Path(snapshot_download(model, allow_patterns=patterns)), model)
+        fetched = Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:
         raise ModelError(
             f"model {model}: not a local path, and the hub did not give it ({type(error).__name__}: {error}); "
             "check the name, the network, HF_TOKEN, or give a local directory"
         ) from error
+    return _checkpoint(fetched, model, weights)
+
+
+def _checkpoint(directory: Path, given: str, weights: bool) -> Source:
+    """A checkpoint directory as a Source. Raises ModelError for pickled weights and a damaged config.json."""
+    if (directory / "config.json").is_file():
+        bnb4.read_config(directory, given)
+    if weights and not list(directory.glob("*.safetensors")):
+        raise ModelError(f"model {given}: it has no *.safetensors; pickled checkpoints are never read")
+    return Source(directory, given)
 
 
 def pick_device(name: str) -> torch.device:
@@ -128,6 +137,9 @@ def pick_device(name: str) -> torch.device:
         raise ModelError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {name}: this torch sees no GPU; use --device cpu, or install a CUDA build of torch")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ModelError(f"device {name}: this torch sees {last + 1} GPU(s); expected cuda:0 to cuda:{last}")
     return device
 
 
@@ -178,7 +190,7 @@ def load_model(
     except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model {source.given}: could not be loaded: {error}") from error
     unread = [f"{name}: its 4-bit weight fits no layer" for name in config.stored or ()] if quantize else []
-    _refuse_incomplete(source, info, config.problems + unread)
+    _refuse_incomplete(source, info, config.problems + unread + _left_over(model, info.get("unexpected_keys", ())))
     if source.is_gguf:
         config.look_at(model)
         for name in config.formats:
@@ -237,6 +249,17 @@ def quiet(function: Any, **arguments: Any) -> Any:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+def _left_over(model: nn.Module, keys: Iterable[str]) -> list[str]:
+    """Tensors of the checkpoint below a linear layer that has no place for them: without them it computes otherwise.
+
+    Whatever else transformers did not expect (rotary tables, parts of another head) it leaves out on purpose.
+    """
+    linears = tuple(f"{n}." for n, m in model.named_modules() if is_linear(m) or isinstance(m, FrozenLinear))
+    known = set(model.state_dict())  # a tied head may be stored as well
+    lost = [key for key in sorted(keys) if key not in known and key.startswith(linears)]
+    return [f"left over: {key}, for which the model as config.json describes it has no place" for key in lost]
 
 
 def _refuse_incomplete(source: Source, info: dict[str, Any], problems: list[str]) -> None:

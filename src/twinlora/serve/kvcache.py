@@ -41,7 +41,7 @@ class Pass(Layout):
         self._few = 0  # what the chunks were sorted for
 
     def _sort(self, few: int) -> None:
-        """By how they attend: chunks of up to `few` tokens, and the beginnings and the continuations among the others."""
+        """By how they attend: chunks of up to `few` tokens, and of the others, beginnings and continuations."""
         if few == self._few:
             return
         numbered = [(at, *chunk) for at, chunk in zip(self.starts, self.chunks, strict=False)]
