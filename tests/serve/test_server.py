@@ -11,6 +11,8 @@ import time
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.serve.conftest import ADMIN, MIX, TOKEN, Notes, start, write_adapter
 from twinlora.config import ServeOptions
@@ -61,7 +63,13 @@ def test_what_is_wrong_is_found_before_the_base_is_loaded(tmp_path, tiny, adapte
 
     monkeypatch.setattr("twinlora.evaluate.opening.load_model", refuse)
     write_adapter(tiny, tmp_path / "foreign", 0, base_fingerprint="f" * 64)
+    config, weights = (adapters["a0"] / f"adapter_{name}" for name in ("config.json", "model.safetensors"))
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    (whole / config.name).write_text(json.dumps(json.loads(config.read_text()) | {"modules_to_save": ["model.norm"]}))
+    save_file(load_file(weights) | {"base_model.model.model.norm.weight": torch.ones(64)}, whole / weights.name)
     for given, message in (
+        ({"x": whole}, r"trained whole modules \(model.norm\).*`twinlora merge"),
         ({"x": tmp_path / "foreign"}, "trained on another base"),
         ({"x": tmp_path / "missing"}, "no such directory"),
         ({"Support": adapters["a0"]}, "'Support': expected lower-case"),

@@ -22,6 +22,9 @@ def write_gguf_lora(adapter: AdapterFile, config: Any, path: Path, name: str) ->
     """Write the adapter, in float32. Raises AdapterError for parts that llama.cpp cannot add."""
     problems = ["DoRA"] if adapter.magnitudes else []
     problems += [f"modules_to_save ({', '.join(adapter.modules)})"] if adapter.modules else []
+    adapted = {name.rpartition(".")[2] for name in adapter.tensors}
+    if "lm_head" in adapted and getattr(config, "tie_word_embeddings", False):
+        problems.append("head that is tied to the embedding")
     if problems:
         raise AdapterError(
             f"adapter {adapter.directory}: llama.cpp loads no {' and no '.join(problems)} in an adapter; "

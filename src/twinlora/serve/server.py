@@ -16,6 +16,7 @@ import uvicorn
 
 from twinlora import machine
 from twinlora.adapters import files, passport
+from twinlora.adapters.bank import require_switchable
 from twinlora.adapters.passport import Passport
 from twinlora.config import ServeOptions, parse_size
 from twinlora.errors import AdapterError, ConfigError, Interrupted
@@ -112,7 +113,9 @@ def _papers(options: ServeOptions, adapters: dict[str, Path], base: str, identit
     papers: dict[str, Passport | None] = {}
     for name, directory in adapters.items():
         require_name(name, base)
-        home = files.read_adapter(directory).directory
+        adapter = files.read_adapter(directory)
+        require_switchable(adapter)
+        home = adapter.directory
         papers[name] = paper = passport.read(home)
         if paper is not None:
             passport.require_base(home, paper, fingerprint=identity, base=options.model)
