@@ -1,4 +1,5 @@
 import copy
+import io
 import json
 
 import pytest
@@ -106,3 +107,17 @@ def test_rows_that_the_template_refuses_are_a_finding(tiny, tmp_path, tokenizer,
     assert "! 2 rows cannot be trained" in out
     assert "this model has no chat template" in out
     assert "✓ the end" not in out
+
+
+def test_what_is_trained_is_marked_on_a_terminal_without_styles(monkeypatch):
+    from rich.console import Console
+
+    from twinlora.cli import data_check
+    from twinlora.data.check import Piece, Sample
+
+    for system, shown in ((None, "ask⟦say⟧"), ("standard", "ask")):
+        console = Console(file=io.StringIO(), force_terminal=True, color_system=system, soft_wrap=True)
+        monkeypatch.setattr(data_check, "out", console)
+        data_check._show_sample(Sample("here", [Piece("ask", False), Piece("say", True)]))
+        assert shown in console.file.getvalue()
+        assert ("⟦" in console.file.getvalue()) == (system is None)

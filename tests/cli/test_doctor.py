@@ -71,7 +71,7 @@ def test_missing_backend_disk_and_gpu_come_with_what_mends_them(capsys, monkeypa
     cpu._library.cache_clear()
     shown = capsys.readouterr().out
     assert "(reference)" in shown
-    assert "→ install a C++ compiler" in shown
+    assert "→ install a C++ compiler, then `pip install --editable .`" in shown
     assert "room on disk: 1.0 GB free (hub cache, " in shown
     assert "→ make CUDA=1" in shown
     assert "none (torch is a CPU build; an NVIDIA driver is here)" in shown
@@ -95,3 +95,9 @@ def test_a_gpu_is_described():
 
 def test_a_directory_that_is_not_yet_there_is_on_its_parents_disk(tmp_path):
     assert doctor._free(tmp_path / "a" / "b") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
+
+
+def test_programs_that_artefacts_run_in_are_known():
+    from twinlora.export.ship import _PROGRAMS
+
+    assert set(_PROGRAMS.values()) <= doctor._OPTIONAL.keys()

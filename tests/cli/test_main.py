@@ -109,6 +109,98 @@ def test_statuses_and_messages(arguments, status, shown, capsys):
     assert "Traceback" not in captured.err
 
 
+FULL = [*REQUIRED[:4], "--method", "full", "--output", "o"]
+PLAN = ["plan", "llama-7b"]
+
+
+@pytest.mark.parametrize(
+    "arguments, shown",
+    [
+        (["train", *REQUIRED, "--goal", "speed"], "goal is what plan auto chooses for"),
+        (["train", *REQUIRED, "--eval-every", "3"], "eval_every counts steps between evaluations: it needs eval"),
+        (["train", *FULL, "--rank", "4"], "rank: of adapters, which method full has none of"),
+        (["train", *FULL, "--dora", "--lora-plus-ratio", "16"], "dora and lora_plus_ratio: of adapters"),
+        (["train", *FULL, "--modules-to-save", "norm"], "modules_to_save: of adapters"),
+        (
+            [*PLAN, "--data", "d.jsonl", "--length", "9", "--rows", "3"],
+            "length and rows: of the rows of a plan without",
+        ),
+        ([*PLAN, "--score"], "score shows past runs alone"),
+        (["plan", "--calibrate", "--score"], "score shows past runs alone"),
+        (
+            ["plan", "--data", "d.jsonl", "llama-65b"],
+            "'llama-65b' is it and not data, it stands first: twinlora plan llama-65b",
+        ),
+        (["demo", "--hub", "--model", "m"], "hub and model name two base models"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(arguments, shown, capsys):
+    assert main(arguments) == 2
+    assert shown in capsys.readouterr().err
+
+
+def test_one_value_ends_config(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("rank: 4\n")
+    for given in (["--config", str(recipe)], [f"--config={recipe}"]):
+        assert parse_options("plan", [*given, "llama-65b"]).model == "llama-65b"
+    with pytest.raises(ConfigError, match="expected the path of one YAML recipe"):
+        parse_options("plan", ["--config", str(recipe), "--config", str(recipe), "llama-65b"])
+    recipe.write_text("max-length: 9\n")
+    options = parse_options("data check", ["--model", "m", "--config", str(recipe), "a.jsonl", "b.jsonl"])
+    assert (options.max_length, options.data) == (9, ["a.jsonl", "b.jsonl"])
+    recipe.write_text("to: peft\noutput: o\n")
+    assert parse_options("export", ["--config", str(recipe), "runs/mine"]).run == Path("runs/mine")
+
+
+def test_a_pattern_is_not_cut_within_its_brackets():
+    options = parse_options(
+        "train", [*REQUIRED, "--target", r"layers\.\d{1,2}\.up_proj,[kq]_proj,x\[1,[a,b]+", "--exclude", "a,b"]
+    )
+    assert options.target == [r"layers\.\d{1,2}\.up_proj", "[kq]_proj", r"x\[1", "[a,b]+"]
+    assert options.exclude == ["a", "b"]
+
+
+def test_recipes_by_the_names_of_flags_and_with_off(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("packing: off\nplan: off\njson: true\nfor: vllm\n")
+    options = parse_options("train", ["--config", str(recipe), *REQUIRED])
+    assert (options.packing, options.plan, options.json_output, options.program) == ("off", "off", True, "vllm")
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [("batch-size: 4\nbatch_size: 8\n", "batch_size"), ("rank: 4\nrank: 4\n", "rank"),
+     ("json: true\njson_output: false\n", "json_output")],
+)  # fmt: skip
+def test_an_option_that_a_recipe_gives_twice_is_refused(tmp_path, text, name):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=rf"r\.yaml: {name}: given more than once; keep one"):
+        parse_options("train", ["--config", str(recipe), *REQUIRED])
+
+
+def test_what_was_not_given_is_not_set(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("warmup-steps: 10\n")
+    given = ["--config", str(recipe), *REQUIRED, "--rank=16", "--no-rslora", "--lr", "1"]
+    known = {"model", "data", "method", "output", "warmup_steps", "rank", "rslora", "lr"}
+    assert parse_options("train", given).model_fields_set == known
+
+
+def test_a_terminal_without_these_characters(monkeypatch):
+    from twinlora.cli.console import out, print_json
+
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+    assert main(["--help"]) == 0
+    out.print("› ✓")
+    print_json({"said": "你好"})
+    text = raw.getvalue().decode("ascii")
+    assert "? ?\n" in text
+    assert json.loads(text[text.index("? ?") + 4 :]) == {"said": "你好"}
+
+
 def test_unknown_flag_is_an_error_that_helps(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", *REQUIRED, "--leaning-rate", "1"])
@@ -187,6 +279,19 @@ def test_chat_of_a_pipe_is_one_document_with_json(tiny, monkeypatch, capsys):
     document = json.loads(captured.out)
     assert [(said["adapter"], said["question"]) for said in document["answers"]] == [(None, "hello"), (None, "again")]
     assert "none loaded" in captured.err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_prompt_of_a_chat_is_no_part_of_its_document(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", Terminal("hello\n"))
+    assert main(["chat", "--model", str(tiny), "--max-new-tokens", "2", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)["answers"]) == 1
+    assert captured.err.count("› ") == 2
 
 
 def test_chat_switches_adapters(tiny, tmp_path, monkeypatch, capsys):

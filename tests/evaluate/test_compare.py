@@ -1,5 +1,9 @@
 import json
+import os
 import random
+import signal
+import threading
+import time
 
 import pytest
 
@@ -9,11 +13,12 @@ from tests.processes import FORKED
 from twinlora.cli.main import main
 from twinlora.config import CompareOptions
 from twinlora.data.sources import read_rows
-from twinlora.errors import ConfigError, DataError, OutOfMemory
+from twinlora.errors import ConfigError, DataError, Interrupted, OutOfMemory
 from twinlora.evaluate import compare as module
 from twinlora.evaluate import worker
 from twinlora.evaluate.metrics import Prediction
 from twinlora.evaluate.report import SearchPoint, load
+from twinlora.model.load import resolve
 from twinlora.reporter import Reporter
 
 
@@ -207,13 +212,78 @@ def test_metrics_and_texts_are_checked_before_anything_is_written(tiny, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_an_earlier_comparison_is_not_overwritten_unasked(tiny, tmp_path):
+@pytest.mark.parametrize("mark", [".comparison", "report.json"])
+def test_an_earlier_comparison_is_not_overwritten_unasked(tiny, tmp_path, mark):
+    source = resolve(str(tiny))
     (tmp_path / "out" / "runs").mkdir(parents=True)
     (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="holds runs, but is not a comparison of ours; choose another --output"):
+        module._claim(options(tiny, tmp_path, overwrite=True), source)
+    (tmp_path / "out" / mark).write_text("{}")
     with pytest.raises(ConfigError, match="holds an earlier comparison"):
-        module._claim(options(tiny, tmp_path))
-    module._claim(options(tiny, tmp_path, overwrite=True))
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+        module._claim(options(tiny, tmp_path), source)
+    module._claim(options(tiny, tmp_path, overwrite=True), source)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".comparison", "mine.txt"]
+
+
+@pytest.mark.parametrize("name", ["data", "eval", "validation", "general", "model"])
+def test_what_is_read_is_not_removed(tiny, tmp_path, name):
+    inside = tmp_path / "out" / "data" / "x"
+    inside.parent.mkdir(parents=True)
+    (tmp_path / "out" / "report.json").write_text("{}")
+    if name == "model":
+        inside = tmp_path / "out" / "runs" / "full" / "model"
+        inside.mkdir(parents=True)
+        for file in tiny.iterdir():
+            os.link(file, inside / file.name)
+    else:
+        write_jsonl(inside, letters(20, 5))
+    given = options(tiny, tmp_path, overwrite=True, **{name: str(inside)})
+    with pytest.raises(ConfigError, match="is read here, and lies where"):
+        module._claim(given, resolve(given.model))
+    assert inside.exists()
+
+
+def _hang(options, test):
+    (options.output / "pid").write_text(str(os.getpid()))
+    time.sleep(20)
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_process_of_a_run_and_says_what_is_lost(tiny, tmp_path, monkeypatch, number):
+    monkeypatch.setattr(module, "get_context", lambda _: FORKED)
+    monkeypatch.setattr(worker, "measure_base", _hang)
+    pid = tmp_path / "out" / "pid"
+
+    def stop():
+        while not (pid.exists() and pid.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    thread, start = threading.Thread(target=stop, daemon=True), time.monotonic()
+    thread.start()
+    with pytest.raises(Interrupted, match=r"what was measured is lost.*the same command with --overwrite") as caught:
+        module.compare(options(tiny, tmp_path))
+    assert caught.value.exit_status == 128 + number
+    assert str(caught.value).startswith(f"stopped by {number.name}; ")
+    while _alive(int(pid.read_text())) and time.monotonic() - start < 15:
+        time.sleep(0.05)
+    assert time.monotonic() - start < 15
+
+
+def test_methods_get_the_options_that_they_have(tiny, tmp_path):
+    given = options(tiny, tmp_path, methods=["lora", "full"], rank=4, dora=True, lora_plus_ratio=4.0)
+    assert module._of_method(given, "lora") == given
+    full = worker.train_options(module._of_method(given, "full"), "full")
+    assert (full.rank, full.dora, full.lora_plus_ratio, full.batch_size) == (16, False, 1.0, 8)
 
 
 def test_errors_in_a_process_arrive_here(tiny, tmp_path):

@@ -168,6 +168,21 @@ def test_the_terminal_gets_everything_and_nothing_is_cut(simulated, capsys):
     capsys.readouterr()
 
 
+def test_on_a_narrow_terminal_nothing_is_cut_either(simulated, capsys, monkeypatch):
+    from rich.console import Console
+
+    from twinlora.cli.plan import _show_plan
+
+    shown = []
+    for columns in (80, 50):
+        terminal = Console(width=columns, highlight=False, soft_wrap=True, emoji=False)
+        monkeypatch.setattr("twinlora.cli.plan.out", terminal)
+        _show_plan(plan(memory="9GiB"))
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert "…" not in shown[0]
+
+
 def test_what_the_heap_loses_is_a_cause_on_a_cpu_alone(simulated, capsys):
     found = plan(device="cpu", memory="400GiB")
     for planned in found.rows:

@@ -18,7 +18,8 @@ from twinlora.train.loop import train
 
 
 def options(tiny, data_file, tmp_path, **changes) -> TrainOptions:
-    values = {"model": str(tiny), "data": data_file, "method": "lora", "rank": 4, "alpha": 8, "max_steps": 1}
+    values = {"model": str(tiny), "data": data_file, "method": "lora", "max_steps": 1}
+    values |= {"rank": 4, "alpha": 8} if changes.get("method") != "full" else {}
     return TrainOptions(**(values | {"output": tmp_path / "run"} | changes))
 
 

@@ -8,6 +8,7 @@ import torch
 from tests.train.test_loop import options
 from twinlora import machine
 from twinlora.adapters.merge import Merged
+from twinlora.cli.main import parse_options
 from twinlora.errors import ConfigError, OutOfMemory
 from twinlora.export.bnb import save_bnb
 from twinlora.model.checkpoint import Checkpoint
@@ -180,6 +181,21 @@ def test_what_is_given_bounds_what_is_chosen(tiny, data_file, tmp_path, own_cach
     chosen, notes = (document(tmp_path / "r")[key] for key in ("options", "notes"))
     assert (chosen["bits"], chosen["gradient_checkpointing"], chosen["micro_batch_tokens"]) == (6.5, "off", 30)
     assert any("hybrid at 6.5 bits" in note and "keeping activations" in note for note in notes)
+
+
+@pytest.mark.parametrize("given, most", [([], 8192), (["--micro-batch-tokens", "2048"], 2048)])
+def test_what_is_not_given_is_the_planners_to_choose(tiny, data_file, tmp_path, monkeypatch, given, most):
+    asked = []
+
+    def planned(options, *_, **__):
+        asked.append(options.micro_batch_tokens)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("twinlora.plan.auto.plan", planned)
+    arguments = ["--model", str(tiny), "--data", str(data_file), "--output", str(tmp_path / "r"), "--plan", "auto"]
+    with pytest.raises(ConfigError, match="enough"):
+        train(parse_options("train", [*arguments, *given]))
+    assert asked == [most]
 
 
 def test_scales_are_those_of_the_checkpoint(tiny, tokenizer, data_file, tmp_path):

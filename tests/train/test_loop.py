@@ -37,6 +37,8 @@ def options(tiny, data, output, **changes):
         "lr": 5e-3,
         "warmup_steps": 2,
     }
+    if changes.get("method") == "full":
+        del values["rank"]
     return TrainOptions(**(values | changes))
 
 

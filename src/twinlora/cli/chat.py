@@ -139,6 +139,14 @@ class Conversation:
         return min(self.options.max_new_tokens, longest - used)
 
 
+def _prompt(options: ChatOptions) -> str:
+    """What `input` shows; with --json standard output has the document alone, and the prompt goes to stderr."""
+    if not options.json_output:
+        return "› "
+    err.print("› ", end="")
+    return ""
+
+
 def run(options: ChatOptions) -> None:
     """Read lines from the terminal (or a pipe) until it ends or /quit."""
     adapters = parse_adapters(options.adapter)
@@ -157,7 +165,7 @@ def run(options: ChatOptions) -> None:
         err.print(f"{opened.bank.active or 'the base model'} answers. {_HELP}", style="dim")
     while True:
         try:
-            line = input("› " if interactive else "").strip()
+            line = input(_prompt(options) if interactive else "").strip()
         except (EOFError, KeyboardInterrupt):
             break
         if line.startswith("/"):

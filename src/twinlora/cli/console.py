@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import shutil
 import sys
@@ -9,13 +10,13 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from twinlora.config import Options
 from twinlora.reporter import ConsoleReporter
 
-__all__ = ["as_typed", "carry_out", "err", "figures_table", "out", "print_json", "print_table"]
+__all__ = ["as_typed", "carry_out", "err", "figures_table", "out", "print_json", "print_table", "print_wide"]
 
 Given = TypeVar("Given", bound=Options)
 Found = TypeVar("Found")
@@ -35,13 +36,19 @@ def as_typed(command: str) -> str:
 
 
 def print_json(document: Any) -> None:
-    """The one JSON document that `--json` promises."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+    """The one JSON document that `--json` promises, in ASCII where stdout is not UTF-8: nothing is lost."""
+    escaped = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=escaped, default=str) + "\n")
 
 
 def print_table(table: Table) -> None:
     """A table as wide as it is; nothing is cut."""
     Console(width=_WIDEST, highlight=False, markup=False, emoji=False).print(table)
+
+
+def print_wide(found: RenderableType, width: int) -> None:
+    """`found` in `width` columns, also where the terminal has fewer: what it wraps is not cut."""
+    Console(width=width, highlight=False, soft_wrap=True, emoji=False).print(found)
 
 
 def figures_table(*titles: str, words: Collection[str] = (), gap: int = 3) -> Table:

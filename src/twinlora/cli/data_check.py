@@ -130,13 +130,13 @@ def _ending(found: Check) -> Finding:
 
 
 def _show_sample(sample: Sample) -> None:
-    """The text of an example; what is trained is green on a terminal and in ⟦brackets⟧ elsewhere."""
+    """The text of an example; what is trained is green on a terminal that has styles, in ⟦brackets⟧ elsewhere."""
     out.print(f"\n{sample.where}", markup=False, style="bold")
     for piece in sample.pieces:
         text = piece.text
         if len(text) > _SAMPLE:
             text = f"{text[: _SAMPLE // 2]} … {len(text) - _SAMPLE:,} characters … {text[-_SAMPLE // 2 :]}"
-        if piece.trained and not out.is_terminal:
+        if piece.trained and out.color_system is None:
             text = f"⟦{text}⟧"
         out.print(text, markup=False, style="bold green" if piece.trained else "dim", end="")
     out.print()

@@ -27,6 +27,8 @@ _OPTIONAL = {
     "mlflow": "--report-to mlflow",
     "trackio": "--report-to trackio",
     "xllamacpp": "export --to gguf, compared in llama.cpp",
+    "bitsandbytes": "export --to bnb, compared in it",
+    "peft": "export --to peft, compared in it",
 }
 _LITTLE_DISK = 10 * 10**9  # bytes; a checkpoint of a 7B model alone has 14 GB
 
@@ -121,7 +123,7 @@ def _missing(facts: dict[str, Any]) -> list[dict[str, str]]:
     found = []
     if not facts["cpu_paths"]:
         found.append(("the compiled CPU backend: NF4 is decoded several times slower", "install a C++ compiler, then "
-                      "`pip install --force-reinstall` twinlora again"))  # fmt: skip
+                      "`pip install --editable .` in twinlora's sources"))  # fmt: skip
     elif not facts["openmp"]:
         found.append(
             ("an OpenMP runtime of torch: our kernels run on one thread", "pip install --force-reinstall torch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from twinlora.cli.console import carry_out, figures_table, out, print_table
@@ -10,9 +11,11 @@ from twinlora.config import EvalOptions
 
 def run(options: EvalOptions) -> None:
     """Measure, then print the figures."""
+    from twinlora.data.examples import Advice
     from twinlora.evaluate.evaluate import evaluate
 
-    carry_out(options, evaluate, lambda result: show(result, options))
+    advice = Advice("give --max-length {longest}, or leave these rows out", "mend them, or leave them out")
+    carry_out(options, partial(evaluate, advice=advice), lambda result: show(result, options))
 
 
 def show(result: dict[str, Any], options: EvalOptions) -> None:

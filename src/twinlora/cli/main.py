@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import itertools
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -87,8 +89,21 @@ def parse_options(verb: str, arguments: list[str]) -> Any:
         prog=f"twinlora {verb}",
         description=f"{_VERBS[verb][2]} --config recipe.yaml gives options from a file; flags override it.",
     )
-    given = {name: getattr(parsed, name) for name in cls.model_fields}
+    # What was not given stays unset, for whoever chooses it.
+    typed = {_name_of(argument.partition("=")[0]) for argument in arguments if argument.startswith("--")}
+    given = {
+        name: value
+        for name, field in cls.model_fields.items()
+        if (value := getattr(parsed, name)) != field.get_default(call_default_factory=True)
+        or name in typed | values.keys()
+        or field.is_required()
+    }
     return config.validated(cls, given, where=f"twinlora {verb}")
+
+
+def _name_of(flag: str) -> str:
+    """`--no-double-quant` -> double_quant."""
+    return flag.removeprefix("--").removeprefix("no-").replace("-", "_")
 
 
 def _switched(arguments: list[str], switches: set[str]) -> list[str]:
@@ -106,7 +121,8 @@ def _switched(arguments: list[str], switches: set[str]) -> list[str]:
 def _normalise(arguments: list[str], lists: set[str], first: str | None = None) -> tuple[Path | None, list[str]]:
     """Cut out `--config FILE` and gather lists: `--x a,b`, `--x a b` and `--x a --x b` are the same.
 
-    A path that exists is not split at its commas. What comes before any flag belongs to the list `first`.
+    A path that exists is not split at its commas, nor is a regular expression within brackets. What comes before any
+    flag, or after the one value of `--config`, belongs to the list `first`.
     """
     rest: list[str] = []
     gathered: dict[str, list[str]] = {}
@@ -120,10 +136,12 @@ def _normalise(arguments: list[str], lists: set[str], first: str | None = None) 
                 rest.append(argument)
             else:
                 gathered.setdefault(current, []).extend([value] if equals else [])
+                current = first if equals and name == "config" else current
         elif current is None or argument == "-h":
             rest.append(argument)
         else:
             gathered.setdefault(current, []).append(argument)
+            current = first if current == "config" else current
     if "config" in gathered:
         if len(gathered["config"]) != 1:
             raise ConfigError("--config: expected the path of one YAML recipe after it")
@@ -134,11 +152,16 @@ def _normalise(arguments: list[str], lists: set[str], first: str | None = None) 
 
 
 def _parts(value: str) -> list[str]:
-    return [value] if Path(value).exists() else [part for part in value.split(",") if part]
+    if Path(value).exists():
+        return [value]
+    return re.findall(r"(?:\\.|\[[^\]]*\]|\{[^}]*\}|[^,])+", value)  # [0-9,] and {1,2} of a pattern stay whole
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb; returns the exit status: 0 done, 2 the user's input, 130/143 interrupted after saving, 1 the rest."""
+    """Run a verb; returns the exit status: 0 done, 2 the user's input, 130/143 ended by a signal, 1 the rest."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(_usage() + "\n")

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from twinlora.cli.console import as_typed, carry_out, figures_table, out, print_json, print_table
+from twinlora.cli.console import as_typed, carry_out, figures_table, out, print_json, print_table, print_wide
 from twinlora.config import PlanOptions
 from twinlora.errors import ConfigError
 from twinlora.reporter import ConsoleReporter, Reporter
@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 
 _FITS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 _LABEL = 9  # columns
+_NARROWEST = 80  # columns that the tables need
 
 
 def run(options: PlanOptions) -> None:
-    """Calibrate, show the score, or plan: whatever was asked, in this order."""
-    if options.calibrate:
-        _calibrate(options)
+    """Show the score, or calibrate and plan, whatever was asked."""
     if options.score:
         carry_out(options, _past_runs, _show_score, _score_document)
+    if options.calibrate:
+        _calibrate(options)
     if options.model:
         from twinlora.plan.answer import plan
 
@@ -113,7 +114,8 @@ def _history(runs: list[Past]) -> Table:
 
 
 def _show_plan(found: Plan) -> None:
-    out.print(show(found, out.width))
+    width = max(_NARROWEST, out.width)
+    print_wide(show(found, width), width)
     if found.command:
         out.print()
         out.print(as_typed(found.command), style="cyan", markup=False)  # on one line, to be copied

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 import tyro
 from pydantic import Field, field_validator, model_validator
 
-from twinlora.config.groups import Options
+from twinlora.config.groups import Options, changed
 from twinlora.config.values import HeldOut, Positive
 
 __all__ = [
@@ -28,11 +28,6 @@ _LLAMA_CPP = (
     "q6_k", "q4_1", "q5_0", "q5_1", "iq4_xs",
 )  # fmt: skip
 _Limit = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-def _changed(options: Options, *names: str) -> list[str]:
-    """Those of the options that have another value than their default."""
-    return [name for name in names if getattr(options, name) != type(options).model_fields[name].get_default()]
 
 
 class ArtefactOptions(Options):
@@ -92,7 +87,7 @@ class RankOptions(Options):
 
     @model_validator(mode="after")
     def _measured(self) -> Self:
-        if (unused := _changed(self, "rows", "columns")) and not self.data:
+        if (unused := changed(self, "rows", "columns")) and not self.data:
             raise ValueError(f"{' and '.join(unused)}: nothing is measured without rows; give some with --data")
         return self
 
@@ -127,9 +122,9 @@ class AdapterCombineOptions(RankOptions):
     def _applicable(self) -> Self:
         if self.rank is not None and not self.method.endswith("svd"):
             raise ValueError(f"rank is what svd and …_svd cut to; method {self.method} cuts nothing: leave it out")
-        if _changed(self, "density") and not self.method.startswith(("ties", "dare")):
+        if changed(self, "density") and not self.method.startswith(("ties", "dare")):
             raise ValueError(f"density is what ties and dare keep; method {self.method} keeps all: leave it out")
-        if _changed(self, "seed") and not self.method.startswith("dare"):
+        if changed(self, "seed") and not self.method.startswith("dare"):
             raise ValueError(f"seed is dare's; method {self.method} draws nothing: leave it out")
         return self
 
@@ -169,11 +164,11 @@ class ExportOptions(ArtefactOptions):
     def _consistent(self) -> Self:
         if self.edge and self.to != "gguf":
             raise ValueError("edge measures GGUF files in llama.cpp: it needs to gguf")
-        if self.to not in ("gguf", "gguf-lora") and _changed(self, "quant"):
+        if self.to not in ("gguf", "gguf-lora") and changed(self, "quant"):
             raise ValueError("quant is of GGUF files: it needs to gguf or gguf-lora")
-        if self.to not in ("merged", "bnb") and _changed(self, "weights"):
+        if self.to not in ("merged", "bnb") and changed(self, "weights"):
             raise ValueError("weights is of 16-bit and bnb checkpoints: it needs to merged or bnb")
-        if self.to != "bnb" and (given := _changed(self, "block_size", "double_quant")):
+        if self.to != "bnb" and (given := changed(self, "block_size", "double_quant")):
             raise ValueError(f"{' and '.join(given)}: of 4-bit checkpoints alone, they need to bnb")
         if self.to == "gguf-lora" and self.quant not in _OURS:
             raise ValueError(f"quant {self.quant}: the base for comparing is one of {', '.join(_OURS)}")

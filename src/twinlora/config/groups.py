@@ -10,6 +10,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from twinlora.config.values import (
+    AutoOrOff,
     BasePrecision,
     HeldOut,
     Positive,
@@ -35,6 +36,7 @@ __all__ = [
     "PrecisionOptions",
     "SourceOptions",
     "TokenizerOptions",
+    "changed",
 ]
 
 # Said once: verbs differ in the default alone.
@@ -58,6 +60,12 @@ class Options(BaseModel):
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = Field(
         False, description="Print one JSON document on stdout; prose and progress go to stderr."
     )
+
+
+def changed(options: BaseModel, *names: str) -> list[str]:
+    """Those of the options that have another value than their default."""
+    fields = type(options).model_fields
+    return [name for name in names if getattr(options, name) != fields[name].get_default()]
 
 
 class TokenizerOptions(BaseModel):
@@ -220,7 +228,7 @@ class DataOptions(SourceOptions):
     micro_batch_tokens: Positive = Field(
         2048, description="Tokens that go through the model at once; a batch is split into as many parts as it needs."
     )
-    packing: Literal["auto", "off"] = Field(
+    packing: AutoOrOff = Field(
         "auto",
         description="auto: rows are concatenated without padding where the model is proved to allow it; off: padded.",
     )

@@ -33,20 +33,43 @@ def validated(cls: type[T], values: dict[str, Any], *, where: str = "options") -
         raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines) + known) from None
 
 
-def read_recipe(path: Path, cls: type[BaseModel]) -> dict[str, Any]:
-    """The options in a YAML recipe, typed as the fields of `cls`; dashes and underscores are the same.
+def _by_flag(cls: type[BaseModel]) -> dict[str, str]:
+    """The fields whose flags have other names, by these: `json` for json_output."""
+    return {
+        given: name
+        for name, field in cls.model_fields.items()
+        for mark in field.metadata
+        if isinstance(given := getattr(mark, "name", None), str)
+    }
 
-    Raises ConfigError that names every unknown option and every value of the wrong type.
+
+def read_recipe(path: Path, cls: type[BaseModel]) -> dict[str, Any]:
+    """The options in a YAML recipe, typed as the fields of `cls`, by their names or their flags' names; dashes and
+    underscores are the same.
+
+    Raises ConfigError that names every option that is unknown or there twice, and every value of the wrong type.
     """
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        given = yaml.safe_load(text)
     except FileNotFoundError:
         raise ConfigError(f"recipe {path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ConfigError(f"recipe {path}: not readable as YAML: {error}") from None
     if not isinstance(given, dict):
         raise ConfigError(f"recipe {path}: expected `option: value` lines, found {type(given).__name__}")
-    given = {str(key).replace("-", "_"): value for key, value in given.items()}
+    flags = _by_flag(cls)
+
+    def name_of(key: object) -> str:
+        name = str(key).replace("-", "_")
+        return flags.get(name, name)
+
+    node = yaml.compose(text, yaml.SafeLoader)  # `given` has the last one alone of those that are there twice
+    assert isinstance(node, yaml.MappingNode)
+    keys = [name_of(key.value) for key, _ in node.value]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ConfigError(f"recipe {path}: {', '.join(twice)}: given more than once; keep one of them")
+    given = {name_of(key): value for key, value in given.items()}
     unknown = sorted(set(given) - set(cls.model_fields))
     if unknown:
         raise ConfigError(

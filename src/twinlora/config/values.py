@@ -12,6 +12,7 @@ from twinlora.errors import ConfigError
 
 __all__ = [
     "AnswerMetric",
+    "AutoOrOff",
     "BasePrecision",
     "Goal",
     "HeldOut",
@@ -105,5 +106,6 @@ def _size(text: str) -> str:
 Size = Annotated[str, AfterValidator(_size)]
 Sources = Annotated[list[str], BeforeValidator(_listed)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switched)]
+AutoOrOff = Annotated[Literal["auto", "off"], BeforeValidator(_switched)]
 SizeOrWord = Annotated[str, BeforeValidator(_size_or_word)]  # a size, auto or off
 HeldOut = Annotated[list[str], BeforeValidator(_listed), AfterValidator(_unweighted)]

@@ -21,9 +21,11 @@ from twinlora.config.groups import (
     PrecisionOptions,
     SourceOptions,
     TokenizerOptions,
+    changed,
 )
 from twinlora.config.values import (
     AnswerMetric,
+    AutoOrOff,
     BasePrecision,
     Goal,
     HeldOut,
@@ -82,7 +84,7 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, HybridOptions, DataOpt
         description="lora: 16-bit base; qlora: NF4 base; hybrid: each layer of the base in 16 bit, int8, NF4 or NF3, "
         "as a budget allows; full: all weights, float32 masters.",
     )
-    plan: Literal["off", "auto"] = Field(
+    plan: AutoOrOff = Field(
         "off",
         description="auto: let the planner choose method, micro_batch_tokens and gradient_checkpointing; what you give "
         "yourself stays.",
@@ -140,6 +142,12 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, HybridOptions, DataOpt
             raise ValueError("deploy folds plain LoRA: leave out dora, dropout and modules_to_save, with lora or qlora")
         if self.patience and not (self.eval and self.eval_every):
             raise ValueError("patience counts evaluations: it needs eval and eval_every")
+        if self.eval_every and not self.eval:
+            raise ValueError("eval_every counts steps between evaluations: it needs eval, the rows to evaluate on")
+        if self.plan == "off" and changed(self, "goal"):
+            raise ValueError("goal is what plan auto chooses for: add plan auto, or leave goal out")
+        if self.method == "full" and (unused := changed(self, *AdapterOptions.model_fields, "lora_plus_ratio")):
+            raise ValueError(f"{' and '.join(unused)}: of adapters, which method full has none of: leave them out")
         return self
 
 
@@ -254,7 +262,15 @@ class PlanOptions(Options, ModelOptions, AdapterOptions, DataOptions, ExtentOpti
     @model_validator(mode="after")
     def _asked(self) -> Self:
         if not (self.model or self.calibrate or self.score):
-            raise ValueError("model is missing: name one to plan for, for example twinlora plan llama-65b")
+            hint = "name one to plan for, for example twinlora plan llama-65b"
+            if len(self.data) > 1:  # a list takes all that follows it
+                last = self.data[-1]
+                hint = f"if {last!r} is it and not data, it stands first: twinlora plan {last} --data …"
+            raise ValueError(f"model is missing: {hint}")
+        if self.score and (self.model or self.calibrate):
+            raise ValueError("score shows past runs alone: leave it out, or model and calibrate")
+        if self.data and (unused := changed(self, "length", "rows")):
+            raise ValueError(f"{' and '.join(unused)}: of the rows of a plan without data: leave out one or the other")
         return self
 
 
@@ -333,3 +349,9 @@ class DemoOptions(Options):
     test_rows: Positive = Field(100, description="Held-out rows.")
     seed: int = Field(0, description="Seed of everything.")
     overwrite: bool = Field(True, description="Remove an earlier demo in the output directory.")
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        if self.hub and self.model:
+            raise ValueError("hub and model name two base models: leave one of them out")
+        return self

@@ -6,7 +6,7 @@ Whatever is not as the rows say is counted and said in a line.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -16,9 +16,23 @@ from twinlora.data.sources import Note, listed
 from twinlora.data.template import Example, encode_row
 from twinlora.errors import DataError
 
-__all__ = ["Overlong", "encode_each", "encode_rows", "truncate"]
+__all__ = ["Advice", "Overlong", "encode_each", "encode_rows", "truncate"]
 
 Overlong = Literal["error", "truncate", "drop"]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What an error says to type: the flags of the verb that reads the rows. {longest}: tokens of the longest row."""
+
+    overlong: str
+    untrained: str
+
+
+_TRAINING = Advice(
+    "give --max-length {longest}, --overlong drop, or --overlong truncate (keeps the answer and the end of the prompt)",
+    "mend them, or leave them out with --allow-untrained",
+)
 
 
 def encode_rows(
@@ -28,12 +42,13 @@ def encode_rows(
     *,
     overlong: Overlong = "error",
     allow_untrained: bool = False,
+    advice: Advice = _TRAINING,
     note: Note = lambda text: None,
 ) -> list[Example]:
     """Every row as examples of at most `max_length` tokens, each with a trained one.
 
     Raises DataError that lists the rows that are too long (unless `overlong` says what to do with them) and those with
-    nothing to train on (unless they are allowed; then they are left out).
+    nothing to train on (unless they are allowed; then they are left out), and says what to type by `advice`.
     """
     encoded, refused = encode_each(tokenizer, rows)
     if refused:
@@ -43,11 +58,9 @@ def encode_rows(
     if len(examples) > len(rows) - len(untrained):
         note(f"data: {len(rows):,} rows → {len(examples):,} examples, because the chat template rewrites earlier turns")
     long = [example for example in examples if len(example.ids) > max_length]
-    problems = [_too_long(long, max_length)] if long and overlong == "error" else []
+    problems = [_too_long(long, max_length, advice.overlong)] if long and overlong == "error" else []
     if untrained and not allow_untrained:
-        problems.append(
-            f"{listed(untrained, 'with nothing to train on')}\nmend them, or leave them out with --allow-untrained"
-        )
+        problems.append(f"{listed(untrained, 'with nothing to train on')}\n{advice.untrained}")
     if problems:
         raise DataError("\n".join(problems))
     if untrained:
@@ -74,13 +87,10 @@ def encode_each(
     return encoded, refused
 
 
-def _too_long(long: list[Example], max_length: int) -> str:
+def _too_long(long: list[Example], max_length: int, advice: str) -> str:
     longest = max(len(example.ids) for example in long)
     places = [f"{example.where}: {len(example.ids):,} tokens" for example in long]
-    return (
-        f"{listed(places, f'longer than max_length {max_length:,}')}\ngive --max-length {longest}, --overlong drop, "
-        "or --overlong truncate (keeps the answer and the end of the prompt)"
-    )
+    return f"{listed(places, f'longer than max_length {max_length:,}')}\n{advice.format(longest=longest)}"
 
 
 def _shortened(

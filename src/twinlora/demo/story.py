@@ -8,21 +8,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from twinlora import atomic
 from twinlora.config import ChatOptions, CompareOptions, DemoOptions, TrainOptions
 from twinlora.data.formats import write_rows
 from twinlora.data.sources import read_rows
 from twinlora.demo import model as embedded
 from twinlora.demo.tasks import SPLITS, TASKS, rows
+from twinlora.errors import ConfigError
 from twinlora.evaluate.compare import compare
 from twinlora.evaluate.metrics import predict
 from twinlora.evaluate.opening import open_model
 from twinlora.evaluate.report import Report
+from twinlora.export.output import ended_in_order
 from twinlora.reporter import Reporter
 from twinlora.train.loop import train
+from twinlora.train.run import require_apart
 
 __all__ = ["Answer", "Story", "tell"]
 
 _FIRST, _SECOND = "support", "legal"
+_OWN = ("data", _FIRST, _SECOND)  # what is written, and replaced by the next demo
+_MARK = ".demo"  # in a directory that a demo made, from the start
 _VALIDATION_ROWS = 48
 _SEARCH_ROWS = 64
 _SECOND_ROWS = 200  # the second task is the easier one
@@ -56,8 +62,19 @@ class Story:
 
 
 def tell(options: DemoOptions, reporter: Reporter | None = None) -> Story:
-    """Run it all under `options.output`. Raises ModelError if the model cannot be fetched."""
-    reporter, start = reporter or Reporter(), time.perf_counter()
+    """Run it all under `options.output`.
+
+    Raises ConfigError for a directory that no demo made, ModelError if the model cannot be fetched, Interrupted after
+    SIGINT or SIGTERM.
+    """
+    _claim(options)
+    lost = f"what was found is lost, {options.output} is incomplete; the same command starts anew"
+    with ended_in_order(lost):
+        return _tell(options, reporter or Reporter())
+
+
+def _tell(options: DemoOptions, reporter: Reporter) -> Story:
+    start = time.perf_counter()
     base = options.model or (embedded.HUB_ID if options.hub else str(embedded.fetch(reporter)))
     data = _write_data(options)
     reporter.note(f"1 of 3: LoRA and QLoRA on {TASKS[_FIRST].title}")
@@ -82,6 +99,21 @@ def tell(options: DemoOptions, reporter: Reporter | None = None) -> Story:
         time.perf_counter() - start,
         _next_commands(options, base, data, adapters),
     )
+
+
+def _claim(options: DemoOptions) -> None:
+    output = options.output
+    if options.model:
+        require_apart(output, [Path(options.model)], _OWN)
+    if not (output / _MARK).is_file():
+        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+            raise ConfigError(
+                f"output {output}: exists and was not made by a demo (it has no {_MARK}), so that nothing in it is "
+                "replaced; choose another --output"
+            )
+        atomic.write_text(output / _MARK, "")
+    elif not options.overwrite and any((output / name).exists() for name in _OWN):
+        raise ConfigError(f"output {output}: holds an earlier demo; leave out --no-overwrite, or give another --output")
 
 
 def _write_data(options: DemoOptions) -> Path:

@@ -11,21 +11,22 @@ import datetime
 import itertools
 import random
 import shlex
-import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from twinlora import machine
-from twinlora.config import CompareOptions
+import torch
+
+from twinlora import atomic, machine
+from twinlora.config import AdapterOptions, CompareOptions
 from twinlora.data import sources
 from twinlora.data.examples import encode_rows
 from twinlora.data.formats import Row, write_rows
-from twinlora.errors import BackendError, ConfigError, DataError, OutOfMemory, TrainingDiverged
+from twinlora.errors import BackendError, ConfigError, DataError, Interrupted, OutOfMemory, TrainingDiverged
 from twinlora.evaluate import html, worker
 from twinlora.evaluate.general import read_texts
 from twinlora.evaluate.metrics import Prediction
@@ -33,14 +34,19 @@ from twinlora.evaluate.report import BASE, Difference, General, MethodResult, Re
 from twinlora.evaluate.scores import require, title_of
 from twinlora.evaluate.stats import paired_interval, ratio_interval
 from twinlora.evaluate.verdict import judge
+from twinlora.export.output import ended_in_order
 from twinlora.model.fingerprint import fingerprint
-from twinlora.model.load import load_tokenizer, pick_device, pick_dtype, resolve
+from twinlora.model.load import Source, load_tokenizer, pick_device, pick_dtype, resolve
 from twinlora.reporter import Reporter
 from twinlora.train.compatible import require_trainable
+from twinlora.train.run import require_apart
 
 __all__ = ["compare"]
 
 _OWN = ("data", "search", "runs", "report.json", "report.html")
+# Only a directory with one of these is a comparison: others have a data/, too. The first is there from the start.
+_MARKS = (".comparison", "report.json")
+_UNUSED = (*AdapterOptions.model_fields, "lora_plus_ratio")  # where all weights are trained
 _SAMPLES = 6
 _SEARCH_SHARE = 4  # a search run sees a quarter of the rows unless told otherwise
 _FAILURES = (TrainingDiverged, OutOfMemory, BackendError)  # of one method
@@ -49,7 +55,10 @@ T = TypeVar("T")
 
 
 def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report:
-    """Run the comparison and write report.json and report.html. Raises InputError before anything is written."""
+    """Run the comparison and write report.json and report.html.
+
+    Raises InputError before anything is written; Interrupted after SIGINT or SIGTERM, with nothing left running.
+    """
     reporter = reporter or Reporter()
     source = resolve(options.model)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
@@ -66,9 +75,17 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
                     allow_untrained=options.allow_untrained)  # fmt: skip
     identity = fingerprint(source)
     for method in options.methods:
-        require_trainable(worker.train_options(options, method), source, identity)
-    _claim(options)
-    splits = _write(options, train, validation, test)
+        require_trainable(worker.train_options(_of_method(options, method), method), source, identity)
+    _claim(options, source)
+    lost = f"what was measured is lost, {options.output} has no report; the same command with --overwrite starts anew"
+    with ended_in_order(lost):
+        return _measured(options, _write(options, train, validation, test), identity, device, reporter)
+
+
+def _measured(
+    options: CompareOptions, splits: worker.Splits, identity: str, device: torch.device, reporter: Reporter
+) -> Report:
+    """What each way comes to, every figure from a process of its own, and the verdict."""
     results: list[MethodResult] = []
     diverged: list[str] = []
     failed: dict[str, str] = {}
@@ -83,8 +100,9 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
         method: _in_process(f"{method} base", worker.measure_quantised, options, method) for method in quantised
     }
     for method in options.methods:
+        chosen = _of_method(options, method)
         try:
-            points = _in_process(f"{method} search", worker.search, options, method, splits.search, splits.validation)
+            points = _in_process(f"{method} search", worker.search, chosen, method, splits.search, splits.validation)
         except _FAILURES as error:  # what the other methods found is not lost with it
             failed[method] = str(error)
             reporter.note(f"{method} search: {error}")
@@ -97,7 +115,7 @@ def compare(options: CompareOptions, reporter: Reporter | None = None) -> Report
         note = f"{method}: best learning rate {lr:g} of {', '.join(f'{p.lr:g}' for p in points)}"
         reporter.note(note + (", at the edge of the grid" if at_edge else ""))
         try:
-            done, predictions[method] = _in_process(method, worker.train_and_measure, options, method, lr, splits)
+            done, predictions[method] = _in_process(method, worker.train_and_measure, chosen, method, lr, splits)
         except _FAILURES as error:
             failed[method] = str(error)
             reporter.note(f"{method}: {error}")
@@ -181,16 +199,32 @@ def _prompt(row: Row) -> str:
     return repr(row.messages[:-1]) if row.messages else row.prompt or row.text
 
 
-def _claim(options: CompareOptions) -> None:
-    present = [name for name in _OWN if (options.output / name).exists()]
+def _of_method(options: CompareOptions, method: str) -> CompareOptions:
+    """`options` without those of adapters where `method` has none."""
+    fields = CompareOptions.model_fields
+    unused = {name: fields[name].get_default() for name in _UNUSED if method == "full"}
+    return options.model_copy(update=unused)
+
+
+def _claim(options: CompareOptions, source: Source) -> None:
+    output = options.output
+    given = (*options.data, *options.eval, *options.validation, options.general, options.layer_precision)
+    files = [Path(sources.split_weight(str(one))[0]) for one in given if one is not None]
+    require_apart(output, [source.path, *(file for file in files if file.exists())], _OWN)
+    present = [name for name in _OWN if (output / name).exists()]
+    if present and not any((output / mark).is_file() for mark in _MARKS):
+        raise ConfigError(
+            f"output {output}: holds {', '.join(present)}, but is not a comparison of ours; choose another --output"
+        )
     if present and not options.overwrite:
         raise ConfigError(
-            f"output {options.output}: holds an earlier comparison ({', '.join(present)}); "
+            f"output {output}: holds an earlier comparison ({', '.join(present)}); "
             "give --overwrite to replace it, or another --output"
         )
-    for name in present:
-        target = options.output / name
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    with atomic.writing(output):
+        atomic.write_text(output / _MARKS[0], "")
+        for name in present:
+            atomic.remove(output / name)
 
 
 def _write(options: CompareOptions, train: list[Row], validation: list[Row], test: list[Row]) -> worker.Splits:
@@ -220,7 +254,8 @@ def _write_weighted(directory: Path, name: str, rows: list[Row]) -> list[str]:
 
 
 def _in_process(what: str, function: Callable[..., T], *arguments: Any) -> T:
-    """Call `function` in a fresh process. Its errors are raised here."""
+    """Call `function` in a fresh process, which ends with this call. Its errors are raised here."""
+    others = active_children()
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(function, *arguments).result()
@@ -229,6 +264,11 @@ def _in_process(what: str, function: Callable[..., T], *arguments: Any) -> T:
                 f"{what}: its process died without a word; the system may have ended it for lack of memory. "
                 "Try a smaller --micro-batch-tokens"
             ) from None
+        except (KeyboardInterrupt, Interrupted):
+            for process in active_children():
+                if process not in others:
+                    process.kill()  # else the pool would wait for it
+            raise
 
 
 def _best(points: list[SearchPoint]) -> tuple[float | None, bool]:

@@ -6,31 +6,41 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from twinlora import atomic
 from twinlora.config import EvalOptions
 from twinlora.data import sources
-from twinlora.data.examples import encode_rows
+from twinlora.data.examples import Advice, encode_rows
 from twinlora.data.formats import Row
-from twinlora.errors import DataError
+from twinlora.data.template import Example
+from twinlora.errors import ConfigError, DataError
 from twinlora.evaluate.metrics import RowLoss, predict, row_losses
 from twinlora.evaluate.opening import Opened, open_model
 from twinlora.evaluate.scores import METRICS, field_shares, require, row_scores, summarise
 from twinlora.evaluate.stats import ratio_interval
 from twinlora.model.forward import has_plain_head, packing_refusal
+from twinlora.model.load import load_tokenizer, resolve
 from twinlora.reporter import Reporter
 
 __all__ = ["evaluate"]
 
 _MICRO_BATCH_TOKENS = 2048
+_ADVICE = Advice("shorten these rows, or leave them out", "mend them, or leave them out")
 
 
-def evaluate(options: EvalOptions, reporter: Reporter | None = None) -> dict[str, Any]:
-    """The chosen figures as JSON. Raises InputError for a wrong model, adapter or data file, BackendError."""
+def evaluate(options: EvalOptions, reporter: Reporter | None = None, *, advice: Advice = _ADVICE) -> dict[str, Any]:
+    """The chosen figures as JSON. `advice`: what a verb says of rows that cannot be measured.
+
+    Raises InputError for a wrong model, adapter, data file or output, BackendError.
+    """
     reporter = reporter or Reporter()
+    _require_apart(options)
     rows = sources.read(options.data, columns=options.columns, limit=options.rows, note=reporter.note).rows
     require(options.metric, rows)
+    wants_loss = bool({"loss", "perplexity"} & set(options.metric))
+    examples = _encoded(options, rows, advice) if wants_loss else []  # before the model is loaded
     adapters = {"adapter": options.adapter} if options.adapter else {}
     opened = open_model(
         options,
@@ -42,8 +52,8 @@ def evaluate(options: EvalOptions, reporter: Reporter | None = None) -> dict[str
     start = time.perf_counter()
     result: dict[str, Any] = {"rows": len(rows)}
     lines: list[dict[str, Any]] = [{"prompt": row.question, "expected": row.answer} for row in rows]
-    if {"loss", "perplexity"} & set(options.metric):
-        losses = _losses(opened, rows, options.max_length)
+    if wants_loss:
+        losses = _losses(opened, examples)
         if len(losses) != len(rows):
             raise DataError(
                 f"data {', '.join(options.data)}: {len(rows) - len(losses)} of {len(rows)} rows are there twice, with "
@@ -60,11 +70,22 @@ def evaluate(options: EvalOptions, reporter: Reporter | None = None) -> dict[str
     return result
 
 
-def _losses(opened: Opened, rows: Sequence[Row], max_length: int) -> list[RowLoss]:
+def _require_apart(options: EvalOptions) -> None:
+    for source in options.data:
+        if options.output is not None and options.output.resolve() == Path(source).resolve():
+            raise ConfigError(f"output {options.output}: is read here as data; give another --output")
+
+
+def _encoded(options: EvalOptions, rows: Sequence[Row], advice: Advice) -> list[Example]:
+    tokenizer = load_tokenizer(resolve(options.model), trust_remote_code=options.trust_remote_code)
+    return encode_rows(tokenizer, rows, options.max_length, advice=advice)
+
+
+def _losses(opened: Opened, examples: Sequence[Example]) -> list[RowLoss]:
     model, tokenizer = opened.model, opened.tokenizer
     return row_losses(
         model,
-        encode_rows(tokenizer, rows, max_length),
+        examples,
         micro_batch_tokens=_MICRO_BATCH_TOKENS,
         packed=packing_refusal(model, len(tokenizer)) is None,
         pad_id=tokenizer.pad_token_id or 0,

@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from types import FrameType
 from twinlora import atomic
 from twinlora.errors import ConfigError, Interrupted
 
-__all__ = ["ADAPTER", "ARTEFACT", "claimed", "require_apart", "require_free", "scratch"]
+__all__ = ["ADAPTER", "ARTEFACT", "claimed", "ended_in_order", "require_apart", "require_free", "scratch"]
 
 # A directory with one of these is an earlier result, which --overwrite may replace.
 ARTEFACT, ADAPTER = ("parity.json", "export.json"), ("adapter_config.json",)
@@ -50,9 +51,10 @@ def require_apart(output: Path, read: Iterable[Path]) -> None:
 
 @contextmanager
 def claimed(output: Path, overwrite: bool, marks: Iterable[str]) -> Iterator[None]:
-    """Hold `output` against other processes, remove what a killed one left beside it, end in order on SIGTERM.
+    """Hold `output` against other processes, remove what a killed one left beside it, end in order on a signal.
 
-    Raises ConfigError if another process writes it or has written it meanwhile, StorageError if it cannot be written.
+    Raises ConfigError if another process writes it or has written it meanwhile, StorageError if it cannot be written,
+    Interrupted after SIGINT or SIGTERM.
     """
     with atomic.writing(output):
         atomic.make_directory(output.parent)
@@ -62,7 +64,7 @@ def claimed(output: Path, overwrite: bool, marks: Iterable[str]) -> Iterator[Non
         require_free(output, overwrite, marks)
         with atomic.writing(output):
             atomic.sweep(output)
-        with _ended_by_sigterm(output):
+        with ended_in_order(f"nothing was written to {output}"):
             yield
     finally:
         path.unlink(missing_ok=True)
@@ -103,16 +105,19 @@ def _lock(output: Path) -> int:
 
 
 @contextmanager
-def _ended_by_sigterm(output: Path) -> Iterator[None]:
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(f"stopped by SIGTERM; nothing was written to {output}", number)
+def ended_in_order(after: str) -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the block by an exception. Raises Interrupted that says which it was, and `after`."""
 
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("", number)  # worded below, as what a process of a run's own heard first is
+
+    main = threading.current_thread() is threading.main_thread()  # elsewhere whoever runs us handles signals
+    before = signal.signal(signal.SIGTERM, end) if main else None
     try:
-        before = signal.signal(signal.SIGTERM, end)
-    except ValueError:  # not the main thread: whoever runs us handles signals
         yield
-        return
-    try:
-        yield
+    except (KeyboardInterrupt, Interrupted) as error:
+        number = error.signum if isinstance(error, Interrupted) else signal.SIGINT
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; {after}", number) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if main:
+            signal.signal(signal.SIGTERM, before)

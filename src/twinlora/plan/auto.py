@@ -19,9 +19,11 @@ CHOSEN = ("method", "bits", "double_quant", "micro_batch_tokens")
 
 def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> TrainOptions:
     """`options` with what the planner chose for this machine. A method with its budget and checkpointing that is on or
-    off stay as given, and micro-batches no larger. Raises ConfigError if nothing fits."""
+    off stay as given, and micro-batches no larger than what was given. Raises ConfigError if nothing fits."""
     shared = {name: getattr(options, name) for name in PlanOptions.model_fields if name in TrainOptions.model_fields}
     del shared["memory"]  # of train it is what the weights of a hybrid base may take
+    if "micro_batch_tokens" not in options.model_fields_set:
+        del shared["micro_batch_tokens"]  # train's default bounds no plan
     asked = PlanOptions(**(shared | {"model": str(inputs.source.path)}))
     workload = Workload(inputs.examples, asked, from_data=True, packed=options.packing == "auto")
     found = plan(
@@ -45,7 +47,7 @@ def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> Trai
     update: dict[str, Any] = {
         "method": found.choice.method,
         "double_quant": found.options.double_quant,
-        "micro_batch_tokens": min(setting.micro_batch_tokens, options.micro_batch_tokens),  # a longer row goes alone
+        "micro_batch_tokens": min(setting.micro_batch_tokens, asked.micro_batch_tokens),  # a longer row goes alone
         "gradient_checkpointing": "on" if setting.checkpointing else options.gradient_checkpointing,
     }
     if options.method is None and found.choice.method in ("hybrid", "int8"):

@@ -10,7 +10,9 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from twinlora import atomic, machine
 from twinlora.adapters.lora import trainable_parameters
 from twinlora.config import TrainOptions
+from twinlora.data import sources
 from twinlora.data.packing import Batch, make_batch
 from twinlora.data.template import Example
 from twinlora.errors import ConfigError, Interrupted, StorageError, TrainingDiverged
@@ -36,7 +39,7 @@ from twinlora.train.optim import MasterAdamW, learning_rate
 from twinlora.train.prepare import prepare
 from twinlora.train.progress import Progress
 from twinlora.train.rng import restore_rng, rng_state
-from twinlora.train.run import RunDirectory
+from twinlora.train.run import RunDirectory, require_apart
 from twinlora.train.selection import Selection
 from twinlora.train.signals import StopSignals
 from twinlora.train.step import StepResult, train_step
@@ -72,6 +75,7 @@ def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResul
     shapes = require_trainable(options, inputs.source, inputs.fingerprint)
     require_known_tokens(shapes, inputs)
     require_loadable(options, shapes, notes)
+    require_apart(options.output, _read_paths(options, inputs))
     try:
         with RunDirectory(options.output, resume=options.resume, overwrite=options.overwrite) as run:
             return _train(options, inputs, run, notes, device)
@@ -88,6 +92,21 @@ def _require_one_process() -> None:
             f"WORLD_SIZE={world}: training in several processes is not supported yet; "
             "start `twinlora train` without torchrun, with --device cuda:0 to choose a GPU"
         )
+
+
+def _read_paths(options: TrainOptions, inputs: Inputs) -> Iterator[Path]:
+    """Files and directories that the run reads, some of them only after the output directory was claimed."""
+    model = inputs.source.path
+    yield model
+    if model.is_dir():
+        yield from (file for file in model.iterdir() if file.is_symlink())  # of weights, tokenizer or template
+    for path in (options.init_adapter, options.layer_precision):
+        if path is not None:
+            yield path
+            yield from path.glob("adapter")  # what is read of a run
+    for source in (*options.data, *options.eval):
+        if (path := Path(sources.split_weight(source)[0])).exists():
+            yield path
 
 
 def _train(options: TrainOptions, inputs: Inputs, run: RunDirectory, notes: Notes, device: torch.device) -> TrainResult:

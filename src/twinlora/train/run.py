@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,16 +14,30 @@ from twinlora import atomic
 from twinlora.errors import ConfigError
 from twinlora.train import checkpoint
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "require_apart"]
 
 # The checkpoints go last: a removal that is cut short leaves a run that --resume continues.
 _OWN = ("run.json", "report.html", "adapter", "model", "tensorboard", "trackers.json", "metrics.jsonl", "checkpoints")
+# Only a directory with one of these is a run: others have a model/ or an adapter/, too.
+_MARKS = (".lock", "run.json", "metrics.jsonl")
+
+
+def require_apart(output: Path, read: Iterable[Path], own: Iterable[str] = _OWN) -> None:
+    """Raises ConfigError if something that is read lies in what is written to `output`, and removed from it: `own`."""
+    places = [(output / name).resolve() for name in own]
+    for path in read:
+        if any(path.resolve().is_relative_to(place) for place in places):
+            raise ConfigError(
+                f"output {output}: {path} is read here, and lies where this output is written and replaced; choose "
+                "another --output"
+            )
 
 
 class RunDirectory:
     """`with RunDirectory(path, resume=…, overwrite=…) as run:` holds the lock of the run at `path`.
 
-    Raises ConfigError if another process holds it, or if it has an earlier run and neither flag is given.
+    Raises ConfigError if another process holds it, if it has an earlier run and neither flag is given, or if it has
+    what a run has and is none.
     """
 
     def __init__(self, path: Path, *, resume: bool, overwrite: bool) -> None:
@@ -33,6 +48,7 @@ class RunDirectory:
     def __enter__(self) -> Self:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output {self.path}: is a file; expected a directory to write the run to")
+        self._require_ours()
         try:
             atomic.make_directory(self.path)
             self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
@@ -65,11 +81,21 @@ class RunDirectory:
             os.close(self._lock)
             self._lock = None
 
+    def _present(self) -> list[str]:
+        return [name for name in _OWN if (self.path / name).exists()]
+
+    def _require_ours(self) -> None:
+        present = self._present()
+        if present and not any((self.path / mark).is_file() for mark in _MARKS):
+            raise ConfigError(
+                f"output {self.path}: holds {', '.join(present)}, but is not a run of ours; choose another --output"
+            )
+
     def _claim(self) -> None:
         checkpoint.sweep(self.path)
         for name in _OWN:
             atomic.sweep(self.path / name)
-        present = [name for name in _OWN if (self.path / name).exists()]
+        present = self._present()
         if present and self._overwrite:
             for name in present:
                 atomic.remove(self.path / name)
