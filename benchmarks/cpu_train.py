@@ -96,7 +96,7 @@ def our_step(args: argparse.Namespace, workload: str, method: str) -> Callable[[
     optimizer = MasterAdamW(trainable_parameters(model), OptimizerOptions(lr=1e-4))
 
     def step() -> int:
-        batch = make_batch(next(batches), 4096, packed=True, pad_id=0)
+        batch = make_batch(next(batches), 4096, packed=True)
         result = train_step(model, batch, optimizer, lr=1e-4, max_grad_norm=recipe.clip, plain_head=plain_head)
         result.loss.item()
         return batch.tokens

@@ -161,7 +161,7 @@ def batch(config: LlamaConfig, rows: int, length: int, device: torch.device) -> 
     examples = [
         Example([draw.randrange(config.vocab_size) for _ in range(length)], [True] * length, "") for _ in range(rows)
     ]
-    return make_batch(examples, rows * length, packed=True, pad_id=0, device=device)
+    return make_batch(examples, rows * length, packed=True, device=device)
 
 
 def step_flops(config: LlamaConfig, tokens: int, length: int, *, recompute: bool) -> float:

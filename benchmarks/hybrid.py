@@ -123,7 +123,7 @@ def train_one(args: argparse.Namespace) -> dict:
         done = train(options, ConsoleReporter(f"{args.one} seed {args.seeds}"))
     examples = encode_rows(done.tokenizer, read_rows(args.data / "test.jsonl")[: args.test_rows], 512)
     losses = row_losses(
-        done.model, examples, micro_batch_tokens=2048, packed=done.packed, pad_id=done.tokenizer.pad_token_id or 0,
+        done.model, examples, micro_batch_tokens=2048, packed=done.packed,
         plain_head=done.plain_head,
     )  # fmt: skip
     kept = ("peak_rss_bytes", "base_weight_bytes", "bits_per_linear_weight", "bits_per_weight")

@@ -128,7 +128,7 @@ def stepper(source: Any, cell: Any) -> Any:
     optimizer.reserve()
     optimizer.discard_gradients()
     rows = [Example([5] * n, [False] + [True] * (n - 1), "") for n in cell.lengths] * cell.micro_batches
-    batch = make_batch(rows, sum(cell.lengths), packed=packed, pad_id=0)
+    batch = make_batch(rows, sum(cell.lengths), packed=packed)
     assert len(batch.micro_batches) == cell.micro_batches
 
     def step() -> None:

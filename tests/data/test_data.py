@@ -87,8 +87,8 @@ def test_loss_rows_predict_the_next_trained_token():
     assert packed.tokens == 5
     assert packed.loss_rows.tolist() == [0, 1, 3]
     assert packed.labels.tolist() == [2, 3, 5]
-    padded = make_micro_batch(examples, packed=False, pad_id=9)
-    assert padded.input_ids.tolist() == [[1, 2, 3], [4, 5, 9]]
+    padded = make_micro_batch(examples, packed=False)
+    assert padded.input_ids.tolist() == [[1, 2, 3], [4, 5, 0]]
     assert padded.loss_rows.tolist() == [0, 1, 3]
     assert padded.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
     assert packed.trained_tokens == padded.trained_tokens == 3
@@ -97,7 +97,7 @@ def test_loss_rows_predict_the_next_trained_token():
 @pytest.mark.parametrize("packed", [True, False])
 def test_micro_batches_keep_the_limit_and_lose_nothing(packed):
     examples = [Example([7] * n, [False] + [True] * (n - 1), str(n)) for n in (3, 30, 5, 8, 2, 2)]
-    batch = make_batch(examples, 16, packed=packed, pad_id=0)
+    batch = make_batch(examples, 16, packed=packed)
     assert batch.tokens == 50
     sizes = [m.tokens if packed else m.input_ids.numel() for m in batch.micro_batches]
     assert all(size <= 16 or m.tokens == 30 for size, m in zip(sizes, batch.micro_batches, strict=True))

@@ -94,7 +94,7 @@ def test_what_quantising_costs_is_measured_apart_from_forgetting(tiny, tmp_path)
             ModelOptions(model=str(tiny), dtype="float32"), {}, precision=precision, reporter=Reporter()
         )
         examples = encode_texts(opened.tokenizer, read_texts(None), chosen.max_length)
-        rows = row_losses(opened.model, examples, micro_batch_tokens=512, packed=False, pad_id=258, plain_head=False)
+        rows = row_losses(opened.model, examples, micro_batch_tokens=512, packed=False, plain_head=False)
         means[precision] = sum(row.total for row in rows) / sum(row.tokens for row in rows)
     assert found.before == found.after == pytest.approx(means["nf4"], rel=1e-4)
     assert abs(means["nf4"] - means["16bit"]) > 1e-2

@@ -33,7 +33,7 @@ def test_row_losses_are_transformers(tiny, tokenizer, tmp_path, packed, plain_he
     examples = encode_rows(tokenizer, read_rows(data), 512)
     model = load_model(resolve(str(tiny)), dtype=torch.float32)
     swap.replace_blocks(model)
-    arguments = {"micro_batch_tokens": 128, "packed": packed, "pad_id": 258, "plain_head": plain_head}
+    arguments = {"micro_batch_tokens": 128, "packed": packed, "plain_head": plain_head}
     losses = row_losses(model, examples, **arguments)
     for example, loss in zip(examples, losses, strict=True):
         assert loss.total == pytest.approx(stock_loss(tiny, example), rel=1e-4)
@@ -47,7 +47,7 @@ def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary(tiny, tokeni
     with torch.no_grad():
         model.get_input_embeddings().weight.zero_()
     examples = encode_texts(tokenizer, read_texts(None), 512)
-    losses = row_losses(model, examples, micro_batch_tokens=2048, packed=False, pad_id=258, plain_head=False)
+    losses = row_losses(model, examples, micro_batch_tokens=2048, packed=False, plain_head=False)
     assert math.exp(sum(r.total for r in losses) / sum(r.tokens for r in losses)) == pytest.approx(259, rel=1e-4)
 
 

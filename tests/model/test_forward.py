@@ -32,7 +32,7 @@ def test_packed_and_padded_give_the_loss_of_each_row_alone(tiny, plain_head):
             logits = model(torch.tensor([row.ids])).logits[0]
             alone += torch.nn.functional.cross_entropy(logits[1:-1], torch.tensor(row.ids[2:]), reduction="sum")
         for packed in (True, False):
-            micro = make_micro_batch(rows, packed=packed, pad_id=258)
+            micro = make_micro_batch(rows, packed=packed)
             torch.testing.assert_close(loss_sum(model, micro, plain_head=plain_head), alone)
 
 
@@ -94,7 +94,7 @@ def test_a_model_without_our_blocks_trains_on_its_own(tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     model = load_model(resolve(str(tmp_path)), dtype=torch.float32)
     assert swap.replace_blocks(model) == {"Conv1D → DenseLinear": 4, "Linear → DenseLinear": 1}
-    micro = make_micro_batch(examples(), packed=False, pad_id=0)
+    micro = make_micro_batch(examples(), packed=False)
     assert torch.isfinite(loss_sum(model, micro, plain_head=has_plain_head(model)))
 
 

@@ -31,7 +31,7 @@ def test_a_batch_answers_as_transformers_does_one_by_one(load, quantize):
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=257, pad_token_id=258
         )
         expected.append([t for t in whole[0, len(prompt) :].tolist() if t not in (257, 258)])
-    assert generate(model, prompts, max_new_tokens=12, stop={257}, pad_id=258) == expected
+    assert generate(model, prompts, max_new_tokens=12, stop={257}) == expected
 
 
 def test_rows_that_end_leave_the_batch(load):

@@ -20,7 +20,7 @@ def test_greedy_answers_are_those_of_transformers(smollm2):
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     ours = load_model(resolve(str(smollm2)), dtype=torch.float32)
     swap.replace_blocks(ours)
-    found = generate(ours, prompts, max_new_tokens=16, stop=set(), pad_id=tokenizer.pad_token_id)
+    found = generate(ours, prompts, max_new_tokens=16, stop=set())
     stock = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     for prompt, answer in zip(prompts, found, strict=True):
         theirs = stock.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=-1)

@@ -76,7 +76,7 @@ def train(model, *, packed: bool) -> list[float]:
     model.train()
     losses = []
     for batch in batches():
-        made = make_batch(batch, 400, packed=packed, pad_id=0)
+        made = make_batch(batch, 400, packed=packed)
         losses.append(train_step(model, made, optimizer, lr=1e-2, max_grad_norm=1.0, plain_head=plain).loss.item())
     return losses
 

@@ -87,7 +87,7 @@ def losses_of_both(base, directory, dtype, data, options, rows_per_step, steps):
     for step in range(steps):
         chosen = data[rows_per_step * step : rows_per_step * (step + 1)]
         lr = learning_rate(step, steps, options)
-        batch = make_batch(chosen, 400, packed=True, pad_id=0)
+        batch = make_batch(chosen, 400, packed=True)
         found = train_step(ours, batch, optimizer, lr=lr, max_grad_norm=1.0, plain_head=plain)
         longest = max(len(e.ids) for e in chosen)
         fill = [longest - len(e.ids) for e in chosen]

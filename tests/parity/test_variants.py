@@ -127,7 +127,7 @@ def our_losses(model, options, lr):
     model.train()
     optimizer, plain = MasterAdamW(trainable_parameters(model), options), has_plain_head(model)
     for batch in examples():
-        made = make_batch(batch, 400, packed=True, pad_id=0)
+        made = make_batch(batch, 400, packed=True)
         yield train_step(model, made, optimizer, lr=lr, max_grad_norm=1.0, plain_head=plain).loss.item()
 
 

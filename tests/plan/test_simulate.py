@@ -65,7 +65,7 @@ def measured(directory, cell: Cell) -> int:
     optimizer.discard_gradients()
     rows = [Example([5] * n, [False] + [True] * (n - 1), "") for n in cell.lengths]
     limit = sum(cell.lengths) if packed else max(cell.lengths) * len(cell.lengths)
-    batch = make_batch(rows * cell.micro_batches, limit, packed=packed, pad_id=0)
+    batch = make_batch(rows * cell.micro_batches, limit, packed=packed)
     assert len(batch.micro_batches) == cell.micro_batches
 
     plain = forward.has_plain_head(model)

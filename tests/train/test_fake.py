@@ -60,7 +60,7 @@ def test_a_qlora_step(tiny, data_file, tmp_path, rides, dtype, monkeypatch):
     given = options(tiny, data_file, tmp_path / "r", method="qlora")
     inputs = read_inputs(given, Notes(Reporter()))
     made = prepare(given, inputs, dtype, torch.device("cpu"), Notes(Reporter()))
-    batch = make_batch(inputs.examples[:3], 400, packed=True, pad_id=0)
+    batch = make_batch(inputs.examples[:3], 400, packed=True)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for module in made.model.modules():
             for name, p in module._parameters.items():

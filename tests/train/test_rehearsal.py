@@ -33,10 +33,7 @@ def test_it_is_the_longest_of_all_steps(tiny, data_file, tmp_path, packed):
     size = sum(len(e.ids) for e in found) if packed else max(len(e.ids) for e in found) * len(found)
     from twinlora.data.packing import make_batch
 
-    batches = (
-        make_batch(inputs.step_examples(step, given), 150, packed=packed, pad_id=0)
-        for step in range(inputs.steps(given))
-    )
+    batches = (make_batch(inputs.step_examples(step, given), 150, packed=packed) for step in range(inputs.steps(given)))
     sizes = ((micro.tokens if packed else micro.input_ids.numel()) for b in batches for micro in b.micro_batches)
     assert size == max(sizes)
 

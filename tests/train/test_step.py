@@ -59,8 +59,8 @@ def test_two_halves_with_the_count_of_the_whole_sum_to_its_gradient(tiny, data_f
 
     inputs, made = _prepared(options(tiny, data_file, tmp_path / "r"))
     chosen = [*inputs.examples[:5], *inputs.examples[17:20]]
-    whole = make_batch(chosen, 400, packed=True, pad_id=0)
-    halves = [make_batch(part, 400, packed=True, pad_id=0) for part in (chosen[:3], chosen[3:])]
+    whole = make_batch(chosen, 400, packed=True)
+    halves = [make_batch(part, 400, packed=True) for part in (chosen[:3], chosen[3:])]
     assert [half.trained_tokens for half in halves] != [whole.trained_tokens / 2] * 2
     loss = _step(made, whole).loss
     expected = _gradients(made)
@@ -87,8 +87,8 @@ def test_gradient_checkpointing_changes_memory_alone(tokenizer, tmp_path):
         given = options(deep, rows, tmp_path / "r", gradient_checkpointing=recompute)
         inputs, made = _prepared(given)
         assert made.replaced
-        batch = make_batch(inputs.examples, 8192, packed=True, pad_id=0)
-        _step(made, make_batch(inputs.examples[:1], 8192, packed=True, pad_id=0))
+        batch = make_batch(inputs.examples, 8192, packed=True)
+        _step(made, make_batch(inputs.examples[:1], 8192, packed=True))
         made.model.zero_grad(set_to_none=True)
         ctypes.CDLL(None).malloc_trim(0)  # what is free but kept would not be seen to be used
         machine.reset_peaks(torch.device("cpu"))
@@ -111,7 +111,7 @@ def test_recomputed_layers_keep_nothing_of_their_mlp(tiny, data_file, tmp_path):
     alive = []
     for recompute in (True, False):
         inputs, made = _prepared(options(tiny, data_file, tmp_path / "r", gradient_checkpointing=recompute))
-        batch = make_batch(inputs.examples, 4096, packed=True, pad_id=0)
+        batch = make_batch(inputs.examples, 4096, packed=True)
         loss = loss_sum(made.model, batch.micro_batches[0], plain_head=made.plain_head)
         wide = (batch.micro_batches[0].input_ids.numel(), 128)
         alive.append(sum(torch.is_tensor(x) and tuple(x.shape[-2:]) == wide for x in gc.get_objects()))

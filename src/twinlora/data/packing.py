@@ -24,6 +24,7 @@ __all__ = [
 # On a CPU a packed row is filled up to a multiple of this, by a sequence of its own: the library that multiplies keeps
 # a compiled product for every number of rows it has met, about 20 MB a step where each step has another number.
 _ROUND = 64
+_FILLER = 0  # nothing sees it; a tokenizer's own token for padding may be without an embedding
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,11 @@ def make_batch(
     micro_batch_tokens: int,
     *,
     packed: bool,
-    pad_id: int,
     device: torch.device | str = "cpu",
 ) -> Batch:
     """Split `examples` into micro-batches of at most `micro_batch_tokens` (one longer example makes its own)."""
     parts = split(examples, micro_batch_tokens, packed=packed)
-    micro = [make_micro_batch(part, packed=packed, pad_id=pad_id, device=device) for part in parts]
+    micro = [make_micro_batch(part, packed=packed, device=device) for part in parts]
     return Batch(micro, [example.where for example in examples], sum(part.trained_tokens for part in micro))
 
 
@@ -130,9 +130,7 @@ def split(examples: Sequence[Example], limit: int, *, packed: bool) -> Iterator[
         yield part
 
 
-def make_micro_batch(
-    examples: Sequence[Example], *, packed: bool, pad_id: int = 0, device: torch.device | str = "cpu"
-) -> MicroBatch:
+def make_micro_batch(examples: Sequence[Example], *, packed: bool, device: torch.device | str = "cpu") -> MicroBatch:
     """Tensors of one pass over `examples`, concatenated or padded on the right."""
     lengths = [len(example.ids) for example in examples]
     longest = max(lengths)
@@ -147,11 +145,11 @@ def make_micro_batch(
     if packed:
         fill = -sum(lengths) % _ROUND if kind_of(device) == "cpu" else 0
         layout = Layout([*lengths, fill] if fill else lengths, device)
-        ids = torch.tensor([[token for example in examples for token in example.ids] + [pad_id] * fill])
+        ids = torch.tensor([[token for example in examples for token in example.ids] + [_FILLER] * fill])
         mask, positions = None, layout.positions()
     else:
         layout = None
-        ids = torch.tensor([example.ids + [pad_id] * (longest - len(example.ids)) for example in examples])
+        ids = torch.tensor([example.ids + [_FILLER] * (longest - len(example.ids)) for example in examples])
         mask = torch.tensor([[1] * n + [0] * (longest - n) for n in lengths], device=device)
         positions = torch.arange(longest).expand(len(examples), -1)
     return MicroBatch(

@@ -88,7 +88,6 @@ def _losses(opened: Opened, examples: Sequence[Example]) -> list[RowLoss]:
         examples,
         micro_batch_tokens=_MICRO_BATCH_TOKENS,
         packed=packing_refusal(model, len(tokenizer)) is None,
-        pad_id=tokenizer.pad_token_id or 0,
         plain_head=has_plain_head(model),
     )
 

@@ -141,7 +141,6 @@ class TwinloraLM(TemplateLM):  # type: ignore[misc]
             [examples[i] for i in order],
             _MICRO_BATCH_TOKENS,
             packed=self._packed,
-            pad_id=self.tokenizer.pad_token_id or 0,
             device=self._device,
         )
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
@@ -208,7 +207,6 @@ class TwinloraLM(TemplateLM):  # type: ignore[misc]
             prompts,
             max_new_tokens=new,
             stop=end_tokens(self.model, self.tokenizer),
-            pad_id=self.tokenizer.pad_token_id or 0,
             temperature=temperature,
             ended=self._ends_with(until),
         )

@@ -54,11 +54,10 @@ def mean_loss(
     *,
     micro_batch_tokens: int,
     packed: bool,
-    pad_id: int,
     plain_head: bool,
 ) -> float:
     """Mean of -log p over all tokens that carry loss, in nats."""
-    batch = make_batch(_by_length(examples), micro_batch_tokens, packed=packed, pad_id=pad_id, device=_device_of(model))
+    batch = make_batch(_by_length(examples), micro_batch_tokens, packed=packed, device=_device_of(model))
     with evaluating(model):
         total = sum(loss_sum(model, micro, plain_head=plain_head).item() for micro in batch.micro_batches)
     return total / batch.trained_tokens
@@ -71,12 +70,11 @@ def row_losses(
     *,
     micro_batch_tokens: int,
     packed: bool,
-    pad_id: int,
     plain_head: bool,
 ) -> list[RowLoss]:
     """The loss of each row, in the order in which rows first appear; examples of one `where` are one row."""
     by_length = _by_length(examples)
-    batch = make_batch(by_length, micro_batch_tokens, packed=packed, pad_id=pad_id, device=_device_of(model))
+    batch = make_batch(by_length, micro_batch_tokens, packed=packed, device=_device_of(model))
     with evaluating(model):
         tokens = torch.cat([token_log_probs(model, m, plain_head=plain_head)[0] for m in batch.micro_batches])
     rows = {example.where: RowLoss(0.0, 0) for example in examples}
@@ -123,7 +121,6 @@ def predict(
                 [prompts[i] for i in chosen],
                 max_new_tokens=max_new_tokens,
                 stop=stop,
-                pad_id=tokenizer.pad_token_id or 0,
             )
         for i, answer in zip(chosen, answers, strict=True):
             text = tokenizer.decode(answer, skip_special_tokens=True)

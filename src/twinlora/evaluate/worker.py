@@ -138,7 +138,6 @@ def _general(options: CompareOptions, done: TrainResult) -> General:
         encode_texts(done.tokenizer, read_texts(options.general), options.max_length),
         micro_batch_tokens=options.micro_batch_tokens,
         packed=done.packed,
-        pad_id=done.tokenizer.pad_token_id or 0,
         plain_head=done.plain_head,
     )
     totals, tokens = [row.total for row in losses], [row.tokens for row in losses]
@@ -163,7 +162,6 @@ def _measure(
         ),
         micro_batch_tokens=options.micro_batch_tokens,
         packed=done.packed,
-        pad_id=done.tokenizer.pad_token_id or 0,
         plain_head=done.plain_head,
     )
     predictions = predict(

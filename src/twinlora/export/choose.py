@@ -124,7 +124,6 @@ def _losses(subject: Subject, model: PreTrainedModel) -> list[RowLoss]:
         subject.examples,
         micro_batch_tokens=2048,
         packed=packing_refusal(model, len(subject.tokenizer)) is None,
-        pad_id=subject.tokenizer.pad_token_id or 0,
         plain_head=has_plain_head(model),
     )
 

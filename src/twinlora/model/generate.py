@@ -45,7 +45,6 @@ def generate(
     *,
     max_new_tokens: int,
     stop: set[int],
-    pad_id: int = 0,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     on_token: Callable[[int], None] | None = None,
@@ -55,7 +54,7 @@ def generate(
 
     Rows that have ended leave the batch. `on_token` sees the first row's tokens; `ended` ends an answer by its tokens.
     """
-    state = (_Ragged if is_ragged(model) else _Padded)(model, prompts, max_new_tokens, pad_id)
+    state = (_Ragged if is_ragged(model) else _Padded)(model, prompts, max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
     logits = state.start()
@@ -87,7 +86,7 @@ def is_ragged(model: PreTrainedModel) -> bool:
 class _Ragged:
     """Sequences of their own lengths, on our cache."""
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]], new: int, pad_id: int) -> None:
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]], new: int) -> None:
         self.model, self.prompts = model, prompts
         self.device = model.get_input_embeddings().weight.device
         self.cache = KVCache(len(prompts), max(map(len, prompts)) + new)
@@ -122,11 +121,11 @@ class _Ragged:
 class _Padded:
     """Prompts padded on the left, on transformers' cache: any model."""
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]], new: int, pad_id: int) -> None:
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]], new: int) -> None:
         device = model.get_input_embeddings().weight.device
         longest = max(map(len, prompts))
         self.model = model
-        self.ids = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], device=device)
+        self.ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
         self.mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         self.positions = (self.mask.cumsum(1) - 1).clamp_(min=0)
         self.cache = DynamicCache(config=model.config)

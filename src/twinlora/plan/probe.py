@@ -56,7 +56,7 @@ def step_of(probe: Probe, device: torch.device) -> Callable[[], None]:
     swap.replace_blocks(model.train())
     optimizer = MasterAdamW(trainable_parameters(model), OptimizerOptions())
     row = Example([5] * probe.tokens, [False] + [True] * (probe.tokens - 1), "")
-    batch = make_batch([row], probe.tokens, packed=True, pad_id=0, device=device)
+    batch = make_batch([row], probe.tokens, packed=True, device=device)
 
     def step() -> None:
         train_step(model, batch, optimizer, lr=1e-5, max_grad_norm=1.0, plain_head=True).loss.item()

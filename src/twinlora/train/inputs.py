@@ -36,11 +36,6 @@ class Inputs:
     _order: tuple[int, list[int]] = field(default=(-1, []))  # the last epoch's
 
     @property
-    def pad_id(self) -> int:
-        """Token that fills batches. Any will do, and the tokenizer's own may be without an embedding."""
-        return 0
-
-    @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of every source, by name."""
         return sources.Data(self.data.sources + self.held_out.sources).digests

@@ -225,9 +225,7 @@ class _Trainer:
             )
 
         def run() -> None:
-            rehearsal.rehearse(
-                self.prepared, longest(), self.optimizer, self.memory, pad_id=self.inputs.pad_id, device=self.device
-            )
+            rehearsal.rehearse(self.prepared, longest(), self.optimizer, self.memory, device=self.device)
 
         self.memory.attempt(run, longest)
         self.memory.make_copies(self.dtype)
@@ -238,7 +236,6 @@ class _Trainer:
             chosen,
             self.memory.micro_batch_tokens,
             packed=self.prepared.packed,
-            pad_id=self.inputs.pad_id,
             device=self.device,
         )
 
@@ -317,7 +314,6 @@ class _Trainer:
                 self.inputs.eval_examples,
                 micro_batch_tokens=self.memory.micro_batch_tokens,
                 packed=self.prepared.packed,
-                pad_id=self.inputs.pad_id,
                 plain_head=self.prepared.plain_head,
             )
 

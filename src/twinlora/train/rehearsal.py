@@ -36,7 +36,6 @@ def rehearse(
     optimizer: MasterAdamW,
     memory: Memory,
     *,
-    pad_id: int,
     device: torch.device,
 ) -> None:
     """Forward and backward over `part`, beside the optimiser's state and other micro-batches' gradients.
@@ -45,7 +44,7 @@ def rehearse(
     """
     rng = rng_state(device)
     optimizer.reserve()
-    micro = make_micro_batch(part, packed=prepared.packed, pad_id=pad_id, device=device)
+    micro = make_micro_batch(part, packed=prepared.packed, device=device)
     try:
         with memory.saving():
             loss = loss_sum(prepared.model, micro, plain_head=prepared.plain_head)
