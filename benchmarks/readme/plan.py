@@ -131,6 +131,11 @@ def plan_memory() -> str:
     return setting + machine_line(result) + "\n\n" + markdown(header, rows)
 
 
+def _shapes(cells: list[dict]) -> str:
+    """Those of the cells, as the pages write them."""
+    return ", ".join(shape.replace("x", " × ") for shape in dict.fromkeys(cell["shape"] for cell in cells))
+
+
 def plan_time() -> str:
     """Predicted against measured time of a step."""
     setting = "Time of the same steps, "
@@ -140,7 +145,7 @@ def plan_time() -> str:
     took = statistics.median(cell["calibration_seconds"] for cell in result["cells"])
     setting += (
         f"predicted from rates that this machine took {took:.0f} s to measure beforehand, none of "
-        "them in one of these steps. "
+        f"them in one of these steps. Cells: {_shapes(result['cells'])}. "
     )
     rows = []
     for (method, model), cells in _groups(result["cells"]).items():
