@@ -17,8 +17,8 @@ NAMES = {
 }  # fmt: skip
 
 
-def cell(method, model, error, checkpointing=False):
-    facts = {"method": method, "model": model, "shape": "1x512", "checkpointing": checkpointing}
+def cell(method, model, error, checkpointing=False, shape="1x512"):
+    facts = {"method": method, "model": model, "shape": shape, "checkpointing": checkpointing}
     return facts | {"error": error, "measured": 0.5, "predicted": 0.5, "calibration_seconds": 12.3}
 
 
@@ -42,7 +42,7 @@ def examples():
     hybrid["ways"]["16bit"]["runs"] = {"0": run(2.0, 1.0, 1.0), "1": run(4.0, 1.0, 1.0)}
     hybrid["ways"]["4"]["runs"] = {"0": run(3.0, 2.0, 1.5), "1": run(5.0, 2.0, 1.5)}
     memory = [cell(m, "llama-1b", {"step": 0.001, "rss": -0.2}) for m in ("full", "lora", "hybrid")]
-    times = [cell("lora", "llama-1b", e) for e in (0.1, -0.3, 0.2)]
+    times = [cell("lora", "llama-1b", 0.1), *(cell("lora", "llama-1b", e, shape="16 short") for e in (-0.3, 0.2))]
     rates = {
         "twinlora: base, 8 clients": 400.0, "twinlora: one adapter, 8 clients": 380.0,
         "twinlora: 8 adapters, 8 clients": 300.0, "twinlora: one adapter, one client": 60.0,
