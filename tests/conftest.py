@@ -17,6 +17,8 @@ os.environ["TWINLORA_HISTORY"] = "off"
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from twinlora.reporter import Reporter
+
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -69,6 +71,16 @@ def write_tiny(directory: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     LlamaForCausalLM(tiny_config()).to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+class Notes(Reporter):
+    """What was said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def chat(user: str, answer: str, system: str = "Be brief.") -> dict:

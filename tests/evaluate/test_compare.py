@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.conftest import chat, write_jsonl
+from tests.conftest import Notes, chat, write_jsonl
 from tests.evaluate.results import way
 from tests.processes import FORKED
 from twinlora.cli.main import main
@@ -20,14 +20,6 @@ from twinlora.evaluate.metrics import Prediction
 from twinlora.evaluate.report import SearchPoint, load
 from twinlora.model.load import resolve
 from twinlora.reporter import Reporter
-
-
-class Notes(Reporter):
-    def __init__(self):
-        self.lines = []
-
-    def note(self, text):
-        self.lines.append(text)
 
 
 def letters(count, seed):

@@ -7,22 +7,14 @@ import pytest
 from transformers import AutoTokenizer
 
 import twinlora
+from tests.conftest import Notes
 from twinlora.config import ChatOptions
 from twinlora.errors import AdapterError
 from twinlora.evaluate import opening
-from twinlora.reporter import Reporter
-
-
-class Lines(Reporter):
-    def __init__(self):
-        self.lines = []
-
-    def note(self, text):
-        self.lines.append(text)
 
 
 def opened(base, directory):
-    reporter = Lines()
+    reporter = Notes()
     options = ChatOptions(model=str(base), dtype="float32", device="cpu")
     opening.open_model(options, {"a": directory}, precision="16bit", reporter=reporter)
     return reporter.lines

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from tests.conftest import chat, write_jsonl
+from tests.conftest import Notes, chat, write_jsonl
 from tests.export.conftest import run
 from twinlora.adapters import passport
 from twinlora.adapters.files import read_adapter
@@ -14,19 +14,10 @@ from twinlora.config import ExportOptions, MergeOptions
 from twinlora.errors import AdapterError, BackendError, ConfigError, DataError, ModelError
 from twinlora.export import ship
 from twinlora.export.subject import open_subject
-from twinlora.reporter import Reporter
-
-
-class Lines(Reporter):
-    def __init__(self):
-        self.lines = []
-
-    def note(self, text):
-        self.lines.append(text)
 
 
 def opened(run_directory, out, **options):
-    reporter = Lines()
+    reporter = Notes()
     return open_subject(MergeOptions(run=run_directory, output=out, rows=2, **options), reporter), reporter
 
 

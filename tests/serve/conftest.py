@@ -14,6 +14,7 @@ import pytest
 import torch
 import uvicorn
 
+from tests.conftest import Notes
 from twinlora.adapters import files, passport
 from twinlora.adapters.bank import AdapterBank
 from twinlora.adapters.lora import attach, lora_layers
@@ -24,7 +25,6 @@ from twinlora.model import swap
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.generate import generate
 from twinlora.model.load import load_model, load_tokenizer, precision_by_layer, resolve
-from twinlora.reporter import Reporter
 
 TOKEN, ADMIN = "t" * 20, "a" * 20
 CONFIGS = [
@@ -120,14 +120,6 @@ class Running:
         assert self.service._active == 0
         self.service.engine.call(self.service.engine.scheduler.check).result()
         assert all(c.leases == 0 for c in self.service.registry._contents.values())
-
-
-class Notes(Reporter):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def start(tmp_path: Path, model: Path, adapters: dict[str, Path], **options: Any) -> Iterator[Running]:

@@ -8,22 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import chat, write_jsonl
+from tests.conftest import Notes, chat, write_jsonl
 from tests.processes import Program
 from twinlora.adapters import files, passport
 from twinlora.config import OptimizerOptions, TrainOptions
 from twinlora.errors import CheckpointError, ConfigError, DataError, ModelError, TrainingDiverged
-from twinlora.reporter import Reporter
 from twinlora.train.loop import train
 from twinlora.train.optim import learning_rate
-
-
-class Notes(Reporter):
-    def __init__(self):
-        self.lines = []
-
-    def note(self, text):
-        self.lines.append(text)
 
 
 def options(tiny, data, output, **changes):

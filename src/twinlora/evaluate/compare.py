@@ -39,7 +39,7 @@ from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import Source, load_tokenizer, pick_device, pick_dtype, resolve
 from twinlora.reporter import Reporter
 from twinlora.train.compatible import require_trainable
-from twinlora.train.run import require_apart
+from twinlora.train.run import require_apart, require_ours
 
 __all__ = ["compare"]
 
@@ -211,11 +211,7 @@ def _claim(options: CompareOptions, source: Source) -> None:
     given = (*options.data, *options.eval, *options.validation, options.general, options.layer_precision)
     files = [Path(sources.split_weight(str(one))[0]) for one in given if one is not None]
     require_apart(output, [source.path, *(file for file in files if file.exists())], _OWN)
-    present = [name for name in _OWN if (output / name).exists()]
-    if present and not any((output / mark).is_file() for mark in _MARKS):
-        raise ConfigError(
-            f"output {output}: holds {', '.join(present)}, but is not a comparison of ours; choose another --output"
-        )
+    present = require_ours(output, _OWN, _MARKS, "comparison")
     if present and not options.overwrite:
         raise ConfigError(
             f"output {output}: holds an earlier comparison ({', '.join(present)}); "

@@ -130,7 +130,7 @@ class Checkpoint:
         if self.source.is_gguf:
             values: dict[str, Any] = json.loads(self.config.to_json_string(use_diff=False))
         else:
-            values = json.loads((self.source.path / "config.json").read_text(encoding="utf-8"))
+            values = bnb4.read_config(self.source.path, self.source.given)
         values.pop("quantization_config", None)
         return values
 

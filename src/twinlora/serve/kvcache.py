@@ -38,14 +38,12 @@ class Pass(Layout):
             assert 0 <= slot < cache.rows
             assert 0 <= before < before + count <= cache.capacity, f"{before + count} of {cache.capacity} tokens"
         assert len({slot for slot, _, _ in chunks}) == len(chunks), "two chunks of one slot"
-        self._few = 0  # what the chunks were sorted for
+        self._sorted = False
 
     def _sort(self, few: int) -> None:
         """By how they attend: chunks of up to `few` tokens, and of the others, beginnings and continuations."""
-        if few == self._few:
-            return
         numbered = [(at, *chunk) for at, chunk in zip(self.starts, self.chunks, strict=False)]
-        self._few, self.next = few, [chunk for chunk in numbered if chunk[3] <= few]
+        self._sorted, self.next = True, [chunk for chunk in numbered if chunk[3] <= few]
         self.whole = [chunk for chunk in numbered if chunk[3] > few and chunk[2] == 0]
         self.later = [chunk for chunk in numbered if chunk[3] > few and chunk[2] > 0]
         self.next_rows = [slot for _, slot, _, count in self.next for _ in range(count)]
@@ -68,7 +66,8 @@ class Pass(Layout):
     ) -> Tensor:
         """See Layout; keeps the keys and values."""
         keys, values = self.cache.layer(layer, k)
-        self._sort(ops.step_tokens(q, rotation, keys))
+        if not self._sorted:  # once for all layers: they are of one type
+            self._sort(ops.step_tokens(q, rotation, keys))
         if len(self.next) == len(self.chunks):
             return self._next(q, k, v, rotation, keys, values, scale, window)
         out = torch.empty_like(q)

@@ -14,7 +14,7 @@ from twinlora import atomic
 from twinlora.errors import ConfigError
 from twinlora.train import checkpoint
 
-__all__ = ["RunDirectory", "require_apart"]
+__all__ = ["RunDirectory", "require_apart", "require_ours"]
 
 # The checkpoints go last: a removal that is cut short leaves a run that --resume continues.
 _OWN = ("run.json", "report.html", "adapter", "model", "tensorboard", "trackers.json", "metrics.jsonl", "checkpoints")
@@ -33,6 +33,16 @@ def require_apart(output: Path, read: Iterable[Path], own: Iterable[str] = _OWN)
             )
 
 
+def require_ours(output: Path, own: Iterable[str], marks: Iterable[str], what: str) -> list[str]:
+    """Those of `own` that are in `output`. Raises ConfigError if some are, but no mark that says that it is `what`."""
+    present = [name for name in own if (output / name).exists()]
+    if present and not any((output / mark).is_file() for mark in marks):
+        raise ConfigError(
+            f"output {output}: holds {', '.join(present)}, but is not a {what} of ours; choose another --output"
+        )
+    return present
+
+
 class RunDirectory:
     """`with RunDirectory(path, resume=…, overwrite=…) as run:` holds the lock of the run at `path`.
 
@@ -48,7 +58,7 @@ class RunDirectory:
     def __enter__(self) -> Self:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output {self.path}: is a file; expected a directory to write the run to")
-        self._require_ours()
+        require_ours(self.path, _OWN, _MARKS, "run")
         try:
             atomic.make_directory(self.path)
             self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
@@ -81,21 +91,11 @@ class RunDirectory:
             os.close(self._lock)
             self._lock = None
 
-    def _present(self) -> list[str]:
-        return [name for name in _OWN if (self.path / name).exists()]
-
-    def _require_ours(self) -> None:
-        present = self._present()
-        if present and not any((self.path / mark).is_file() for mark in _MARKS):
-            raise ConfigError(
-                f"output {self.path}: holds {', '.join(present)}, but is not a run of ours; choose another --output"
-            )
-
     def _claim(self) -> None:
         checkpoint.sweep(self.path)
         for name in _OWN:
             atomic.sweep(self.path / name)
-        present = self._present()
+        present = [name for name in _OWN if (self.path / name).exists()]
         if present and self._overwrite:
             for name in present:
                 atomic.remove(self.path / name)
