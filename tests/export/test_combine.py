@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.evaluate.test_opening import Lines
+from tests.conftest import Notes
 from twinlora.adapters import files
 from twinlora.config import AdapterCombineOptions
 from twinlora.export.combine import combine
@@ -15,7 +15,7 @@ def test_other_bases_are_said_where_no_passport_tells(tmp_path, bases, said):
     for directory, base in zip(directories, bases, strict=True):
         factors = {"model.layers.0.self_attn.q_proj": (torch.randn(2, 8), torch.randn(6, 2))}
         files.save_factors(directory, factors, ["q_proj"], base, None)
-    reporter = Lines()
+    reporter = Notes()
     combine(AdapterCombineOptions(adapters=directories, output=tmp_path / "out"), reporter)
     notes = [line for line in reporter.lines if "different base models" in line]
     assert bool(notes) == said
