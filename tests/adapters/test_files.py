@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 
@@ -130,7 +131,9 @@ def test_bank_switches_between_adapters_and_the_base(tiny, tmp_path):
         bank.add(name, files.read_adapter(tmp_path / name))
     for name in ("a", None, "b", "a", "b", None):
         bank.use(name)
-        assert torch.equal(base(IDS).logits, logits[name])
+        # Not to the bit: products of the same numbers elsewhere in memory may be summed up in another order.
+        torch.testing.assert_close(base(IDS).logits, logits[name], rtol=0, atol=1e-5)
+    assert min((logits[one] - logits[two]).abs().max() for one, two in itertools.combinations(logits, 2)) > 1e-2
     with pytest.raises(AdapterError, match="no adapter 'c'; loaded: a, b"):
         bank.use("c")
     with pytest.raises(AdapterError, match="taken"):
