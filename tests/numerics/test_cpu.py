@@ -122,8 +122,7 @@ def test_products_are_as_exact_as_a_bf16_product(path, threads, rows, shape):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 12, 13, 128])
 @pytest.mark.parametrize("shape", [(96, 64), (33, 576), (3, 4096), (1, 64), (5, 40)])
-def test_few_rows_times_a_dense_weight(path, threads, rows, shape, monkeypatch):
-    monkeypatch.setattr(cpu, "_FEW_DENSE_ROWS", 128)  # as where there are no tiles
+def test_few_rows_times_a_dense_weight(path, threads, rows, shape):
     x, w = torch.randn(rows, shape[1]).bfloat16(), torch.randn(shape).bfloat16()
     truth = x.double() @ w.double().T
     error = (cpu.dense_linears(x, [w])[0].double() - truth).norm()

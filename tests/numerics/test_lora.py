@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from twinlora.numerics import cpu, lora, ops, reference
+from twinlora.numerics import lora, ops, reference
 
 
 def case(dtype, rows, ranks, n, k, *, transposed):
@@ -116,8 +116,7 @@ def test_what_a_row_gets_depends_on_it_alone(size):
 @here
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("layers, adapters", [((96,), 1), ((200, 16, 40), 2), ((33, 1), 9)])
-def test_products_with_what_adapters_add_are_one_after_the_other(threads, layers, adapters, monkeypatch):
-    monkeypatch.setattr(cpu, "_FEW_DENSE_ROWS", 128)  # as where there are no tiles
+def test_products_with_what_adapters_add_are_one_after_the_other(threads, layers, adapters):
     torch.manual_seed(0)
     x, weights = torch.randn(2 * adapters, 576).bfloat16(), [torch.randn(n, 576).bfloat16() for n in layers]
     tables, kept = [], []

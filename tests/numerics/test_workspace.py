@@ -156,7 +156,7 @@ def kept():
     return {case: (claimed, found) for case, claimed, found in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.skipif(not cpu.paths() or cpu.path() != "avx512-bf16", reason="these buffers are those of AVX512-BF16")
+@pytest.mark.skipif("avx512-bf16" not in cpu.paths(), reason="these buffers are those of AVX512-BF16 and AMX")
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc's statistics are glibc's")
 @pytest.mark.parametrize("case", KEEPING)
 def test_what_the_kernels_keep(kept, case):

@@ -26,6 +26,7 @@ WEIGHT = "weight "  # buffers of decoded weights, one for each type, are torch's
 
 _BLOCK, _STEP_PAIRS, _STEP_DEPTH, _QUERIES = 32, 512, 32, 256  # csrc/tiles.hpp, attention.cpp
 _PANEL, _FROM_DECODED = 16, 17  # csrc/avx512.cpp
+_TILE, _TILE_DEPTH, _TILE_CHUNK, _FROM_TILES = 16, 32, 256, 3  # csrc/amx.cpp
 _GRAIN, _ELEMENT_GRAIN = 1 << 14, 1 << 13  # csrc/module.cpp
 
 _REFERENCE = vars(reference) | vars(attention) | vars(elementwise)
@@ -79,7 +80,7 @@ def _of_cpu(op: str, args: tuple[Any, ...], threads: int) -> Workspace:
         return Workspace(kept=_decoded(x, n * k))
     if op == "dense_linears":
         n, k = sum(len(weight) for weight in args[1]), x.shape[-1]
-        return Workspace(copy_bytes(x), {op: few_rows_bytes(x.numel() // k, n, k, 0, threads, cpu.path())})
+        return Workspace(copy_bytes(x), few_rows_bytes(op, x.numel() // k, n, k, 0, threads, cpu.path()))
     if op == "attention_step":
         return Workspace(kept={op: attention_step_bytes(args[8], args[10], x.shape, args[1].shape[1], threads)})
     if op in ("attention", "attention_backward"):
@@ -96,7 +97,7 @@ def _of_product(x: Tensor, n: int, largest: int, k: int, block: int, threads: in
     """Of weights with n rows in all, or else of the buffer into which they are decoded one by one."""
     if not cpu.has_few_rows(x, k, block):
         return Workspace(kept=_decoded(x, largest * k))
-    return Workspace(copy_bytes(x), {"multiply_rows": few_rows_bytes(x.numel() // k, n, k, block, threads, cpu.path())})
+    return Workspace(copy_bytes(x), few_rows_bytes("multiply_rows", x.numel() // k, n, k, block, threads, cpu.path()))
 
 
 def _decoded(x: Tensor, count: int) -> dict[str, int]:
@@ -108,13 +109,22 @@ def _threads_used(threads: int, total: int, grain: int) -> int:
     return max(1, min(threads, total // max(grain, 1)))
 
 
-def few_rows_bytes(rows: int, n: int, k: int, block: int, threads: int, path: str) -> int:
+def few_rows_bytes(name: str, rows: int, n: int, k: int, block: int, threads: int, path: str) -> dict[str, int]:
     """Of `multiply_rows` (and, with block 0, of `multiply_dense`) for x [rows, k] and n rows of weights."""
     used = _threads_used(threads, n, max(1, _GRAIN // k))
-    if path != "avx512-bf16":
-        return used * 2 * k  # one row, decoded
+    if path not in ("avx512-bf16", "amx-bf16"):
+        return {name: used * 2 * k}  # one row, decoded
+    blocks = k // block if block else 0
+    if path == "amx-bf16" and (not block or rows >= _FROM_TILES):
+        chunk = k if rows > 2 * _TILE or not block else min(k, _rounded(_TILE_CHUNK, block))
+        decoded = 2 * _TILE * (4 * blocks + 2 * (chunk + _TILE_DEPTH)) if block else 0
+        return {f"{name} tiles": used * (2 * _rounded(rows, _TILE) * k + decoded)}
     decoded = 2 * _PANEL * (k + 64) if block and rows >= _FROM_DECODED else 0
-    return used * ((4 * _PANEL * (k // block) if block else 0) + 2 * rows * k + decoded)
+    return {name: used * (4 * _PANEL * blocks + 2 * rows * k + decoded)}
+
+
+def _rounded(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def attention_bytes(
@@ -157,7 +167,7 @@ def attention_step_bytes(lengths: list[int], window: int, q_shape: torch.Size, k
     items, seen = len(lengths) * kv_heads, sum(lengths) + len(lengths)
     each = max(1, seen * q_shape[1] * q_shape[2] // items)
     longest = max(lengths) + 1
-    scores = -(-min(longest, window or longest) // 16) * 16
+    scores = _rounded(min(longest, window or longest), 16)
     return _threads_used(threads, items, -(-_ELEMENT_GRAIN // each)) * 4 * scores
 
 

@@ -36,30 +36,6 @@ inline __m512i look_up(const std::uint8_t* packed, __m512i table) {
     return _mm512_permutexvar_epi16(index, table);
 }
 
-// Scales of blocks [first, last) as float32. Looked up one by one: a gather takes several times as long.
-void decode_scales(const Scales& scales, i64 first, i64 last, float* out) {
-    if (scales.plain) {
-        __builtin_memcpy(out, scales.plain + first, 4 * (last - first));
-        return;
-    }
-    const __m512 offset = _mm512_set1_ps(scales.offset);
-    for (i64 b = first, stop; b < last; b = stop) {
-        const i64 nested = b >> scales.nested_shift, end = (nested + 1) << scales.nested_shift;
-        stop = end < last ? end : last;
-        const __m512 scale = _mm512_set1_ps(scales.nested[nested]);
-        for (i64 i = b; i < stop; i += 16) {
-            alignas(64) float values[16];
-            const __mmask16 mask = mask16(stop - i);
-            u8 codes[16];
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm_maskz_loadu_epi8(mask, scales.codes + i));
-#pragma GCC unroll 16
-            for (int j = 0; j < 16; ++j) values[j] = tables.dynamic_map[codes[j]];
-            const __m512 product = _mm512_mul_ps(_mm512_load_ps(values), scale);
-            _mm512_mask_storeu_ps(out + (i - first), mask, _mm512_add_ps(product, offset));
-        }
-    }
-}
-
 void dequantize(const std::uint8_t* packed, const Scales& scales, std::int64_t first, std::int64_t last, int block,
                 Type type, void* out) {
     const __m512 levels = _mm512_loadu_ps(tables.levels);
@@ -135,19 +111,6 @@ void quantize(const void* x, Type type, std::int64_t first, std::int64_t last, i
             }
             const __m512i pair = _mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32));
             _mm_storel_epi64(reinterpret_cast<__m128i*>(packed + i / 2), _mm512_cvtepi64_epi8(pair));
-        }
-    }
-}
-
-// Blocks of codes -> bfloat16, in the order that `arrange<true>` gives to x.
-void decode_split(const u8* packed, const float* scales, i64 blocks, int block, u16* out) {
-    const __m512 levels = _mm512_loadu_ps(tables.levels);
-    for (i64 b = 0; b < blocks; ++b) {
-        const __m512i table = table_bf16(scales[b], levels);
-        for (int i = 0; i < block; i += 64, packed += 32, out += 64) {
-            const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
-            _mm512_store_si512(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
-            _mm512_store_si512(out + 32, _mm512_permutexvar_epi16(bytes, table));
         }
     }
 }

@@ -62,6 +62,6 @@ struct Path {
                            std::int64_t regions);
 };
 
-extern const Path portable, avx2, avx512;
+extern const Path portable, avx2, avx512, amx;
 
 }  // namespace twinlora

@@ -30,7 +30,7 @@ namespace {
 using Address = std::uintptr_t;
 constexpr std::int64_t grain = 1 << 14;  // weights; less is not worth a second thread
 
-const Path* const paths[] = {&avx512, &avx2, &portable};
+const Path* const paths[] = {&amx, &avx512, &avx2, &portable};
 const Path* path = nullptr;
 
 template <class T>
@@ -147,7 +147,7 @@ void multiply_rows(Address x, const std::vector<Weight>& weights, std::int64_t r
 }
 
 // For attention and what stands between the products: one path or none.
-bool has_blocks() { return path == &avx512 && attention_forward && elementwise; }
+bool has_blocks() { return (path == &avx512 || path == &amx) && attention_forward && elementwise; }
 
 constexpr std::int64_t element_grain = 1 << 13;  // values of a thread's share, at least
 
