@@ -1,6 +1,8 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from twinlora.numerics import cpu, ops
 from twinlora.numerics.formats import Int8Format, NF3Format, NF4Format
@@ -50,6 +52,69 @@ def test_opcheck_of_the_other_formats(fmt):
 
 def test_backend_is_named():
     assert ops.backend("cpu") == f"cpu ({cpu.path() if cpu.paths() else 'reference'})"
+
+
+class Seen(TorchDispatchMode):
+    """The names of ops of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "twinlora":
+            self.names.append(func._schema.name.removeprefix("twinlora::"))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention_step(q, kv, tables, cache):
+    cache = cache.clone()
+    out = ops.attention_step(q, kv, kv, (tables, tables), cache[0], cache[1], [2, 0], [5, 3], 0.1)
+    return out, cache
+
+
+_quantized = ops.quantize(torch.randn(48, 64))
+CALLS = {
+    "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-5, 0.0, False), [(1, 3, 64), (64,)]),
+    "swiglu": (ops.swiglu, [(1, 3, 64), (1, 3, 64)]),
+    "dense_linears": (lambda x, w: ops.dense_linears(x, [w, w]), [(1, 3, 64), (48, 64)]),
+    "nf4_linear": (lambda x: ops.linear(x, _quantized), [(1, 3, 64)]),
+    "nf4_linears": (lambda x: ops.linears(x, [_quantized, _quantized]), [(1, 3, 64)]),
+    "attention_step": (_attention_step, [(2, 4, 32), (2, 2, 32), (2, 32), (2, 3, 2, 8, 32)]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_kernels_are_called_themselves_unless_a_mode_watches(name, monkeypatch):
+    call, shapes = CALLS[name]
+    inputs = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    with torch.inference_mode():
+        with Seen() as seen:
+            dispatched = call(*inputs)
+        assert seen.names == [name]
+        if cpu.paths():
+            monkeypatch.setattr(torch.ops, "twinlora", None)
+        direct = call(*inputs)
+    pairs = zip(direct, dispatched, strict=True) if isinstance(direct, tuple) else [(direct, dispatched)]
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "dense_linears", "attention_step"])
+def test_fake_tensors_go_through_the_dispatcher(name):
+    call, shapes = CALLS[name]
+    with torch.no_grad(), FakeTensorMode():
+        fakes = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+    with torch.no_grad():  # the mode itself is not on
+        out = call(*fakes)
+    assert all(isinstance(x, FakeTensor) for x in (out if isinstance(out, tuple) else (out,)))
+
+
+def test_whoever_wants_gradients_goes_through_the_dispatcher():
+    x = torch.randn(3, 64, requires_grad=True)
+    with Seen() as seen:
+        ops.linear(x, _quantized)
+    assert seen.names == ["nf4_linear"]
+    assert ops.linear(x, _quantized).requires_grad
 
 
 @pytest.mark.parametrize("rows", [1, 37, 300])

@@ -33,6 +33,7 @@ class Layout:
         self.device = torch.device(device)
         self.starts = [0, *itertools.accumulate(lengths)]
         self.seen: dict[str, Any] = {}  # scale and window of the last pass through transformers' interface
+        self._rotation: tuple[Rotation, Rotation] | None = None  # tables as they came, and by token
 
     @property
     def tokens(self) -> int:
@@ -42,6 +43,16 @@ class Layout:
     def positions(self) -> Tensor:
         """Position of each token in its sequence, int64 [1, T]."""
         return torch.cat([torch.arange(length) for length in self.lengths])[None].to(self.device)
+
+    def rotation(self, tables: Rotation) -> Rotation:
+        """cos and sin [T, D] of tables [1, T, D]; in inference made once for the layers that share them."""
+        if self._rotation is not None and self._rotation[0] is tables:
+            return self._rotation[1]
+        cos, sin = tables
+        rotation = cos.view(self.tokens, -1), sin.view(self.tokens, -1)
+        if not torch.is_grad_enabled():  # a step would hold them from one of its passes to the next
+            self._rotation = tables, rotation
+        return rotation
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, scale: float, window: int | None

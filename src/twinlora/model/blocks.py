@@ -5,6 +5,7 @@ What they save for the backward pass is 16-bit inputs and one float per row, not
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from twinlora.model.attention import Layout
 from twinlora.model.linear import project
-from twinlora.numerics import ops  # noqa: F401  (declares the ops)
+from twinlora.numerics import ops
 
 __all__ = ["Attention", "RMSNorm", "SwiGLU"]
 
@@ -49,11 +50,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        arguments = (x, self.weight, self.eps, self.offset, self.wide)
+        weight: Any = self._parameters["weight"]  # self.weight takes ten times as long
         if not torch.is_grad_enabled():
-            y: Tensor = torch.ops.twinlora.rms_norm(*arguments)[0]
-            return y
-        out: Tensor = _RMSNorm.apply(*arguments)
+            return ops.rms_norm(x, weight, self.eps, self.offset, self.wide)
+        out: Tensor = _RMSNorm.apply(x, weight, self.eps, self.offset, self.wide)
         return out
 
 
@@ -82,13 +82,15 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        g, u = project(x, self.gate_proj, self.up_proj)
+        parts: dict[str, Any] = self._modules  # attributes take ten times as long
+        down: Callable[[Tensor], Tensor] = parts["down_proj"]
+        g, u = project(x, parts["gate_proj"], parts["up_proj"])
         if not torch.is_grad_enabled():
-            return self._down(torch.ops.twinlora.swiglu(g, u))
+            return down(ops.swiglu(g, u))
         y = _SwiGLU.apply(g, u)
         # Where others decide what is kept (checkpointing keeps nothing), hooks of ours would overrule theirs.
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-            return self._down(y)
+            return down(y)
         gate, up, place, count = g.detach(), u.detach(), y.untyped_storage()._cdata, y.numel()
 
         # What down_proj keeps of its input is computed again: it is the widest activation of a layer.
@@ -99,11 +101,7 @@ class SwiGLU(nn.Module):
             return saved if isinstance(saved, Tensor) else torch.ops.twinlora.swiglu(gate, up).view(saved)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return self._down(y)
-
-    def _down(self, y: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(y)
-        return out
+            return down(y)
 
 
 class Attention(nn.Module):
@@ -142,10 +140,12 @@ class Attention(nn.Module):
                 hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
             )
             return out
-        projected = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (x.view(layout.tokens, -1, self.size) for x in projected)
-        if "q_norm" in self._modules:
-            q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = (table.view(layout.tokens, self.size) for table in position_embeddings)
-        attended = layout.attend(self.layer, q, k, v, (cos, sin), self.scale, self.window)
-        return self.o_proj(attended.flatten(1)[None]), None
+        parts: dict[str, Any] = self._modules  # attributes take ten times as long
+        projected = project(hidden_states, parts["q_proj"], parts["k_proj"], parts["v_proj"])
+        tokens, size = layout.tokens, self.size
+        q, k, v = [x.view(tokens, -1, size) for x in projected]
+        if "q_norm" in parts:
+            q, k = parts["q_norm"](q), parts["k_norm"](k)
+        rotation = layout.rotation(position_embeddings)
+        attended = layout.attend(self.layer, q, k, v, rotation, self.scale, self.window)
+        return parts["o_proj"](attended.reshape(1, tokens, -1)), None

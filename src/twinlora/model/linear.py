@@ -44,7 +44,7 @@ def as_frozen(module: nn.Module) -> FrozenLinear:
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Each layer's own product with the same x [..., in]. A class with a method `together` does it for several."""
     together = getattr(layers[0], "together", None)
-    if together is not None and len({type(layer) for layer in layers}) == 1:
+    if together is not None and len(set(map(type, layers))) == 1:
         out: tuple[Tensor, ...] = together(x, layers)
         return out
     return tuple(layer(x) for layer in layers)
@@ -116,19 +116,34 @@ def multiply_each(x: Tensor, layers: Sequence[FrozenLinear]) -> tuple[Tensor, ..
     """`multiply` of each layer with the same x, in one call where all are dense or in one NF4 format."""
     if (weights := dense_weights(layers, x.dtype)) is not None:
         return ops.dense_linears(x, weights)
-    quantized = [layer.quantized for layer in layers if isinstance(layer, QuantLinear) and layer.bias is None]
-    formats = {weight.format for weight in quantized}
-    if len(quantized) == len(layers) > 1 and len(formats) == 1 and quantized[0].family == "nf4":
+    if len(layers) > 1 and (quantized := _nf4_weights(layers)) is not None:
         return ops.linears(x, quantized)
-    return tuple(layer.multiply(x) for layer in layers)
+    return tuple([layer.multiply(x) for layer in layers])
 
 
 def dense_weights(layers: Sequence[FrozenLinear], dtype: torch.dtype) -> list[Tensor] | None:
     """Their weights [out, in], if all are dense, of this type and without a bias."""
-    plain: list[Tensor] = [
-        m.weight for m in layers if isinstance(m, DenseLinear) and m.bias is None and not m.fan_in_fan_out
-    ]
-    return plain if len(plain) == len(layers) and all(weight.dtype == dtype for weight in plain) else None
+    weights: list[Tensor] = []
+    for layer in layers:
+        if not isinstance(layer, DenseLinear) or layer.bias is not None or layer.fan_in_fan_out:
+            return None
+        weight = layer._parameters["weight"]  # layer.weight takes ten times as long
+        if weight is None or weight.dtype != dtype:
+            return None
+        weights.append(weight)
+    return weights
+
+
+def _nf4_weights(layers: Sequence[FrozenLinear]) -> list[ops.QuantTensor] | None:
+    """Their weights, if all are in one NF4 format and without a bias."""
+    weights: list[ops.QuantTensor] = []
+    for layer in layers:
+        if not isinstance(layer, QuantLinear) or layer.bias is not None or not layer.takes_rows:
+            return None
+        weights.append(layer.quantized)
+        if layer.format != weights[0].format:
+            return None
+    return weights
 
 
 class DenseLinear(FrozenLinear):
@@ -143,7 +158,10 @@ class DenseLinear(FrozenLinear):
 
     def _matrix(self, dtype: torch.dtype) -> Tensor:
         """W [out, in], not copied unless `dtype` is another one."""
-        return (self.weight.T if self.fan_in_fan_out else self.weight).to(dtype)
+        weight = self._parameters["weight"]  # self.weight takes ten times as long
+        assert weight is not None
+        matrix = weight.T if self.fan_in_fan_out else weight
+        return matrix if matrix.dtype == dtype else matrix.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The stock linear layer."""
@@ -222,7 +240,7 @@ class QuantLinear(FrozenLinear):
     def quantized(self) -> ops.QuantTensor:
         """The weight as the ops take it (a view, nothing is copied)."""
         kept: ops.QuantTensor | None = self.__dict__.get("_quantized")
-        packed = self.packed
+        packed: Any = self._parameters["packed"]  # self.packed takes ten times as long
         if kept is None or kept.packed is not packed:
             shape = (self.out_features, self.in_features)
             kept = ops.QuantTensor(packed, self.scales, self.nested_scales, self.nested_offset, shape, self.format)

@@ -46,8 +46,7 @@ OPS = (
 # How many of the first arguments must be bfloat16 for the kernels between the products.
 _BFLOAT16 = {"rms_norm": 2, "rms_norm_backward": 3, "swiglu": 2, "swiglu_backward": 3, "cross_entropy_": 1}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# More are bound by arithmetic, where oneDNN is as good, or much better with tiles (AMX).
-_FEW_DENSE_ROWS = 12 if torch.cpu._is_amx_tile_supported() else 128
+_FEW_DENSE_ROWS = 128  # more are bound by arithmetic, where oneDNN is as good
 FEW_LORA_ROWS = 128  # of one adapter; more are a matter for GEMMs
 _FEW_ROWS = 64  # up to here weights are decoded into the product or just before it; above, into a GEMM's buffer
 _FEW_STEP_TOKENS = 64  # of one sequence
@@ -303,8 +302,9 @@ def takes(op: str, *args: Any) -> bool:
 
 def _attends(q: Tensor, cos: Tensor | None) -> bool:
     """Whether the kernels take it: bfloat16, heads of a multiple of 32, with AVX512-BF16."""
-    same = q.dtype == torch.bfloat16 and (cos is None or (cos.dtype == q.dtype and cos.shape[-1] == q.shape[-1]))
-    return same and q.shape[-1] % 32 == 0 and q.shape[-1] <= 256 and _library().has_blocks()
+    size = q.shape[-1]
+    same = q.dtype == torch.bfloat16 and (cos is None or (cos.dtype == torch.bfloat16 and cos.shape[-1] == size))
+    return same and size % 32 == 0 and size <= 256 and _library().has_blocks()
 
 
 def step_tokens(q: Tensor, cos: Tensor | None, keys: Tensor) -> int:
@@ -314,7 +314,7 @@ def step_tokens(q: Tensor, cos: Tensor | None, keys: Tensor) -> int:
 
 def _by_token(x: Tensor) -> Tensor:
     """x [T, heads, D] whose tokens may lie apart, but whose heads lie together."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+    return x if x.is_contiguous() or (x.stride(2) == 1 and x.stride(1) == x.shape[2]) else x.contiguous()
 
 
 def attention(
@@ -375,17 +375,19 @@ def attention_work(
 
 def _attend(
     kernel: Any,
-    heads: tuple[Tensor | None, ...],
+    heads: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     rest: tuple[Tensor, ...],
     where: tuple[Any, ...],
     scale: float,
     window: int,
 ) -> None:
     """Call `kernel`; `where` says what the sequences are, in its own terms."""
-    q, k, v = (_by_token(x) for x in heads[:3] if x is not None)
-    rotation = [None if x is None else x.contiguous() for x in heads[3:]]
-    pointers = [0 if x is None else x.data_ptr() for x in (q, k, v, *rotation, *rest)]
-    strides = [x.stride(0) for x in (q, k, v)]
+    q, k, v, cos, sin = heads
+    q, k, v = _by_token(q), _by_token(k), _by_token(v)
+    if cos is not None and sin is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    pointers = [0 if x is None else x.data_ptr() for x in (q, k, v, cos, sin, *rest)]
+    strides = [q.stride(0), k.stride(0), v.stride(0)]
     kernel(pointers, strides, *where, q.shape[1], k.shape[1], q.shape[2], scale, window or _NO_WINDOW, _threads())
 
 
@@ -409,7 +411,7 @@ def attention_step(
     assert values.is_contiguous()
     assert max(lengths) < keys.shape[2]
     assert max(rows) < keys.shape[0]
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     where = (rows, lengths, keys.shape[2])
     _attend(_library().attend_step, (q, k, v, cos, sin), (out, keys, values), where, scale, window)
     return out
@@ -417,7 +419,10 @@ def attention_step(
 
 def _fits(*tensors: Tensor) -> bool:
     """Whether the kernels between the products take them: bfloat16, with AVX512-BF16."""
-    return all(x.dtype == torch.bfloat16 for x in tensors) and _library().has_blocks()
+    for x in tensors:  # no `all`, which costs a microsecond in every layer
+        if x.dtype != torch.bfloat16:
+            return False
+    return bool(_library().has_blocks())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, wide: bool) -> tuple[Tensor, Tensor]:

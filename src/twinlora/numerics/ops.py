@@ -44,7 +44,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,7 +73,9 @@ __all__ = [
     "linear_with",
     "linears",
     "quantize",
+    "rms_norm",
     "step_tokens",
+    "swiglu",
 ]
 
 _QUANT = (
@@ -118,7 +120,8 @@ _library = torch.library.Library("twinlora", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, _REFERENCE[_name], "CompositeExplicitAutograd")
-if cpu.paths():
+_COMPILED = bool(cpu.paths())
+if _COMPILED:
     for _name in cpu.OPS:
         _library.impl(_name, getattr(cpu, _name), "CPU")
 for _name in cuda.OPS:
@@ -303,13 +306,23 @@ class QuantTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The weight [*shape] in `dtype`."""
-        out: Tensor = _op(self.family, "dequantize")(*self.arguments, dtype)
+        out: Tensor = getattr(torch.ops.twinlora, f"{self.family}_dequantize")(*self.arguments, dtype)
         return out
 
 
-@cache
-def _op(family: str, action: str) -> Any:
-    return getattr(torch.ops.twinlora, f"{family}_{action}")
+def _ops_on(x: Tensor) -> Any:
+    """Where the ops on x are: the CPU's kernels where nobody differentiates or watches, else `torch.ops.twinlora`.
+
+    In a pass over few tokens the dispatcher would take as long as the kernels between the products.
+    """
+    plain = (
+        type(x) is Tensor
+        and x.is_cpu
+        and _COMPILED
+        and not torch.is_grad_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+    return cpu if plain else torch.ops.twinlora
 
 
 def quantize(weight: Tensor, fmt: Format | None = None, *, name: str = "weight") -> QuantTensor:
@@ -338,7 +351,7 @@ def quantize(weight: Tensor, fmt: Format | None = None, *, name: str = "weight")
 
 def linear(x: Tensor, weight: QuantTensor) -> Tensor:
     """x [..., K] @ weight [N, K].T -> [..., N]; differentiable in x."""
-    out: Tensor = _op(weight.family, "linear")(x, *weight.arguments)
+    out: Tensor = getattr(_ops_on(x), f"{weight.family}_linear")(x, *weight.arguments)
     return out
 
 
@@ -347,12 +360,12 @@ def linears(x: Tensor, weights: Sequence[QuantTensor]) -> tuple[Tensor, ...]:
     tensors = [tensor for weight in weights for tensor in weight.tensors]
     fmt = weights[0].format
     rows = [weight.shape[0] for weight in weights]
-    return tuple(torch.ops.twinlora.nf4_linears(x, tensors, rows, fmt.block_size, fmt.nested_block_size))
+    return tuple(_ops_on(x).nf4_linears(x, tensors, rows, fmt.block_size, fmt.nested_block_size))
 
 
 def linear_transposed(dy: Tensor, weight: QuantTensor) -> Tensor:
     """dy [..., N] @ weight [N, K] -> [..., K]."""
-    out: Tensor = _op(weight.family, "linear_transposed")(dy, *weight.arguments)
+    out: Tensor = getattr(torch.ops.twinlora, f"{weight.family}_linear_transposed")(dy, *weight.arguments)
     return out
 
 
@@ -379,7 +392,19 @@ def adds_products(device: torch.device) -> bool:
 
 def dense_linears(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
     """x [..., K] @ weight [N, K].T of each weight -> [..., N] of each, in x's type; no gradient."""
-    return tuple(torch.ops.twinlora.dense_linears(x, weights))
+    return tuple(_ops_on(x).dense_linears(x, weights))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, wide: bool) -> Tensor:
+    """x [..., D] -> [..., D]; no gradient."""
+    out: Tensor = _ops_on(x).rms_norm(x, weight, eps, offset, wide)[0]
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up [..., F]; no gradient."""
+    out: Tensor = _ops_on(gate).swiglu(gate, up)
+    return out
 
 
 def attention(
@@ -417,13 +442,13 @@ def attention_step(
     Appends to `keys` and `values`.
     """
     arguments = (q, k, v, *rotation, keys, values, rows, lengths, scale, window or 0)
-    out: Tensor = torch.ops.twinlora.attention_step(*arguments)
+    out: Tensor = _ops_on(q).attention_step(*arguments)
     return out
 
 
 def step_tokens(q: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor) -> int:
     """Up to how many new tokens of one sequence go best through `attention_step`."""
-    return cpu.step_tokens(q, rotation[0], keys) if q.device.type == "cpu" and cpu.paths() else 1
+    return cpu.step_tokens(q, rotation[0], keys) if q.device.type == "cpu" and _COMPILED else 1
 
 
 def attention_extend(
