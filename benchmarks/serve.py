@@ -100,14 +100,17 @@ def load(
     """`count` clients, `rounds` answers each, with `more` fields of a client's requests; tokens per second of all."""
     warm, outcome = Outcome(), Outcome()
 
-    async def ask(client: httpx.AsyncClient, number: int, into: Outcome, times: int) -> None:
+    async def ask(number: int, into: Outcome, times: int) -> None:
         for turn in range(times):
             text = f"{TEXT} ({number}, {turn})"
-            await streamed(client, url, body(model_of(number), text, NEW, **(more(number) if more else {})), into)
+            await parts.counted(url, body(model_of(number), text, NEW, **(more(number) if more else {})), into)
 
-    parts.clients(lambda client, number: ask(client, number, warm, 1), count)
+    async def everyone(into: Outcome, times: int) -> None:
+        await asyncio.gather(*(ask(number, into, times) for number in range(count)))
+
+    asyncio.run(everyone(warm, 1))
     begun = time.perf_counter()
-    parts.clients(lambda client, number: ask(client, number, outcome, rounds), count)
+    asyncio.run(everyone(outcome, rounds))
     seconds = time.perf_counter() - begun
     return {"tokens_per_second": outcome.tokens / seconds, "first_token": percentiles(outcome.first),
             "statuses": outcome.statuses}  # fmt: skip

@@ -224,6 +224,57 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
             yield json.loads(line[6:])
 
 
+async def counted(url: str, request: dict[str, Any], outcome: Outcome) -> None:
+    """One streamed answer on a connection of its own, counted alone.
+
+    It shares the processors with the server and does next to nothing for each piece: httpx takes more time than the server.
+    """
+    request = request | {"stream": True, "stream_options": {"include_usage": True}}
+    content, address = json.dumps(request).encode(), url.removeprefix("http://")
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+    )
+    begun, first, received = time.perf_counter(), None, b""
+    async with asyncio.timeout(600):
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        with contextlib.closing(writer):
+            writer.write(head.encode() + content)
+            answer = (await reader.readuntil(b"\r\n\r\n")).lower()
+            status, chunked = int(answer.split()[1]), b"transfer-encoding: chunked" in answer
+            outcome.add_status(status)
+            if status != 200:
+                return
+            while piece := await reader.read(1 << 16):
+                received += piece
+                if first is None and any(_has_text(json.loads(event)) for event in _payloads(received, chunked)):
+                    first = time.perf_counter()
+    *_, last = ({}, *map(json.loads, _payloads(received, chunked)[-1:]))
+    if "error" in last:
+        raise SystemExit(f"{request['model']}: {last['error']['message']}")
+    if b"data: [DONE]" not in received or first is None:
+        raise SystemExit(f"{request['model']}: the answer broke off")
+    outcome.tokens += last["usage"]["completion_tokens"]
+    outcome.first.append(first - begun)
+    outcome.answered += 1
+    outcome.seconds.append(time.perf_counter() - begun)
+
+
+def _has_text(event: dict[str, Any]) -> bool:
+    return any(choice["delta"].get("content") for choice in event.get("choices", ()))
+
+
+def _payloads(received: bytes, chunked: bool) -> list[bytes]:
+    """The JSON of the server-sent events that have come as a whole."""
+    text, at = b"" if chunked else received, 0
+    while chunked and (end := received.find(b"\r\n", at) + 2) > 1:
+        size = int(received[at:end].partition(b";")[0], 16)
+        if not size or end + size > len(received):
+            break
+        text, at = text + received[end : end + size], end + size + 2
+    return [line[6:] for line in text.split(b"\n")[:-1] if line.startswith(b"data: {")]
+
+
 def clients(work: Any, count: int) -> None:
     """Run the coroutine `work(client, number)` for `count` clients at once."""
 

@@ -123,7 +123,7 @@ class Running:
 
 
 def start(tmp_path: Path, model: Path, adapters: dict[str, Path], **options: Any) -> Iterator[Running]:
-    from twinlora.serve.server import open_service
+    from twinlora.serve.server import HTTP, open_service
 
     for name, text in (("token", TOKEN), ("admin", ADMIN)):
         (tmp_path / name).write_text(text)
@@ -135,7 +135,7 @@ def start(tmp_path: Path, model: Path, adapters: dict[str, Path], **options: Any
     served = open_service(ServeOptions(**(values | options)), adapters, notes)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(served.app, log_level="warning", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn.Config(served.app, log_level="warning", timeout_graceful_shutdown=5, **HTTP))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:

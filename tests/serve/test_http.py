@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -394,6 +395,60 @@ def test_a_client_that_stops_reading_is_cut_off(running, monkeypatch):
         asyncio.run(asyncio.wait_for(begin(version), 10))
         running.settled()
     assert "took nothing of its answer" in running.notes[-1]
+
+
+def test_a_client_is_cut_off_for_one_piece_not_for_the_whole(running, monkeypatch):
+    """A model that keeps a client waiting, and a slow one that takes every piece, are no reason."""
+    monkeypatch.setattr("twinlora.serve.http._READ_SECONDS", 0.4)
+    service = running.service
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def take(seconds, wait=0.0):
+        """The pieces taken, of which each takes the next of `seconds`."""
+        taken, pace = [], iter(seconds)
+
+        async def send(message):
+            await asyncio.sleep(next(pace, 0))
+            taken.append(message)
+
+        async def prepare():
+            return [1, 2, 3], Sampling(5)
+
+        async def late(pieces):
+            await asyncio.sleep(wait)
+            async for piece in pieces:
+                yield piece
+
+        answer = await service.begin("a0", prepare)
+        pieces = stream(ChatForm("a0", answer, service.tokenizer, None), answer, usage=True)
+        response = _Stream(answer, late(pieces))
+        await asyncio.wait_for(response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send), 10)
+        return taken
+
+    cut = [note for note in running.notes if "took nothing" in note]
+    for seconds, wait in (([0.15] * 6, 0.0), ([], 1.0)):
+        assert asyncio.run(take(seconds, wait))[-1]["more_body"] is False
+    assert [note for note in running.notes if "took nothing" in note] == cut
+    begun = time.monotonic()
+    assert len(asyncio.run(take([0, 0.3, 60]))) == 2
+    assert 0.7 <= time.monotonic() - begun < 5
+    assert len([note for note in running.notes if "took nothing" in note]) == len(cut) + 1
+    running.settled()
+
+
+def test_endless_headers_are_refused(running):
+    address = running.url.removeprefix("http://").split(":")
+    with socket.create_connection(address, 30) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 8 << 20:
+                connection.sendall(b"x: " + b"y" * 4000 + b"\r\n")
+                sent += 4005
+        assert sent < 8 << 20
+    assert httpx.get(f"{running.url}/health").json() == {"status": "ok"}
 
 
 def test_failures_are_counted(running, monkeypatch):

@@ -18,6 +18,8 @@ from twinlora.serve.text import spelled
 
 __all__ = ["ChatForm", "CompletionForm", "Form", "stream", "whole"]
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 
 class Form:
     """One of the two kinds of answers."""
@@ -128,6 +130,7 @@ async def whole(form: Form, answer: Answer) -> dict[str, Any]:
 async def stream(form: Form, answer: Answer, *, usage: bool) -> AsyncIterator[bytes]:
     """The answer as server-sent events, one for each piece of text, then `[DONE]`."""
     head = form.head | {"object": form.object_chunk} | ({"usage": None} if usage else {})
+    begin = _JSON.encode(head | {"choices": []})[:-2]  # the same for every piece
     held: list[Event] = []  # tokens whose text is still to come
     first = True
     try:
@@ -135,7 +138,7 @@ async def stream(form: Form, answer: Answer, *, usage: bool) -> AsyncIterator[by
             held.append(event)
             if event.text or event.finish:
                 part = form.part(event.text, held, event.finish, first=first)
-                yield _line(head | {"choices": [part]})
+                yield f"data: {begin}{_JSON.encode(part)}]}}\n\n".encode()
                 held, first = [], False
     except ApiError as error:
         yield _line(error.body())
@@ -146,4 +149,4 @@ async def stream(form: Form, answer: Answer, *, usage: bool) -> AsyncIterator[by
 
 
 def _line(document: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return f"data: {_JSON.encode(document)}\n\n".encode()

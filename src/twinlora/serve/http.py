@@ -227,16 +227,35 @@ class _Stream(StreamingResponse):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """See starlette."""
+        loop = asyncio.get_running_loop()
+        since: float | None = None  # the client keeps us waiting
+        timer: asyncio.TimerHandle | None = None
 
         async def sent(message: Any) -> None:
-            async with asyncio.timeout(_READ_SECONDS):
-                await send(message)
+            nonlocal since
+            since = loop.time()
+            await send(message)
+            since = None
+
+        def look() -> None:
+            """Now and then: a timer for each piece would cost more than the piece."""
+            nonlocal timer
+            end = (since or loop.time()) + _READ_SECONDS
+            if end <= loop.time():
+                limit.reschedule(end)
+            else:
+                timer = loop.call_at(end, look)
 
         async with self.answer:
             try:
-                await super().__call__(scope, receive, sent)
+                async with asyncio.timeout(None) as limit:
+                    look()
+                    await super().__call__(scope, receive, sent)
             except (TimeoutError, ClientDisconnect):
                 self.answer.service.note(f"a client took nothing of its answer for {_READ_SECONDS:.0f} s: cut off")
+            finally:
+                if timer is not None:
+                    timer.cancel()
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

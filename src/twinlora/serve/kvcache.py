@@ -49,8 +49,8 @@ class Pass(Layout):
         self.next_rows = [slot for _, slot, _, count in self.next for _ in range(count)]
         self.next_lengths = [before + i for _, _, before, count in self.next for i in range(count)]
         self.whole_starts = [0, *itertools.accumulate(count for _, _, _, count in self.whole)]
-        # The tokens of each kind, where there are several kinds.
-        self.next_tokens, self.whole_tokens = (self._tokens(kind) for kind in (self.next, self.whole))
+        if len(self.next) < len(self.chunks):  # several kinds: the tokens of each
+            self.next_tokens, self.whole_tokens = (self._tokens(kind) for kind in (self.next, self.whole))
 
     def _tokens(self, chunks: list[tuple[int, int, int, int]]) -> Tensor:
         parts = [torch.arange(at, at + count) for at, _, _, count in chunks]
@@ -58,8 +58,9 @@ class Pass(Layout):
 
     def positions(self) -> Tensor:
         """See Layout."""
-        parts = [torch.arange(before, before + count) for _, before, count in self.chunks]
-        return torch.cat(parts)[None].to(self.device)
+        return torch.tensor(
+            [[before + i for _, before, count in self.chunks for i in range(count)]], device=self.device
+        )
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, scale: float, window: int | None

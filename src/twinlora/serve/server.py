@@ -33,8 +33,10 @@ from twinlora.serve.registry import Registry, require_name
 from twinlora.serve.service import Service
 from twinlora.serve.store import ModelStore
 
-__all__ = ["Served", "open_service", "serve"]
+__all__ = ["HTTP", "Served", "open_service", "serve"]
 
+# What uvicorn reads requests with: httptools, which it prefers, has no limit to the size of headers.
+HTTP: dict[str, Any] = {"http": "h11", "h11_max_incomplete_event_size": 64 * 1024}
 _CONTEXT = 2048  # tokens, where nobody says
 _DRAIN_SECONDS = 60  # for requests that run when the server is told to stop
 
@@ -203,7 +205,7 @@ def serve(
             lifespan="off",
             proxy_headers=False,  # who asks is who connects: anybody can write a header
             timeout_graceful_shutdown=_DRAIN_SECONDS + 10,  # they are cut off before
-            h11_max_incomplete_event_size=64 * 1024,
+            **HTTP,
         )
         server = _Server(config, served.service, announce, reporter.note)
         received: list[int] = []

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from twinlora.config import ServeOptions
@@ -18,7 +20,7 @@ from twinlora.serve.metrics import Metrics
 from twinlora.serve.registry import Busy, Lease, Registry, Unblendable, UnknownModel
 from twinlora.serve.state import Sampling
 
-__all__ = ["Answer", "ApiError", "Service"]
+__all__ = ["Answer", "ApiError", "Mailbox", "Service"]
 
 
 class ApiError(Exception):
@@ -92,6 +94,28 @@ class Answer:
             yield event
 
 
+class Mailbox:
+    """From the engine's thread to the loop: as `call_soon_threadsafe`, but one wake-up serves all that a pass gave."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._woken = False
+
+    def post(self, callback: Callable[[], object]) -> None:
+        """Have the loop call it, in the order of posts. For the engine's thread alone."""
+        self._waiting.append(callback)
+        if not self._woken:
+            self._woken = True
+            with contextlib.suppress(RuntimeError):  # the loop is gone: so is the client
+                self.loop.call_soon_threadsafe(self._empty)
+
+    def _empty(self) -> None:
+        self._woken = False  # before it is emptied: what comes from now on wakes the loop again
+        while self._waiting:
+            self._waiting.popleft()()
+
+
 class Service:
     """One base, its engine and its adapters."""
 
@@ -107,6 +131,7 @@ class Service:
         self.tokenizer = engine.tokenizer
         self.draining = False
         self._active = 0
+        self._mailbox: Mailbox | None = None
         self._encoder = ThreadPoolExecutor(1, "encoder")
 
     @property
@@ -167,11 +192,10 @@ class Service:
         try:
             tokens, sampling = await prepare()
             await self._resident(lease)
-            loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+            mailbox, events = self._mailbox_here(), asyncio.Queue[Event]()
 
             def on_event(event: Event) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop is gone: so is the client
-                    loop.call_soon_threadsafe(events.put_nowait, event)
+                mailbox.post(partial(events.put_nowait, event))
 
             ticket = self.engine.submit(tokens, lease.key, sampling, on_event)
         except BaseException:
@@ -180,6 +204,13 @@ class Service:
         label = self.registry.base if lease.version is None else lease.version.name
         label = "blend" if ":" in label else label
         return Answer(self, lease, label, len(tokens), ticket, events, begun)
+
+    def _mailbox_here(self) -> Mailbox:
+        """Of the running loop; a server has one."""
+        loop = asyncio.get_running_loop()
+        if self._mailbox is None or self._mailbox.loop is not loop:
+            self._mailbox = Mailbox(loop)
+        return self._mailbox
 
     async def _resident(self, lease: Lease) -> None:
         loading = self.registry.load(lease)
@@ -212,13 +243,8 @@ class Service:
         if not answer.ended:
             self.count(answer, "cancelled")
         if not answer.ended and self.engine.alive:
-            loop, gone = asyncio.get_running_loop(), asyncio.Event()
-
-            def told() -> None:
-                with contextlib.suppress(RuntimeError):  # the loop is gone
-                    loop.call_soon_threadsafe(gone.set)
-
-            self.engine.cancel(answer.ticket, told)
+            mailbox, gone = self._mailbox_here(), asyncio.Event()
+            self.engine.cancel(answer.ticket, lambda: mailbox.post(gone.set))
             await gone.wait()
         self._give_back(answer.lease)
 
