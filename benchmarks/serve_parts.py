@@ -252,10 +252,10 @@ async def counted(url: str, request: dict[str, Any], outcome: Outcome) -> None:
     *_, last = ({}, *map(json.loads, _payloads(received, chunked)[-1:]))
     if "error" in last:
         raise SystemExit(f"{request['model']}: {last['error']['message']}")
-    if b"data: [DONE]" not in received or first is None:
+    if b"data: [DONE]" not in received:
         raise SystemExit(f"{request['model']}: the answer broke off")
     outcome.tokens += last["usage"]["completion_tokens"]
-    outcome.first.append(first - begun)
+    outcome.first += [first - begun] if first else []
     outcome.answered += 1
     outcome.seconds.append(time.perf_counter() - begun)
 
