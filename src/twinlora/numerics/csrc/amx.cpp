@@ -115,10 +115,9 @@ struct Next {
 // Adds to the sums of 16 or 32 rows of the weight with 16 or 32 rows of x (`Tall`, `Wide`) `steps` steps of k. The second 16
 // rows of x lie `apart` values behind the first.
 template <bool Wide, bool Tall>
-void add_products(const u16* w, i64 stride, i64 rows, const u16* x, i64 apart, i64 steps, Next& next, Soon& soon) {
+void add_products(const u16* w, i64 stride, const u16* x, i64 apart, i64 steps, Next& next) {
     for (i64 s = 0; s < steps; ++s, w += depth, x += tile) {
         next.step();
-        soon.done(rows * depth);
         _tile_loadd(4, w, 2 * stride);
         _tile_loadd(6, x, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -180,8 +179,7 @@ struct Coded {
 
 // All of x, arranged, against a panel of `rows` rows -> y [M, N].
 template <class Panel>
-void multiply_panel(const Panel& panel, i64 rows, const u16* x, i64 M, i64 K, Tiles& tiles, Next next, Soon& soon, u16* y,
-                    i64 N) {
+void multiply_panel(const Panel& panel, i64 rows, const u16* x, i64 M, i64 K, Tiles& tiles, Next next, u16* y, i64 N) {
     constexpr decltype(&add_products<false, false>) kernels[] = {add_products<false, false>, add_products<false, true>,
                                                                  add_products<true, false>, add_products<true, true>};
     const bool tall = rows > side;
@@ -194,8 +192,7 @@ void multiply_panel(const Panel& panel, i64 rows, const u16* x, i64 M, i64 K, Ti
         _tile_zero(3);
         for (i64 from = 0; from < K; from += panel.chunk) {
             const i64 steps = std::min(panel.chunk, K - from) / depth;
-            kernels[2 * wide + tall](panel.values(from, m), panel.stride, rows, x + m * K + from * side, side * K, steps, next,
-                                     soon);
+            kernels[2 * wide + tall](panel.values(from, m), panel.stride, x + m * K + from * side, side * K, steps, next);
         }
         store_sums(wide, tall, y + m * N, N, std::min(two, M - m), rows);
     }
@@ -203,19 +200,18 @@ void multiply_panel(const Panel& panel, i64 rows, const u16* x, i64 M, i64 K, Ti
 
 i64 blocks_of(i64 M) { return (M + two - 1) / two; }
 
-void multiply_dense(const u16* x, const u16* w, u16* y, i64 M, i64 N, i64 K, i64 first, i64 last, const Region* regions,
-                    i64 count) {
+// The weight alone takes all that memory gives: what adapters want next is not fetched meanwhile.
+void multiply_dense(const u16* x, const u16* w, u16* y, i64 M, i64 N, i64 K, i64 first, i64 last, const Region*, i64) {
     if (!M) return;
     thread_local Kept<u16> kept;
     u16* arranged = kept.at_least(round_up(M, side) * K);
     arrange_tiles<false>(x, M, K, arranged);
     settle();
     Tiles tiles;
-    Soon soon(regions, count, (last - first) * K * blocks_of(M), blocks_of(M));
     for (i64 start = first; start < last; start += two) {
         const i64 rows = std::min(two, last - start), ahead = start + rows;
         const Next next(w + ahead * K, 2 * K * std::min(two, last - ahead), K / depth * blocks_of(M));
-        multiply_panel(Plain{w + start * K, K, K}, rows, arranged, M, K, tiles, next, soon, y + start, N);
+        multiply_panel(Plain{w + start * K, K, K}, rows, arranged, M, K, tiles, next, y + start, N);
     }
 }
 
@@ -231,13 +227,12 @@ void multiply_rows(const u16* x, const u8* packed, const Scales& scales, u16* y,
     u16* values = kept_values.at_least(two * stride);
     arrange_tiles<true>(x, M, K, arranged);
     Tiles tiles;
-    Soon soon(nullptr, 0, 1, 1);
     for (i64 start = first; start < last; start += two) {
         const i64 rows = std::min(two, last - start), ahead = start + rows;
         const Next next(packed + ahead * K / 2, K / 2 * std::min(two, last - ahead), K / depth * blocks_of(M));
         decode_scales(scales, start * blocks, (start + rows) * blocks, decoded_scales);
         const Coded panel{packed + start * K / 2, decoded_scales, values, stride, chunk, rows, K, block};
-        multiply_panel(panel, rows, arranged, M, K, tiles, next, soon, y + start, N);
+        multiply_panel(panel, rows, arranged, M, K, tiles, next, y + start, N);
     }
 }
 
