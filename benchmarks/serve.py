@@ -209,11 +209,11 @@ def switching(args: argparse.Namespace) -> dict[str, Any]:
         def timed(names: list[str]) -> list[float]:
             outcome = Outcome()
 
-            async def ask(client: httpx.AsyncClient, number: int) -> None:
+            async def ask() -> None:
                 for name in names:
-                    await streamed(client, server.url, body(name, "Hi.", 1), outcome)
+                    await parts.counted(server.url, body(name, "Hi.", 1), outcome)
 
-            parts.clients(ask, 1)
+            asyncio.run(ask())
             return outcome.seconds
 
         timed(["r0", "r1"] * 5)

@@ -41,3 +41,14 @@ def test_steps_equal_one_pass(dtype, window):
             rtol=2e-2 if dtype == torch.bfloat16 else 1e-5,
             atol=2e-2 if dtype == torch.bfloat16 else 1e-6,
         )
+
+
+def test_layers_share_the_rotation_of_a_pass():
+    """Other layouts wait in lists for their pass, and would hold the tables of all before."""
+    tables = torch.rand(1, 3, 32), torch.rand(1, 3, 32)
+    for layout, shared in ((Prefill(KVCache(1, 8), [3]), True), (Layout([3]), False)):
+        first, again = layout.rotation(tables), layout.rotation(tables)
+        assert first[0].shape == (3, 32)
+        assert (first[0] is again[0]) == shared
+        other = tables[0] + 1, tables[1]
+        assert torch.equal(layout.rotation(other)[0], other[0][0])

@@ -120,6 +120,15 @@ def test_products_are_as_exact_as_a_bf16_product(path, threads, rows, shape):
         assert (found.double() - truth).norm() <= 1.1 * naive
 
 
+@pytest.mark.parametrize("rows", [2, 3, 20, 40])
+@pytest.mark.parametrize("fmt", [NF4Format(512), NF4Format(4096, 0)])
+def test_few_rows_times_large_blocks(path, threads, rows, fmt):
+    q, x = ops.quantize(torch.randn(40, 4096), fmt), torch.randn(rows, 4096).bfloat16()
+    truth = x.double() @ q.dequantize(torch.float32).double().T
+    naive = ((x @ q.dequantize().T).double() - truth).norm()
+    assert (ops.linear(x, q).double() - truth).norm() <= 1.1 * naive
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 12, 13, 128])
 @pytest.mark.parametrize("shape", [(96, 64), (33, 576), (3, 4096), (1, 64), (5, 40)])
 def test_few_rows_times_a_dense_weight(path, threads, rows, shape):

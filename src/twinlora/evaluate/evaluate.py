@@ -40,7 +40,8 @@ def evaluate(options: EvalOptions, reporter: Reporter | None = None, *, advice: 
     rows = sources.read(options.data, columns=options.columns, limit=options.rows, note=reporter.note).rows
     require(options.metric, rows)
     wants_loss = bool({"loss", "perplexity"} & set(options.metric))
-    examples = _encoded(options, rows, advice) if wants_loss else []  # before the model is loaded
+    tokenizer = load_tokenizer(resolve(options.model), trust_remote_code=options.trust_remote_code)
+    examples = encode_rows(tokenizer, rows, options.max_length, advice=advice) if wants_loss else []  # before the model
     adapters = {"adapter": options.adapter} if options.adapter else {}
     opened = open_model(
         options,
@@ -48,6 +49,7 @@ def evaluate(options: EvalOptions, reporter: Reporter | None = None, *, advice: 
         precision=options.precision,
         layer_precision=options.layer_precision,
         reporter=reporter,
+        tokenizer=tokenizer,
     )
     start = time.perf_counter()
     result: dict[str, Any] = {"rows": len(rows)}
@@ -74,11 +76,6 @@ def _require_apart(options: EvalOptions) -> None:
     for source in options.data:
         if options.output is not None and options.output.resolve() == Path(source).resolve():
             raise ConfigError(f"output {options.output}: is read here as data; give another --output")
-
-
-def _encoded(options: EvalOptions, rows: Sequence[Row], advice: Advice) -> list[Example]:
-    tokenizer = load_tokenizer(resolve(options.model), trust_remote_code=options.trust_remote_code)
-    return encode_rows(tokenizer, rows, options.max_length, advice=advice)
 
 
 def _losses(opened: Opened, examples: Sequence[Example]) -> list[RowLoss]:

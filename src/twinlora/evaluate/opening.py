@@ -54,8 +54,9 @@ def open_model(
     reporter: Reporter,
     layer_precision: Path | None = None,
     papers: Papers | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Opened:
-    """Load the base and every adapter, check their passports, activate the first.
+    """Load the base and every adapter, check their passports, activate the first; `tokenizer` if it is loaded already.
 
     `precision` auto follows the first of `papers`, by default the passports of `adapters`: each layer as in training if
     that was chosen layer by layer, else the one format it was trained on. hybrid is the precision of each layer on
@@ -68,7 +69,8 @@ def open_model(
     passports = {name: passport.read(adapter.directory) for name, adapter in read.items()}
     source = resolve(options.model)
     identity = fingerprint(source, reporter.note) if read else ""
-    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     digests = passport.tokenizer_digests(tokenizer)
     for name, paper in passports.items():
         if paper is not None:

@@ -28,12 +28,14 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin [T, D]
 class Layout:
     """Sequences of `lengths` (host integers) side by side in one row of tokens."""
 
+    one_pass = False  # made for one pass over the model and gone with it
+
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu") -> None:
         self.lengths = lengths
         self.device = torch.device(device)
         self.starts = [0, *itertools.accumulate(lengths)]
         self.seen: dict[str, Any] = {}  # scale and window of the last pass through transformers' interface
-        self._rotation: tuple[Rotation, Rotation] | None = None  # tables as they came, and by token
+        self._rotation: tuple[tuple[Tensor, Tensor], Rotation] | None = None  # tables as they came, and by token
 
     @property
     def tokens(self) -> int:
@@ -44,15 +46,14 @@ class Layout:
         """Position of each token in its sequence, int64 [1, T]."""
         return torch.cat([torch.arange(length) for length in self.lengths])[None].to(self.device)
 
-    def rotation(self, tables: Rotation) -> Rotation:
-        """cos and sin [T, D] of tables [1, T, D]; in inference made once for the layers that share them."""
+    def rotation(self, tables: tuple[Tensor, Tensor]) -> Rotation:
+        """cos and sin [T, D] of tables [1, T, D]; in one pass made once for the layers that share them."""
         if self._rotation is not None and self._rotation[0] is tables:
             return self._rotation[1]
-        cos, sin = tables
-        rotation = cos.view(self.tokens, -1), sin.view(self.tokens, -1)
-        if not torch.is_grad_enabled():  # a step would hold them from one of its passes to the next
-            self._rotation = tables, rotation
-        return rotation
+        cos, sin = (table.view(self.tokens, table.shape[-1]) for table in tables)
+        if self.one_pass:
+            self._rotation = tables, (cos, sin)
+        return cos, sin
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, scale: float, window: int | None

@@ -37,6 +37,8 @@ class KVCache:
 class Prefill(Layout):
     """The prompts of all rows of an empty cache, side by side."""
 
+    one_pass = True
+
     def __init__(self, cache: KVCache, lengths: list[int], device: torch.device | str = "cpu") -> None:
         super().__init__(lengths, device)
         self.cache = cache
@@ -56,6 +58,8 @@ class Prefill(Layout):
 
 class Step(Layout):
     """One more token of each of the sequences in `rows`. After the pass, `advance`."""
+
+    one_pass = True
 
     def __init__(self, cache: KVCache, rows: list[int], device: torch.device | str = "cpu") -> None:
         super().__init__([1] * len(rows), device)

@@ -310,14 +310,15 @@ class QuantTensor:
         return out
 
 
-def _ops_on(x: Tensor) -> Any:
-    """Where the ops on x are: the CPU's kernels where nobody differentiates or watches, else `torch.ops.twinlora`.
+def _ops_on(x: Tensor, weight: Tensor) -> Any:
+    """Where the ops on x and a weight are: `torch.ops.twinlora`, or the CPU's kernels if nobody derives or looks.
 
     In a pass over few tokens the dispatcher would take as long as the kernels between the products.
     """
     plain = (
         type(x) is Tensor
         and x.is_cpu
+        and weight.is_cpu
         and _COMPILED
         and not torch.is_grad_enabled()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -351,7 +352,7 @@ def quantize(weight: Tensor, fmt: Format | None = None, *, name: str = "weight")
 
 def linear(x: Tensor, weight: QuantTensor) -> Tensor:
     """x [..., K] @ weight [N, K].T -> [..., N]; differentiable in x."""
-    out: Tensor = getattr(_ops_on(x), f"{weight.family}_linear")(x, *weight.arguments)
+    out: Tensor = getattr(_ops_on(x, weight.packed), f"{weight.family}_linear")(x, *weight.arguments)
     return out
 
 
@@ -360,7 +361,7 @@ def linears(x: Tensor, weights: Sequence[QuantTensor]) -> tuple[Tensor, ...]:
     tensors = [tensor for weight in weights for tensor in weight.tensors]
     fmt = weights[0].format
     rows = [weight.shape[0] for weight in weights]
-    return tuple(_ops_on(x).nf4_linears(x, tensors, rows, fmt.block_size, fmt.nested_block_size))
+    return tuple(_ops_on(x, tensors[0]).nf4_linears(x, tensors, rows, fmt.block_size, fmt.nested_block_size))
 
 
 def linear_transposed(dy: Tensor, weight: QuantTensor) -> Tensor:
@@ -392,18 +393,18 @@ def adds_products(device: torch.device) -> bool:
 
 def dense_linears(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
     """x [..., K] @ weight [N, K].T of each weight -> [..., N] of each, in x's type; no gradient."""
-    return tuple(_ops_on(x).dense_linears(x, weights))
+    return tuple(_ops_on(x, weights[0]).dense_linears(x, weights))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, wide: bool) -> Tensor:
     """x [..., D] -> [..., D]; no gradient."""
-    out: Tensor = _ops_on(x).rms_norm(x, weight, eps, offset, wide)[0]
+    out: Tensor = _ops_on(x, weight).rms_norm(x, weight, eps, offset, wide)[0]
     return out
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up [..., F]; no gradient."""
-    out: Tensor = _ops_on(gate).swiglu(gate, up)
+    out: Tensor = _ops_on(gate, up).swiglu(gate, up)
     return out
 
 
@@ -442,7 +443,7 @@ def attention_step(
     Appends to `keys` and `values`.
     """
     arguments = (q, k, v, *rotation, keys, values, rows, lengths, scale, window or 0)
-    out: Tensor = _ops_on(q).attention_step(*arguments)
+    out: Tensor = _ops_on(q, keys).attention_step(*arguments)
     return out
 
 

@@ -240,7 +240,7 @@ class _Stream(StreamingResponse):
         def look() -> None:
             """Now and then: a timer for each piece would cost more than the piece."""
             nonlocal timer
-            end = (since or loop.time()) + _READ_SECONDS
+            end = (loop.time() if since is None else since) + _READ_SECONDS
             if end <= loop.time():
                 limit.reschedule(end)
             else:

@@ -31,6 +31,8 @@ class SlotCache(KVCache):
 class Pass(Layout):
     """Chunks (slot, tokens before, tokens) side by side; each continues what its slot holds."""
 
+    one_pass = True
+
     def __init__(self, cache: SlotCache, chunks: list[tuple[int, int, int]], device: torch.device | str) -> None:
         super().__init__([count for _, _, count in chunks], device)
         self.cache, self.chunks = cache, chunks

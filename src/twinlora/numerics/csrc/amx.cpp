@@ -4,7 +4,7 @@
 // of these rows: up to 128 rows of x a product takes what reading the weight takes. A panel of 32 rows of the weight stays
 // in the second cache for all of x, and the next panel is fetched meanwhile. x is laid out anew, as pairs of k by rows.
 //
-// A sum takes its products in the order of k whatever M is: a row's result depends on it alone.
+// A sum takes its products in the order of k whatever M is: a row's result depends on it alone, with NF4 from three rows on.
 #include "products.hpp"
 #include "tiles.hpp"
 
@@ -37,18 +37,18 @@ inline void settle() { __asm__ volatile("" ::: "memory"); }
 
 // Tiles 0 to 3 hold sums (first and second 16 rows of the weight, each by the first and second 16 of x), 4 and 5 the weight,
 // 6 and 7 x. oneDNN keeps a configuration of its own in the same threads, which is given back.
-class Tiles {
+class TileFile {
 public:
-    Tiles() {
+    TileFile() {
         _tile_storeconfig(&before_);
         settle();
     }
-    ~Tiles() {
+    ~TileFile() {
         settle();
         _tile_loadconfig(&before_);
     }
-    Tiles(const Tiles&) = delete;
-    Tiles& operator=(const Tiles&) = delete;
+    TileFile(const TileFile&) = delete;
+    TileFile& operator=(const TileFile&) = delete;
 
     // For panels of `rows` rows of the weight.
     void configure(i64 rows) {
@@ -115,7 +115,7 @@ struct Next {
 // Adds to the sums of 16 or 32 rows of the weight with 16 or 32 rows of x (`Tall`, `Wide`) `steps` steps of k. The second 16
 // rows of x lie `apart` values behind the first.
 template <bool Wide, bool Tall>
-void add_products(const u16* w, i64 stride, const u16* x, i64 apart, i64 steps, Next& next) {
+void add_tiles(const u16* w, i64 stride, const u16* x, i64 apart, i64 steps, Next& next) {
     for (i64 s = 0; s < steps; ++s, w += depth, x += tile) {
         next.step();
         _tile_loadd(4, w, 2 * stride);
@@ -134,7 +134,7 @@ void add_products(const u16* w, i64 stride, const u16* x, i64 apart, i64 steps, 
 }
 
 // The sums, [16 rows of x][16 rows of the weight] each, rounded -> y [M, N], of which there are `count` rows and `rows` columns.
-void store_sums(bool wide, bool tall, u16* y, i64 N, i64 count, i64 rows) {
+void store_tiles(bool wide, bool tall, u16* y, i64 N, i64 count, i64 rows) {
     alignas(64) float sums[4][side * side];
     _tile_stored(0, sums[0], 64);
     if (wide) _tile_stored(1, sums[1], 64);
@@ -168,7 +168,7 @@ struct Coded {
     int block;
 
     const u16* values(i64 from, i64 m) const {
-        if (m == 0 || chunk < K)
+        if (m == 0)  // with more than one block of x a chunk is all of k
             for (i64 n = 0; n < rows; ++n)
                 decode_split(packed + (n * K + from) / 2, scales + (n * K + from) / block, std::min(chunk, K - from) / block,
                              block, decoded + n * stride);
@@ -179,11 +179,11 @@ struct Coded {
 
 // All of x, arranged, against a panel of `rows` rows -> y [M, N].
 template <class Panel>
-void multiply_panel(const Panel& panel, i64 rows, const u16* x, i64 M, i64 K, Tiles& tiles, Next next, u16* y, i64 N) {
-    constexpr decltype(&add_products<false, false>) kernels[] = {add_products<false, false>, add_products<false, true>,
-                                                                 add_products<true, false>, add_products<true, true>};
+void multiply_tiles(const Panel& panel, i64 rows, const u16* x, i64 M, i64 K, TileFile& file, Next next, u16* y, i64 N) {
+    constexpr decltype(&add_tiles<false, false>) kernels[] = {add_tiles<false, false>, add_tiles<false, true>,
+                                                              add_tiles<true, false>, add_tiles<true, true>};
     const bool tall = rows > side;
-    tiles.configure(rows);
+    file.configure(rows);
     for (i64 m = 0; m < M; m += two) {
         const bool wide = M - m > side;
         _tile_zero(0);
@@ -194,7 +194,7 @@ void multiply_panel(const Panel& panel, i64 rows, const u16* x, i64 M, i64 K, Ti
             const i64 steps = std::min(panel.chunk, K - from) / depth;
             kernels[2 * wide + tall](panel.values(from, m), panel.stride, x + m * K + from * side, side * K, steps, next);
         }
-        store_sums(wide, tall, y + m * N, N, std::min(two, M - m), rows);
+        store_tiles(wide, tall, y + m * N, N, std::min(two, M - m), rows);
     }
 }
 
@@ -206,12 +206,11 @@ void multiply_dense(const u16* x, const u16* w, u16* y, i64 M, i64 N, i64 K, i64
     thread_local Kept<u16> kept;
     u16* arranged = kept.at_least(round_up(M, side) * K);
     arrange_tiles<false>(x, M, K, arranged);
-    settle();
-    Tiles tiles;
+    TileFile file;
     for (i64 start = first; start < last; start += two) {
         const i64 rows = std::min(two, last - start), ahead = start + rows;
         const Next next(w + ahead * K, 2 * K * std::min(two, last - ahead), K / depth * blocks_of(M));
-        multiply_panel(Plain{w + start * K, K, K}, rows, arranged, M, K, tiles, next, y + start, N);
+        multiply_tiles(Plain{w + start * K, K, K}, rows, arranged, M, K, file, next, y + start, N);
     }
 }
 
@@ -226,27 +225,26 @@ void multiply_rows(const u16* x, const u8* packed, const Scales& scales, u16* y,
     u16* arranged = kept_x.at_least(round_up(M, side) * K);
     u16* values = kept_values.at_least(two * stride);
     arrange_tiles<true>(x, M, K, arranged);
-    Tiles tiles;
+    TileFile file;
     for (i64 start = first; start < last; start += two) {
         const i64 rows = std::min(two, last - start), ahead = start + rows;
         const Next next(packed + ahead * K / 2, K / 2 * std::min(two, last - ahead), K / depth * blocks_of(M));
         decode_scales(scales, start * blocks, (start + rows) * blocks, decoded_scales);
         const Coded panel{packed + start * K / 2, decoded_scales, values, stride, chunk, rows, K, block};
-        multiply_panel(panel, rows, arranged, M, K, tiles, next, y + start, N);
+        multiply_tiles(panel, rows, arranged, M, K, file, next, y + start, N);
     }
 }
 
 }  // namespace
 
-const Path amx{"amx-bf16", supported, avx512.dequantize, avx512.dequantize_nf3, avx512.dequantize_int8, avx512.quantize,
-               multiply_rows, multiply_dense};
+const TileProducts tiles{supported, multiply_rows, multiply_dense};
 
 }  // namespace twinlora
 
 #else
 
 namespace twinlora {
-const Path amx{"amx-bf16", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+const TileProducts tiles{[] { return false; }, nullptr, nullptr};
 }
 
 #endif

@@ -31,7 +31,7 @@ struct Scales {
     int nested_shift;  // log2 of the nested block size
 };
 
-// Memory that is read after a product, fetched while it runs: a product of few rows leaves half of the memory's rate unused.
+// Memory that is read after a product, fetched while it runs where it leaves some of the memory's rate unused.
 struct Region {
     const void* at;
     std::int64_t bytes;
@@ -62,6 +62,15 @@ struct Path {
                            std::int64_t regions);
 };
 
-extern const Path portable, avx2, avx512, amx;
+extern const Path portable, avx2, avx512;
+
+// Products on AMX tiles, for a processor that has the rest from avx512.
+struct TileProducts {
+    bool (*supported)();
+    decltype(Path::multiply_rows) multiply_rows;
+    decltype(Path::multiply_dense) multiply_dense;
+};
+
+extern const TileProducts tiles;
 
 }  // namespace twinlora

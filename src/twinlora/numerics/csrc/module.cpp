@@ -30,6 +30,9 @@ namespace {
 using Address = std::uintptr_t;
 constexpr std::int64_t grain = 1 << 14;  // weights; less is not worth a second thread
 
+// Put together here, where nothing is assumed of the processor.
+const Path amx{"amx-bf16", tiles.supported, avx512.dequantize, avx512.dequantize_nf3, avx512.dequantize_int8, avx512.quantize,
+               tiles.multiply_rows, tiles.multiply_dense};
 const Path* const paths[] = {&amx, &avx512, &avx2, &portable};
 const Path* path = nullptr;
 
@@ -146,7 +149,7 @@ void multiply_rows(Address x, const std::vector<Weight>& weights, std::int64_t r
     });
 }
 
-// For attention and what stands between the products: one path or none.
+// For attention and what stands between the products: in AVX-512 or not at all.
 bool has_blocks() { return (path == &avx512 || path == &amx) && attention_forward && elementwise; }
 
 constexpr std::int64_t element_grain = 1 << 13;  // values of a thread's share, at least
@@ -316,8 +319,8 @@ void grouped_lora(const std::vector<Layer>& layers, Address x, Address route, st
     Adapters(layers, k, route, count).add(x, threads);
 }
 
-// Each layer's y gets the product of its dense weight with the same x [rows, k], and what its adapters add. Meanwhile their
-// weights come from memory, mostly by the thread that will want them.
+// Each layer's y gets the product of its dense weight with the same x [rows, k], and what its adapters add. Meanwhile, on
+// AVX-512, their weights come from memory, mostly by the thread that will want them.
 void multiply_dense(Address x, const std::vector<Address>& weights, const std::vector<Layer>& layers, Address route,
                     std::int64_t count, std::int64_t rows, std::int64_t k, int threads) {
     const Adapters adapters(layers, k, route, count);
