@@ -327,7 +327,8 @@ void multiply_dense(Address x, const std::vector<Address>& weights, const std::v
     std::int64_t total = 0;
     for (const Layer& layer : layers) total += std::get<1>(layer);
     parallel_for(threads, total, std::max<std::int64_t>(1, grain / k), [&](std::int64_t first, std::int64_t last) {
-        const auto soon = adapters.regions(adapters.used() * first / total, adapters.used() * last / total);
+        const std::int64_t used = path == &avx512 ? adapters.used() : 0;  // tiles fetch nothing beside the weight
+        const auto soon = adapters.regions(used * first / total, used * last / total);
         const auto share = [&](std::int64_t done) { return static_cast<std::int64_t>(soon.size()) * done / (last - first); };
         std::int64_t start = 0;
         for (std::size_t i = 0; i < layers.size(); ++i) {

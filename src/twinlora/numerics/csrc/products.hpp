@@ -4,7 +4,8 @@
 // with up to twelve of x have their sums in registers. x is laid out anew and is cut in ranges of k that stay in the first
 // cache. What follows in memory is fetched meanwhile, line by line in the order of addresses.
 //
-// Whatever M, the groups and the ranges are, a sum takes its products in one order: a row's result depends on it alone, with NF4 from three rows on.
+// Whatever M, the groups and the ranges are, a sum takes its products in one order: a row's result depends on it alone, with
+// NF4 from three rows on.
 // Internal linkage throughout, as in portable.hpp.
 #pragma once
 
