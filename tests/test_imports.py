@@ -5,7 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "twinlora"
 ORDER = [
-    {"errors", "config", "atomic", "machine", "reporter"},
+    {"errors", "config", "atomic", "machine", "output", "reporter"},
     {"numerics"},
     {"model"},
     {"adapters"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import os
 import platform
 import re
@@ -15,14 +16,15 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from torch import Tensor
 
 import twinlora
 
 T = TypeVar("T")
 
 __all__ = [
-    "apart", "available_bytes", "describe", "heap_bytes", "keep_freed_memory", "peak_device_bytes", "peak_rss_bytes",
-    "product_rates", "reset_peaks", "rss_bytes", "spare_bytes",
+    "apart", "available_bytes", "describe", "heap_bytes", "keep_freed_memory", "mapped", "peak_device_bytes",
+    "peak_rss_bytes", "product_rates", "reset_peaks", "rss_bytes", "spare_bytes",
 ]  # fmt: skip
 
 
@@ -69,6 +71,18 @@ def keep_freed_memory() -> None:
         c = ctypes.CDLL(None)
         c.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         c.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped on its own
+
+
+def mapped(nbytes: int) -> Tensor:
+    """Zeros uint8 [nbytes] in a mapping of their own, which the system gets back with the last tensor over them.
+
+    For what comes and goes in a process that stays: glibc has several heaps, one thread loads through this and the next
+    through that one, and each keeps what was ever freed in it.
+    """
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    own: Any = {"flags": mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, nbytes, **own), dtype=torch.uint8)
 
 
 def apart(function: Callable[[], T]) -> T:

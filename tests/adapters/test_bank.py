@@ -1,8 +1,12 @@
 """Rows of one batch with adapters of their own, against each adapter alone."""
 
+import threading
+
 import pytest
 import torch
 
+from tests.processes import FORKED
+from twinlora import machine
 from twinlora.adapters import files
 from twinlora.adapters.bank import AdapterBank, BankLinear, blend
 from twinlora.adapters.lora import attach, lora_layers
@@ -15,6 +19,7 @@ from twinlora.numerics import lora
 from twinlora.numerics.formats import NF4Format
 
 LENGTHS = [3, 1, 7, 4, 2]
+_WIDE = [f"wide{i}" for i in range(16)]
 
 
 def saved(tiny, directory, seed, config=None, per_layer=None):
@@ -102,6 +107,37 @@ def test_resident_adapters_share_nothing_with_their_files(tiny, read, tmp_path):
     path = tmp_path / "all" / files.WEIGHTS
     path.write_bytes(b"\0" * path.stat().st_size)  # in place: a mapped tensor would change
     assert torch.equal(model(torch.arange(9)[None]).logits, before)
+
+
+def _load_at_once(connection, directory):
+    """In a process of its own: eight threads load an adapter and forget it; by how much the process has grown."""
+    machine.keep_freed_memory()
+    layers = {name: torch.nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16) for name in _WIDE}
+    model = torch.nn.ModuleDict(layers)
+    bank, together = AdapterBank(model), threading.Barrier(8)
+
+    def load():
+        together.wait()
+        bank.prepare(files.read_adapter(directory))
+        together.wait()
+
+    before = machine.rss_bytes()
+    threads = [threading.Thread(target=load) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    connection.send(machine.rss_bytes() - before)
+
+
+def test_adapters_that_come_and_go_leave_no_memory_behind(tmp_path):
+    factors = {name: (torch.ones(64, 1024), torch.ones(1024, 64)) for name in _WIDE}
+    files.save_factors(tmp_path / "wide", factors, _WIDE, "b", None)
+    ours, theirs = FORKED.Pipe()
+    process = FORKED.Process(target=_load_at_once, args=(theirs, tmp_path / "wide"))
+    process.start()
+    assert ours.recv() < 40 << 20  # eight times what one takes while it is loaded: 96 MiB
+    process.join()
 
 
 def test_blends(tiny, read):

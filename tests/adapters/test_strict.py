@@ -1,5 +1,6 @@
 """Adapters from strangers: every problem in one message, and no claim of a file costs memory or time."""
 
+import hashlib
 import json
 import os
 import struct
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from twinlora.adapters import passport
 from twinlora.adapters.read import CONFIG, WEIGHTS, read_adapter
+from twinlora.adapters.strict import read_tensors
 from twinlora.errors import AdapterError
 
 A, B = "base_model.model.model.layers.0.q_proj.lora_A.weight", "base_model.model.model.layers.0.q_proj.lora_B.weight"
@@ -63,7 +65,8 @@ def entry(dtype="F32", shape=(2, 2), offsets=(0, 16)):
         (container({A: entry(offsets=(0, 10**15))}, bytes(16)), "ends at byte 1,000,000,000,000,000 of 16"),
         (container({A: entry(offsets=(16, 0))}, bytes(16)), "offsets [16, 0]; expected [begin, end]"),
         (container({A: entry(), B: entry(offsets=(8, 24))}, bytes(24)), f"{B}: overlaps {A} in the file"),
-        (container({A: entry(offsets=(8, 24))}, bytes(24)), "damaged"),
+        (container({A: entry(offsets=(8, 24))}, bytes(24)), f"damaged: 8 bytes before {A} belong to no tensor"),
+        (container({A: entry(), B: entry(offsets=(20, 36))}, bytes(36)), f"4 bytes before {B} belong to no tensor"),
         (container(b'{"x": %s, "x": %s}' % ((json.dumps(entry()).encode(),) * 2), bytes(16)), "x: is there twice"),
     ],
 )  # fmt: skip
@@ -85,6 +88,18 @@ def test_layers_come_in_the_order_of_the_file(tmp_path):
     (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
     expected = sorted(f"layers.{i}.q_proj" for i in range(40))
     assert [list(read_adapter(tmp_path).tensors) for _ in range(3)] == [expected] * 3
+
+
+def test_tensors_may_lie_where_their_type_would_not(tmp_path):
+    path, values = tmp_path / "x.safetensors", torch.randn(2, 3)
+    header = {"half": entry("BF16", [1], (0, 2)), "float": entry("F32", [2, 3], (2, 26))}
+    half = torch.tensor([0.5], dtype=torch.bfloat16)
+    path.write_bytes(container(header, half.view(torch.uint8).numpy().tobytes() + values.numpy().tobytes()))
+    found = read_tensors(path)
+    assert found.problems == []
+    assert found.digest == hashlib.sha256(path.read_bytes()).digest()
+    for name, tensor in load_file(path).items():
+        assert torch.equal(found.value[name], tensor)
 
 
 def test_bytes_that_no_tensor_claims_are_not_read(adapter):

@@ -14,7 +14,7 @@ def test_the_comparison_has_as_many_rows_as_asked_for(tmp_path):
 def test_a_demo_replaces_demos_alone(tmp_path):
     mine = tmp_path / "mine"
     (mine / "data").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"was not made by a demo .*; choose another --output"):
+    with pytest.raises(ConfigError, match=r"was not made by a demo .*; give another --output"):
         _claim(DemoOptions(output=mine))
     assert [path.name for path in mine.iterdir()] == ["data"]
     (tmp_path / "empty").mkdir()

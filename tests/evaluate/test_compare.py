@@ -209,7 +209,7 @@ def test_an_earlier_comparison_is_not_overwritten_unasked(tiny, tmp_path, mark):
     source = resolve(str(tiny))
     (tmp_path / "out" / "runs").mkdir(parents=True)
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    with pytest.raises(ConfigError, match="holds runs, but is not a comparison of ours; choose another --output"):
+    with pytest.raises(ConfigError, match="holds runs, but is not a comparison of ours; give another --output"):
         module._claim(options(tiny, tmp_path, overwrite=True), source)
     (tmp_path / "out" / mark).write_text("{}")
     with pytest.raises(ConfigError, match="holds an earlier comparison"):

@@ -19,7 +19,7 @@ def test_its_own_data_is_not_overwritten(tiny, data_file, tmp_path, capsys):
     link.symlink_to(data_file)
     for output in (data_file, link):
         assert main(["eval", "--model", str(tiny), "--data", str(data_file), "--output", str(output)]) == 2
-        assert "is read here as data; give another --output" in capsys.readouterr().err
+        assert "is read here, and lies where this output is written; give another --output" in capsys.readouterr().err
     assert data_file.read_text() == before
 
 

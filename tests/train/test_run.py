@@ -8,8 +8,9 @@ import pytest
 from tests.conftest import chat, write_jsonl
 from tests.train.test_loop import options
 from twinlora.errors import ConfigError
+from twinlora.output import require_apart
 from twinlora.train.loop import train
-from twinlora.train.run import RunDirectory, require_apart
+from twinlora.train.run import OWN, RunDirectory
 
 
 def run_in(path):
@@ -59,21 +60,21 @@ def test_what_is_read_is_not_removed(tiny, tmp_path, earlier, kind, resume):
     given = {"resume": resume, "overwrite": not resume} | change
     data = f"{run}/checkpoints/data.jsonl@2" if kind == "data" else earlier / "data.jsonl"
     before = sorted(run.rglob("*"))
-    with pytest.raises(ConfigError, match=r"is read here, and lies where .* is written and replaced; choose another"):
+    with pytest.raises(ConfigError, match=r"is read here, and lies where this output is written; give another"):
         train(options(tiny, data, run, **given))
     assert sorted(run.rglob("*")) == before
 
 
 def test_what_lies_elsewhere_in_the_output_is_read(tmp_path):
     for name in ("data.jsonl", "models", "adapter-2"):
-        require_apart(tmp_path, [tmp_path / name])
-    with pytest.raises(ConfigError, match="choose another --output"):
-        require_apart(tmp_path, [tmp_path / "checkpoints" / "step-1" / "x"])
+        require_apart(tmp_path, [tmp_path / name], OWN)
+    with pytest.raises(ConfigError, match="give another --output"):
+        require_apart(tmp_path, [tmp_path / "checkpoints" / "step-1" / "x"], OWN)
 
 
 def test_a_directory_without_a_mark_of_a_run_is_no_run(tmp_path):
     (tmp_path / "model").mkdir()
-    with pytest.raises(ConfigError, match=r"holds model, but is not a run of ours; choose another --output"):
+    with pytest.raises(ConfigError, match=r"holds model, but is not a run of ours; give another --output"):
         run_in(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "nor does it look like one afterwards"
     (tmp_path / "metrics.jsonl").write_text("")

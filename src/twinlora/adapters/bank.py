@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twinlora import machine
 from twinlora.adapters.files import AdapterFile, require_fit
 from twinlora.adapters.lora import LoraLinear, lora_layers
 from twinlora.errors import AdapterError
@@ -52,6 +53,35 @@ class Resident:
     def nbytes(self) -> int:
         """Bytes of all layers."""
         return sum(layer.nbytes for layer in self.layers.values())
+
+
+_ALIGNMENT = 64  # bytes, of a tensor in memory
+
+
+def _packed(layers: Mapping[str, LayerWeights], like: Tensor) -> Resident:
+    """Copies in one block of memory, of the type of `like` and on its device.
+
+    B lies transposed there: neighbouring outputs are read together. On a CPU the block is a mapping of its own, since a
+    server's adapters come and go.
+    """
+    size, unit = like.dtype.itemsize, _ALIGNMENT // like.dtype.itemsize
+    sources = [t for layer in layers.values() for t in (layer.a, layer.b.T, layer.gain) if t is not None]
+    total = size * sum(-(-t.numel() // unit) * unit for t in sources)
+    on_cpu = like.device.type == "cpu"
+    block = machine.mapped(total) if on_cpu else torch.empty(total, dtype=torch.uint8, device=like.device)
+    room, at = block.view(like.dtype), 0
+
+    def copy(source: Tensor) -> Tensor:
+        nonlocal at
+        part = room[at : at + source.numel()].view(source.shape)
+        at += -(-source.numel() // unit) * unit
+        return part.copy_(source)
+
+    packed = {}
+    for name, layer in layers.items():
+        gain = None if layer.gain is None else copy(layer.gain)
+        packed[name] = LayerWeights(copy(layer.a), copy(layer.b.T).T, layer.scale, gain)
+    return Resident(packed)
 
 
 Rows = tuple[str, int, int]  # of an adapter: its key, first row, and the row after its last
@@ -202,24 +232,23 @@ class AdapterBank:
         """
         require_fit(self._model, adapter)
         require_switchable(adapter)
-        return Resident({name: self._layer(adapter, name) for name in adapter.tensors})
+        weight: Any = next(self._model.parameters())
+        with torch.no_grad():
+            return _packed(
+                {name: LayerWeights(*adapter.tensors[name], config.scale, self._gain(adapter, name, weight))
+                 for name, config in adapter.configs.items()}, weight
+            )  # fmt: skip
 
-    @torch.no_grad()
-    def _layer(self, adapter: AdapterFile, name: str) -> LayerWeights:
-        embedding: Any = next(self._model.parameters())
-        kept = {"device": embedding.device, "dtype": embedding.dtype, "copy": True}
-        config, magnitude = adapter.configs[name], adapter.magnitudes.get(name)
-        a, b = adapter.tensors[name]
-        gain = None
-        if magnitude is not None:
-            # One home for DoRA's arithmetic: the layer that trains it.
-            layer = LoraLinear(self._base(name), config)
-            layer.lora_A, layer.lora_B, layer.magnitude = (
-                nn.Parameter(t.float().to(embedding.device), requires_grad=False) for t in (a, b, magnitude)
-            )
-            gain = layer.gain(embedding.dtype).to(embedding.dtype)
-        # B lies transposed in memory: neighbouring outputs are read together.
-        return LayerWeights(a.to(**kept), b.T.contiguous().to(**kept).T, config.scale, gain)
+    def _gain(self, adapter: AdapterFile, name: str, weight: Tensor) -> Tensor | None:
+        """What DoRA multiplies by, in the type of the base's `weight`."""
+        if (magnitude := adapter.magnitudes.get(name)) is None:
+            return None
+        # One home for DoRA's arithmetic: the layer that trains it.
+        layer = LoraLinear(self._base(name), adapter.configs[name])
+        layer.lora_A, layer.lora_B, layer.magnitude = (
+            nn.Parameter(t.float().to(weight.device), requires_grad=False) for t in (*adapter.tensors[name], magnitude)
+        )
+        return layer.gain(weight.dtype)
 
     def _base(self, name: str) -> FrozenLinear:
         layer: Any = self._model.get_submodule(name)
@@ -293,6 +322,5 @@ def blend(parts: Sequence[tuple[Resident, float]]) -> Resident:
     for name in dict.fromkeys(name for part, _ in parts for name in part.layers):
         found = [(part.layers[name], weight) for part, weight in parts if name in part.layers]
         transposed = torch.cat([layer.b.T.float() * (layer.scale * weight) for layer, weight in found])
-        b = transposed.to(found[0][0].b.dtype).T
-        layers[name] = LayerWeights(torch.cat([layer.a for layer, _ in found]), b, 1.0)
-    return Resident(layers)
+        layers[name] = LayerWeights(torch.cat([layer.a for layer, _ in found]), transposed.T, 1.0)
+    return _packed(layers, next(iter(parts[0][0].layers.values())).a)

@@ -11,13 +11,14 @@ import json
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load
+import torch
 from torch import Tensor
+
+from twinlora import machine
 
 __all__ = ["Found", "read_json", "read_tensors"]
 
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 _JSON_LIMIT = 16 << 20
 _HEADER_LIMIT = 100_000_000  # that of safetensors itself
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def read_json(path: Path) -> Found[dict[str, Any]]:
 
 
 def read_tensors(path: Path) -> Found[dict[str, Tensor]]:
-    """The tensors of a safetensors file, in memory of their own; none with any problem."""
+    """The tensors of a safetensors file, over one block of memory of their own; none with any problem."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
@@ -85,57 +86,75 @@ def read_tensors(path: Path) -> Found[dict[str, Tensor]]:
         (length,) = struct.unpack("<Q", start)
         if length > min(size - 8, _HEADER_LIMIT):
             return Found({}, [f"damaged: the header claims {length:,} bytes, the file has {size:,}; fetch it again"])
-        start += file.read(length)
-        names, problems = _names(start[8:], size - 8 - length)
+        header = file.read(length)
+        places, problems = _places(header, size - 8 - length)
         if problems:
             return Found({}, problems)
-        file.seek(0)
-        data = file.read()
-    if not data.startswith(start):
-        return Found({}, ["changed while it was read; try again"])
-    try:
-        tensors = load(data)  # in no order at all
-        return Found({name: tensors[name] for name in names}, [], hashlib.sha256(data).digest())
-    except (SafetensorError, ValueError) as error:
-        return Found({}, [f"damaged: {error}"])
+        data = machine.mapped(size - 8 - length)
+        body: Any = data.numpy()
+        if file.readinto(body) < len(data):
+            return Found({}, ["changed while it was read; try again"])
+    digest = hashlib.sha256(start + header)
+    digest.update(body)
+    return Found({place.name: place.tensor(data) for place in places}, [], digest.digest())
 
 
-def _names(text: bytes, room: int) -> tuple[list[str], list[str]]:
+@dataclass(frozen=True, order=True)
+class _Place:
+    """Where a tensor lies: bytes begin .. end behind the header."""
+
+    begin: int
+    end: int
+    name: str
+    dtype: torch.dtype = field(compare=False)
+    shape: tuple[int, ...] = field(compare=False)
+
+    def tensor(self, data: Tensor) -> Tensor:
+        """A view of the bytes, or a copy of those that do not begin where their type could."""
+        part = data[self.begin : self.end]
+        return (part.clone() if self.begin % self.dtype.itemsize else part).view(self.dtype).view(self.shape)
+
+
+def _places(text: bytes, room: int) -> tuple[list[_Place], list[str]]:
     """The tensors of a header in the order of the file, which has `room` bytes after it, and what is wrong with it."""
     header, problems = _parsed(text, "the header")
     header.pop("__metadata__", None)
-    spans: list[tuple[int, int, str]] = []
+    places: list[_Place] = []
     for name, entry in header.items():
-        problem = _entry_problem(entry, room, name, spans)
-        if problem:
+        if problem := _entry_problem(entry, room):
             problems.append(f"{name[:200]}: {problem}")
-    for (_, end, one), (begin, _, other) in zip(sorted(spans), sorted(spans)[1:], strict=False):
-        if begin < end:
-            problems.append(f"{other[:200]}: overlaps {one[:200]} in the file")
-    named = max((end for _, end, _ in spans), default=0)
-    if not problems and named < room:
-        problems.append(f"damaged: {room - named:,} bytes after the last tensor; fetch it again")
-    return [name for _, _, name in sorted(spans)], problems
+        else:
+            begin, end = entry["data_offsets"]
+            places.append(_Place(begin, end, name, _TYPES[entry["dtype"]], tuple(entry["shape"])))
+    places.sort()
+    at, before = 0, ""
+    for place in places:
+        if place.begin < at:
+            problems.append(f"{place.name[:200]}: overlaps {before[:200]} in the file")
+        elif place.begin > at:
+            problems.append(f"damaged: {place.begin - at:,} bytes before {place.name[:200]} belong to no tensor")
+        at, before = place.end, place.name
+    if not problems and at < room:
+        problems.append(f"damaged: {room - at:,} bytes after the last tensor; fetch it again")
+    return places, problems
 
 
-def _entry_problem(entry: Any, room: int, name: str, spans: list[tuple[int, int, str]]) -> str | None:
-    """What is wrong with a header's entry; if nothing is, its place in the file is added to `spans`."""
+def _entry_problem(entry: Any, room: int) -> str | None:
+    """What is wrong with a header's entry."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "expected dtype, shape and data_offsets in the header"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _BYTES:
-        return f"dtype {str(dtype)[:20]}; expected one of {', '.join(_BYTES)}"
+    if not isinstance(dtype, str) or dtype not in _TYPES:
+        return f"dtype {str(dtype)[:20]}; expected one of {', '.join(_TYPES)}"
     if not (_integers(shape) and 1 <= len(shape) <= 8 and min(shape) > 0):
         return f"shape {str(shape)[:100]}; expected positive sizes"
     if not (_integers(offsets) and len(offsets) == 2 and 0 <= offsets[0] <= offsets[1]):
         return f"offsets {str(offsets)[:100]}; expected [begin, end]"
     if offsets[1] > room:
         return f"ends at byte {offsets[1]:,} of {room:,}; the file is cut short, fetch it again"
-    if offsets[1] - offsets[0] != math.prod(shape) * _BYTES[dtype]:
-        return (
-            f"{offsets[1] - offsets[0]:,} bytes; expected {math.prod(shape) * _BYTES[dtype]:,} for {shape} of {dtype}"
-        )
-    spans.append((*offsets, name))
+    nbytes = math.prod(shape) * _TYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        return f"{offsets[1] - offsets[0]:,} bytes; expected {nbytes:,} for {shape} of {dtype}"
     return None
 
 

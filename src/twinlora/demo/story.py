@@ -19,10 +19,9 @@ from twinlora.evaluate.compare import compare
 from twinlora.evaluate.metrics import predict
 from twinlora.evaluate.opening import open_model
 from twinlora.evaluate.report import Report
-from twinlora.export.output import ended_in_order
+from twinlora.output import ended_in_order, require_apart
 from twinlora.reporter import Reporter
 from twinlora.train.loop import train
-from twinlora.train.run import require_apart
 
 __all__ = ["Answer", "Story", "tell"]
 
@@ -109,7 +108,7 @@ def _claim(options: DemoOptions) -> None:
         if output.exists() and not (output.is_dir() and not any(output.iterdir())):
             raise ConfigError(
                 f"output {output}: exists and was not made by a demo (it has no {_MARK}), so that nothing in it is "
-                "replaced; choose another --output"
+                "replaced; give another --output"
             )
         atomic.write_text(output / _MARK, "")
     elif not options.overwrite and any((output / name).exists() for name in _OWN):

@@ -34,12 +34,11 @@ from twinlora.evaluate.report import BASE, Difference, General, MethodResult, Re
 from twinlora.evaluate.scores import require, title_of
 from twinlora.evaluate.stats import paired_interval, ratio_interval
 from twinlora.evaluate.verdict import judge
-from twinlora.export.output import ended_in_order
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import Source, load_tokenizer, pick_device, pick_dtype, resolve
+from twinlora.output import ended_in_order, require_apart, require_ours
 from twinlora.reporter import Reporter
 from twinlora.train.compatible import require_trainable
-from twinlora.train.run import require_apart, require_ours
 
 __all__ = ["compare"]
 

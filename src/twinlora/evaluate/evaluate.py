@@ -15,13 +15,14 @@ from twinlora.data import sources
 from twinlora.data.examples import Advice, encode_rows
 from twinlora.data.formats import Row
 from twinlora.data.template import Example
-from twinlora.errors import ConfigError, DataError
+from twinlora.errors import DataError
 from twinlora.evaluate.metrics import RowLoss, predict, row_losses
 from twinlora.evaluate.opening import Opened, open_model
 from twinlora.evaluate.scores import METRICS, field_shares, require, row_scores, summarise
 from twinlora.evaluate.stats import ratio_interval
 from twinlora.model.forward import has_plain_head, packing_refusal
 from twinlora.model.load import load_tokenizer, resolve
+from twinlora.output import require_apart
 from twinlora.reporter import Reporter
 
 __all__ = ["evaluate"]
@@ -36,7 +37,8 @@ def evaluate(options: EvalOptions, reporter: Reporter | None = None, *, advice: 
     Raises InputError for a wrong model, adapter, data file or output, BackendError.
     """
     reporter = reporter or Reporter()
-    _require_apart(options)
+    if options.output:
+        require_apart(options.output, map(Path, options.data))
     rows = sources.read(options.data, columns=options.columns, limit=options.rows, note=reporter.note).rows
     require(options.metric, rows)
     wants_loss = bool({"loss", "perplexity"} & set(options.metric))
@@ -70,12 +72,6 @@ def evaluate(options: EvalOptions, reporter: Reporter | None = None, *, advice: 
         atomic.write_text(options.output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     result["seconds"] = time.perf_counter() - start
     return result
-
-
-def _require_apart(options: EvalOptions) -> None:
-    for source in options.data:
-        if options.output is not None and options.output.resolve() == Path(source).resolve():
-            raise ConfigError(f"output {options.output}: is read here as data; give another --output")
 
 
 def _losses(opened: Opened, examples: Sequence[Example]) -> list[RowLoss]:

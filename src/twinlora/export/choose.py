@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from twinlora.evaluate.metrics import RowLoss, row_losses
 from twinlora.evaluate.stats import paired_interval
 from twinlora.export.merged import save_16bit
-from twinlora.export.output import scratch
 from twinlora.export.probes import model_answers
 from twinlora.export.subject import Subject
 from twinlora.model.forward import has_plain_head, packing_refusal
 from twinlora.model.load import load_model, resolve
 from twinlora.numerics.formats import Precision
+from twinlora.output import scratch
 from twinlora.reporter import Reporter
 
 __all__ = ["Candidate", "Choice", "choose_base", "weight_type"]

@@ -11,8 +11,8 @@ from twinlora.adapters.read import AdapterFile
 from twinlora.config import AdapterCombineOptions, AdapterCompressOptions, EvalOptions, RankOptions
 from twinlora.errors import AdapterError, ConfigError
 from twinlora.evaluate.evaluate import evaluate
-from twinlora.export.output import ADAPTER, claimed, require_apart, require_free
 from twinlora.export.subject import find_base
+from twinlora.output import ADAPTER, claimed, require_apart, require_free
 from twinlora.reporter import Reporter
 
 __all__ = ["combine", "compress"]

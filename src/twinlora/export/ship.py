@@ -27,7 +27,6 @@ from twinlora.export.deployed import prove, require_match
 from twinlora.export.gguf_lora import write_gguf_lora
 from twinlora.export.llama_cpp import LlamaCpp
 from twinlora.export.merged import save_16bit
-from twinlora.export.output import ARTEFACT, claimed
 from twinlora.export.parity import LIMITS, Limits, Parity, Runtime, compare
 from twinlora.export.probes import model_answers
 from twinlora.export.stock import Stock
@@ -35,6 +34,7 @@ from twinlora.export.subject import Subject, open_subject
 from twinlora.model.load import quiet
 from twinlora.model.quantizer import nf4_of
 from twinlora.numerics.formats import Precision
+from twinlora.output import ARTEFACT, claimed
 from twinlora.reporter import Reporter
 
 __all__ = ["export", "merge"]

@@ -23,12 +23,12 @@ from twinlora.data.formats import Row
 from twinlora.data.template import Example
 from twinlora.errors import AdapterError, ConfigError, DataError, ModelError
 from twinlora.export.merged import generation_values
-from twinlora.export.output import ARTEFACT, require_apart, require_free
 from twinlora.export.probes import Probe, probes_of
 from twinlora.model.checkpoint import Checkpoint
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import Source, load_model, load_tokenizer, resolve
 from twinlora.numerics.formats import Precision, is_format
+from twinlora.output import ARTEFACT, require_apart, require_free
 from twinlora.reporter import Reporter
 
 __all__ = ["Subject", "find_base", "open_subject"]

@@ -27,6 +27,7 @@ from twinlora.data.template import Example
 from twinlora.errors import ConfigError, Interrupted, StorageError, TrainingDiverged
 from twinlora.evaluate.metrics import mean_loss
 from twinlora.model.load import pick_device
+from twinlora.output import require_apart
 from twinlora.reporter import Reporter
 from twinlora.train import checkpoint, record, rehearsal
 from twinlora.train.choices import Choices, choose
@@ -39,7 +40,7 @@ from twinlora.train.optim import MasterAdamW, learning_rate
 from twinlora.train.prepare import prepare
 from twinlora.train.progress import Progress
 from twinlora.train.rng import restore_rng, rng_state
-from twinlora.train.run import RunDirectory, require_apart
+from twinlora.train.run import OWN, RunDirectory
 from twinlora.train.selection import Selection
 from twinlora.train.signals import StopSignals
 from twinlora.train.step import StepResult, train_step
@@ -75,7 +76,7 @@ def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResul
     shapes = require_trainable(options, inputs.source, inputs.fingerprint)
     require_known_tokens(shapes, inputs)
     require_loadable(options, shapes, notes)
-    require_apart(options.output, _read_paths(options, inputs))
+    require_apart(options.output, _read_paths(options, inputs), OWN)
     try:
         with RunDirectory(options.output, resume=options.resume, overwrite=options.overwrite) as run:
             return _train(options, inputs, run, notes, device)

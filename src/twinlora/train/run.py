@@ -5,42 +5,21 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from twinlora import atomic
 from twinlora.errors import ConfigError
+from twinlora.output import require_ours
 from twinlora.train import checkpoint
 
-__all__ = ["RunDirectory", "require_apart", "require_ours"]
+__all__ = ["OWN", "RunDirectory"]
 
 # The checkpoints go last: a removal that is cut short leaves a run that --resume continues.
-_OWN = ("run.json", "report.html", "adapter", "model", "tensorboard", "trackers.json", "metrics.jsonl", "checkpoints")
+OWN = ("run.json", "report.html", "adapter", "model", "tensorboard", "trackers.json", "metrics.jsonl", "checkpoints")
 # Only a directory with one of these is a run: others have a model/ or an adapter/, too.
 _MARKS = (".lock", "run.json", "metrics.jsonl")
-
-
-def require_apart(output: Path, read: Iterable[Path], own: Iterable[str] = _OWN) -> None:
-    """Raises ConfigError if something that is read lies in what is written to `output`, and removed from it: `own`."""
-    places = [(output / name).resolve() for name in own]
-    for path in read:
-        if any(path.resolve().is_relative_to(place) for place in places):
-            raise ConfigError(
-                f"output {output}: {path} is read here, and lies where this output is written and replaced; choose "
-                "another --output"
-            )
-
-
-def require_ours(output: Path, own: Iterable[str], marks: Iterable[str], what: str) -> list[str]:
-    """Those of `own` that are in `output`. Raises ConfigError if some are, but no mark that says that it is `what`."""
-    present = [name for name in own if (output / name).exists()]
-    if present and not any((output / mark).is_file() for mark in marks):
-        raise ConfigError(
-            f"output {output}: holds {', '.join(present)}, but is not a {what} of ours; choose another --output"
-        )
-    return present
 
 
 class RunDirectory:
@@ -58,7 +37,7 @@ class RunDirectory:
     def __enter__(self) -> Self:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output {self.path}: is a file; expected a directory to write the run to")
-        require_ours(self.path, _OWN, _MARKS, "run")
+        require_ours(self.path, OWN, _MARKS, "run")
         try:
             atomic.make_directory(self.path)
             self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
@@ -69,12 +48,12 @@ class RunDirectory:
         except BlockingIOError:
             os.close(self._lock)
             raise ConfigError(
-                f"output {self.path}: another process is writing this run; wait for it, or choose another --output"
+                f"output {self.path}: another process is writing this run; wait for it, or give another --output"
             ) from None
         except OSError as error:
             os.close(self._lock)
             raise ConfigError(
-                f"output {self.path}: this file system has no locks ({error.strerror}); choose another --output"
+                f"output {self.path}: this file system has no locks ({error.strerror}); give another --output"
             ) from None
         try:
             with atomic.writing(self.path):
@@ -93,9 +72,9 @@ class RunDirectory:
 
     def _claim(self) -> None:
         checkpoint.sweep(self.path)
-        for name in _OWN:
+        for name in OWN:
             atomic.sweep(self.path / name)
-        present = [name for name in _OWN if (self.path / name).exists()]
+        present = [name for name in OWN if (self.path / name).exists()]
         if present and self._overwrite:
             for name in present:
                 atomic.remove(self.path / name)

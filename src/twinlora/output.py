@@ -1,4 +1,4 @@
-"""The directory that an artefact goes to: one process writes it at a time, and over nothing but an earlier artefact."""
+"""Where results go: over nothing but an earlier result, nor over what is read, and from one process at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from types import FrameType
 from twinlora import atomic
 from twinlora.errors import ConfigError, Interrupted
 
-__all__ = ["ADAPTER", "ARTEFACT", "claimed", "ended_in_order", "require_apart", "require_free", "scratch"]
+__all__ = ["ADAPTER", "ARTEFACT", "claimed", "ended_in_order", "require_apart", "require_free",
+           "require_ours", "scratch"]  # fmt: skip
 
 # A directory with one of these is an earlier result, which --overwrite may replace.
 ARTEFACT, ADAPTER = ("parity.json", "export.json"), ("adapter_config.json",)
@@ -42,11 +43,24 @@ def _replaceable(output: Path, marks: Iterable[str]) -> bool:
     return any((output / mark).is_file() for mark in marks) or not any(output.iterdir())
 
 
-def require_apart(output: Path, read: Iterable[Path]) -> None:
-    """Raises ConfigError if something that is read lies in `output`."""
+def require_ours(output: Path, own: Iterable[str], marks: Iterable[str], what: str) -> list[str]:
+    """Those of `own` that are in `output`. Raises ConfigError if some are, but no mark that says that it is `what`."""
+    present = [name for name in own if (output / name).exists()]
+    if present and not any((output / mark).is_file() for mark in marks):
+        raise ConfigError(
+            f"output {output}: holds {', '.join(present)}, but is not a {what} of ours; give another --output"
+        )
+    return present
+
+
+def require_apart(output: Path, read: Iterable[Path], own: Iterable[str] = (".",)) -> None:
+    """Raises ConfigError if something that is read lies in `output`, or, given `own`, in those of its parts."""
+    places = [(output / name).resolve() for name in own]
     for path in read:
-        if path.resolve().is_relative_to(output.resolve()):
-            raise ConfigError(f"output {output}: holds {path}, which is read here; give another --output")
+        if any(path.resolve().is_relative_to(place) for place in places):
+            raise ConfigError(
+                f"output {output}: {path} is read here, and lies where this output is written; give another --output"
+            )
 
 
 @contextmanager
