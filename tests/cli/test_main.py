@@ -99,6 +99,12 @@ def test_wrong_recipes(tmp_path, text, message):
         (["compare", *COMPARE, "--init", "loftq"], 2, "with it compare qlora alone"),
         (["compare", *COMPARE, "--lr", "5e-4"], 2, "give --lr-grid 0.0005 instead"),
         (["train", *REQUIRED, "--dense-copies", "4GiB"], 2, "dense_copies are of weights in 4 bit"),
+        (
+            ["train", *REQUIRED, "--block-size", "128"],
+            2,
+            "block_size: of quantised weights, which method lora has none",
+        ),
+        (["chat", "--model", "x", "--no-double-quant"], 2, "double_quant: of quantised weights, which precision 16bit"),
         (["chat", "--model", "m", "--adapter", "dir"], 2, "expected NAME=DIR"),
     ],
 )

@@ -274,6 +274,9 @@ def test_a_signal_ends_the_process_of_a_run_and_says_what_is_lost(tiny, tmp_path
 def test_methods_get_the_options_that_they_have(tiny, tmp_path):
     given = options(tiny, tmp_path, methods=["lora", "full"], rank=4, dora=True, lora_plus_ratio=4.0)
     assert module._of_method(given, "lora") == given
+    given = given.model_copy(update={"block_size": 128})
+    assert [module._of_method(given, name).block_size for name in ("lora", "qlora", "full")] == [64, 128, 64]
+    assert worker.train_options(module._of_method(given, "lora"), "lora").rank == 4
     full = worker.train_options(module._of_method(given, "full"), "full")
     assert (full.rank, full.dora, full.lora_plus_ratio, full.batch_size) == (16, False, 1.0, 8)
 

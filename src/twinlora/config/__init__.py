@@ -9,6 +9,7 @@ from twinlora.config.export import (
     RankOptions,
 )
 from twinlora.config.groups import (
+    QUANTISED,
     AdapterOptions,
     DataOptions,
     ExtentOptions,
@@ -39,6 +40,7 @@ from twinlora.config.verbs import (
 )
 
 __all__ = [
+    "QUANTISED",
     "AdapterCombineOptions",
     "AdapterCompressOptions",
     "AdapterInspectOptions",

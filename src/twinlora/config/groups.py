@@ -92,6 +92,17 @@ class ModelOptions(TokenizerOptions):
     )
 
 
+QUANTISED = ("block_size", "double_quant")  # options of quantised weights
+
+
+def forbid_quantised(options: ModelOptions, what: str) -> None:
+    """Raise ValueError if `options` say how weights are quantised, where `what` quantises none."""
+    if unused := changed(options, *QUANTISED):
+        raise ValueError(
+            f"{' and '.join(unused)}: of quantised weights, which {what} has none of: leave out one or the other"
+        )
+
+
 class AdapterOptions(BaseModel):
     """The low-rank matrices."""
 
@@ -157,6 +168,8 @@ class PrecisionOptions(ModelOptions, LayerOptions):
             raise ValueError(f"precision bf16 and dtype {self.dtype} exclude each other: leave one out, or say 16bit")
         if self.layer_precision is not None and self.precision not in ("16bit", "auto", "hybrid"):
             raise ValueError(f"layer_precision says each layer's format: leave out precision {self.precision}")
+        if self.precision in ("16bit", "bf16") and self.layer_precision is None:
+            forbid_quantised(self, f"precision {self.precision}")
         return self
 
 

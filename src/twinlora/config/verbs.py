@@ -22,6 +22,7 @@ from twinlora.config.groups import (
     SourceOptions,
     TokenizerOptions,
     changed,
+    forbid_quantised,
 )
 from twinlora.config.values import (
     AnswerMetric,
@@ -60,6 +61,12 @@ class LoadOptions(ModelOptions):
 
     precision: Literal["16bit", "nf4"] = Field("16bit", description="Base precision.")
     adapter: Path | None = Field(None, description="Continue this PEFT adapter, or that of a run's directory.")
+
+    @model_validator(mode="after")
+    def _quantised(self) -> Self:
+        if self.precision == "16bit":
+            forbid_quantised(self, "precision 16bit")
+        return self
 
 
 class AttachOptions(AdapterOptions):
@@ -148,6 +155,8 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, HybridOptions, DataOpt
             raise ValueError("goal is what plan auto chooses for: add plan auto, or leave goal out")
         if self.method == "full" and (unused := changed(self, *AdapterOptions.model_fields, "lora_plus_ratio")):
             raise ValueError(f"{' and '.join(unused)}: of adapters, which method full has none of: leave them out")
+        if self.method in ("lora", "full"):
+            forbid_quantised(self, f"method {self.method}")
         return self
 
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from twinlora import atomic, machine
-from twinlora.config import AdapterOptions, CompareOptions
+from twinlora.config import QUANTISED, AdapterOptions, CompareOptions
 from twinlora.data import sources
 from twinlora.data.examples import encode_rows
 from twinlora.data.formats import Row, write_rows
@@ -45,7 +45,7 @@ __all__ = ["compare"]
 _OWN = ("data", "search", "runs", "report.json", "report.html")
 # Only a directory with one of these is a comparison: others have a data/, too. The first is there from the start.
 _MARKS = (".comparison", "report.json")
-_UNUSED = (*AdapterOptions.model_fields, "lora_plus_ratio")  # where all weights are trained
+_ADAPTERS = (*AdapterOptions.model_fields, "lora_plus_ratio")
 _SAMPLES = 6
 _SEARCH_SHARE = 4  # a search run sees a quarter of the rows unless told otherwise
 _FAILURES = (TrainingDiverged, OutOfMemory, BackendError)  # of one method
@@ -199,10 +199,10 @@ def _prompt(row: Row) -> str:
 
 
 def _of_method(options: CompareOptions, method: str) -> CompareOptions:
-    """`options` without those of adapters where `method` has none."""
+    """`options` without those of adapters, or of quantised weights, where `method` has none."""
     fields = CompareOptions.model_fields
-    unused = {name: fields[name].get_default() for name in _UNUSED if method == "full"}
-    return options.model_copy(update=unused)
+    unused = {"full": (*_ADAPTERS, *QUANTISED), "lora": QUANTISED}.get(method, ())
+    return options.model_copy(update={name: fields[name].get_default() for name in unused})
 
 
 def _claim(options: CompareOptions, source: Source) -> None:
