@@ -3,6 +3,8 @@
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from twinlora.errors import ModelError
 from twinlora.model.checkpoint import Checkpoint
@@ -25,3 +27,14 @@ def test_a_file_that_is_not_whole_is_named(tiny, tmp_path, kept):
     for look in (checkpoint.read, checkpoint.shape):
         with pytest.raises(ModelError, match="fetch it again"):
             look("model.norm.weight")
+
+
+def test_a_tensor_of_a_layer_that_has_no_place_for_it_is_not_passed_on(tiny, tmp_path):
+    directory = shutil.copytree(tiny, tmp_path / "m")
+    file, lost = directory / "model.safetensors", "model.layers.0.self_attn.q_proj.bias"
+    tensors = load_file(file)
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, file)
+    Checkpoint(resolve(str(directory)))
+    save_file(tensors | {lost: torch.ones(64)}, file)
+    with pytest.raises(ModelError, match=f"1 tensor\\(s\\) of unknown use\n  left over: {lost}, for which the model"):
+        Checkpoint(resolve(str(directory)))

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from twinlora.errors import ModelError
 from twinlora.model import bnb4
 from twinlora.model.linear import is_linear
-from twinlora.model.load import Source, load_model, skeleton
+from twinlora.model.load import Source, left_over, load_model, skeleton
 from twinlora.model.quantizer import quantizable
 from twinlora.numerics.ops import QuantTensor
 
@@ -78,6 +78,10 @@ class Checkpoint:
             raise ModelError(
                 f"model {self.source.given}: its files name tensors otherwise than the model ({shown} not found); "
                 "load and save it with transformers once, and give that directory"
+            )
+        if lost := left_over(model, self.names):
+            raise ModelError(
+                f"model {self.source.given}: {len(lost)} tensor(s) of unknown use\n  " + "\n  ".join(lost[:20])
             )
 
     def _has_own_head(self) -> bool:

@@ -35,6 +35,7 @@ from twinlora.numerics.formats import Precision
 
 __all__ = [
     "Source",
+    "left_over",
     "load_model",
     "load_tokenizer",
     "pick_device",
@@ -190,7 +191,7 @@ def load_model(
     except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model {source.given}: could not be loaded: {error}") from error
     unread = [f"{name}: its 4-bit weight fits no layer" for name in config.stored or ()] if quantize else []
-    _refuse_incomplete(source, info, config.problems + unread + _left_over(model, info.get("unexpected_keys", ())))
+    _refuse_incomplete(source, info, config.problems + unread + left_over(model, info.get("unexpected_keys", ())))
     if source.is_gguf:
         config.look_at(model)
         for name in config.formats:
@@ -251,7 +252,7 @@ def quiet(function: Any, **arguments: Any) -> Any:
             hf_logging.enable_progress_bar()
 
 
-def _left_over(model: nn.Module, keys: Iterable[str]) -> list[str]:
+def left_over(model: nn.Module, keys: Iterable[str]) -> list[str]:
     """Tensors of the checkpoint below a linear layer that has no place for them: without them it computes otherwise.
 
     Whatever else transformers did not expect (rotary tables, parts of another head) it leaves out on purpose.
