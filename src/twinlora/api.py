@@ -14,7 +14,7 @@ from twinlora.adapters.hf import without_adapters
 from twinlora.adapters.targets import LoraConfig
 from twinlora.config import AttachOptions, LoadOptions, TrainOptions, validated
 from twinlora.data.collate import PackedCollator, features
-from twinlora.data.examples import encode_rows
+from twinlora.data.examples import Advice, encode_rows
 from twinlora.data.sources import read_rows
 from twinlora.data.template import encode_chat, encode_text
 from twinlora.errors import ConfigError
@@ -25,6 +25,8 @@ from twinlora.model.forward import evaluating
 from twinlora.model.load import precision_by_layer, resolve
 from twinlora.reporter import ConsoleReporter
 from twinlora.train.loop import TrainResult, train
+
+_ADVICE = Advice("give max_length={longest}, or shorten these rows", "mend them, or leave them out")
 
 __all__ = ["PackedCollator", "attach", "encode", "finetune", "generate", "load", "without_adapters"]
 
@@ -88,7 +90,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase, data: str | Path | Sequence[str], max_length: int = 2048
 ) -> list[dict[str, list[int]]]:
     """The rows of sources as `input_ids` and `labels`, with loss on the answers alone. Raises DataError."""
-    return features(encode_rows(tokenizer, read_rows(data), max_length))
+    return features(encode_rows(tokenizer, read_rows(data), max_length, advice=_ADVICE))
 
 
 def generate(

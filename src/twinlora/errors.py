@@ -89,7 +89,7 @@ class ParityError(TwinloraError):
 
 
 class Interrupted(TwinloraError):
-    """A signal asked the run to stop; its state is saved."""
+    """A signal has ended it; the message says what is kept, and what is lost."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)

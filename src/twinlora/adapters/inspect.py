@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from twinlora.adapters.loaders import Traits, refused, setting
+from twinlora.adapters.loaders import found_in, refused, setting
 from twinlora.adapters.passport import Passport
 from twinlora.adapters.passport import read as read_passport
 from twinlora.adapters.read import CONFIG, WEIGHTS, AdapterFile
@@ -73,7 +73,7 @@ def inspect(adapter: AdapterFile) -> Inspection:
         # DoRA's magnitudes and whole modules act without B.
         does_nothing=not modules and not adapter.magnitudes and all(layer.update_norm == 0 for layer in layers),
         passport=read_passport(adapter.directory),
-        loaders=_loaders(adapter, layers),
+        loaders=_loaders(adapter),
     )
 
 
@@ -90,17 +90,8 @@ def _product_norm(a: Tensor, b: Tensor) -> float:
     return float(((b.T @ b) * (a @ a.T)).sum().clamp_(min=0).sqrt())
 
 
-def _loaders(adapter: AdapterFile, layers: list[Layer]) -> list[Loader]:
-    o = adapter.options
-    alpha, rank = o.get("lora_alpha", 8), o.get("r", 8)
-    traits = Traits(
-        ranks={layer.name: layer.rank for layer in layers},
-        scales={layer.name: layer.scale for layer in layers},
-        told=alpha / (rank**0.5 if o.get("use_rslora") else rank),
-        dora=bool(adapter.magnitudes),
-        saved=list(adapter.modules),
-        unsaid=[key for key in ("r", "lora_alpha", "target_modules") if key not in o],
-    )
+def _loaders(adapter: AdapterFile) -> list[Loader]:
+    traits = found_in(adapter)
     found = []
     for name, program in (("twinlora", None), ("peft", "peft"), ("transformers", "transformers"), ("vLLM", "vllm"),
                           ("llama.cpp", "llama.cpp")):  # fmt: skip

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from twinlora.adapters.files import usual
+from twinlora.adapters.files import AdapterFile, usual
 from twinlora.adapters.targets import LoraConfig, resolve_modules, resolve_targets
 from twinlora.config import AdapterOptions
 
-__all__ = ["GGUF_MODELS", "VLLM_RANKS", "Refusal", "Traits", "nearest", "planned", "refused", "setting"]
+__all__ = ["GGUF_MODELS", "VLLM_RANKS", "Refusal", "Traits", "found_in", "nearest", "planned", "refused", "setting"]
 
 # The values that vLLM's --max-lora-rank takes.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -26,7 +26,8 @@ GGUF_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "p
 class Traits:
     """What the rules look at.
 
-    `told`: the one scale that r and lora_alpha of the configuration stand for; `unsaid`: keys that it lacks.
+    `told`: the one scale that r and lora_alpha of the configuration stand for; `unsaid`: keys that it lacks; `tied`:
+    whether the base's head is known to be its embedding.
     """
 
     ranks: dict[str, int]
@@ -35,6 +36,7 @@ class Traits:
     dora: bool
     saved: list[str]
     unsaid: list[str] = field(default_factory=list)
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,11 @@ def refused(program: str, traits: Traits) -> list[Refusal]:
         found.append(Refusal("no DoRA", "dora"))
     if traits.saved:
         found.append(Refusal(f"no modules_to_save ({', '.join(traits.saved)})", "modules"))
+    on_head = any(name.rpartition(".")[2] == "lm_head" for name in traits.ranks)
     if program == "llama.cpp":  # scales of layers that differ are folded into B when the file is written
-        return found
-    if any(name.rpartition(".")[2] == "lm_head" for name in traits.ranks):
+        tied = Refusal("no adapter on a head that is tied to the embedding", "head")
+        return [*found, tied] if on_head and traits.tied else found
+    if on_head:
         found.append(Refusal("no adapter on lm_head", "head"))
     highest = max(traits.ranks.values(), default=1)
     if highest > VLLM_RANKS[-1]:
@@ -86,7 +90,23 @@ def planned(model: nn.Module, options: AdapterOptions) -> Traits:
     scales = {name: layer.scale for name, layer in layers.items()}
     rank, _ = usual(ranks)
     alpha, _ = usual({name: round(scales[name] * ranks[name], 9) for name in layers})
-    return Traits(ranks, scales, (alpha or 8) / (rank or 8), options.dora, resolve_modules(model, lora))
+    tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    return Traits(ranks, scales, (alpha or 8) / (rank or 8), options.dora, resolve_modules(model, lora), tied=tied)
+
+
+def found_in(adapter: AdapterFile, *, tied: bool = False) -> Traits:
+    """The traits of an adapter on disk."""
+    o, configs = adapter.options, adapter.configs
+    alpha, rank = o.get("lora_alpha", 8), o.get("r", 8)
+    return Traits(
+        ranks={name: config.rank for name, config in configs.items()},
+        scales={name: config.scale for name, config in configs.items()},
+        told=alpha / (rank**0.5 if o.get("use_rslora") else rank),
+        dora=bool(adapter.magnitudes),
+        saved=list(adapter.modules),
+        unsaid=[key for key in ("r", "lora_alpha", "target_modules") if key not in o],
+        tied=tied,
+    )
 
 
 def nearest(refusals: list[Refusal], options: AdapterOptions) -> dict[str, Any]:

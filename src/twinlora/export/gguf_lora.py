@@ -11,6 +11,7 @@ from typing import Any
 
 from gguf import GGUFType, GGUFWriter, Keys
 
+from twinlora.adapters.loaders import found_in, refused
 from twinlora.adapters.read import AdapterFile
 from twinlora.errors import AdapterError
 from twinlora.export import families
@@ -20,14 +21,11 @@ __all__ = ["write_gguf_lora"]
 
 def write_gguf_lora(adapter: AdapterFile, config: Any, path: Path, name: str) -> None:
     """Write the adapter, in float32. Raises AdapterError for parts that llama.cpp cannot add."""
-    problems = ["DoRA"] if adapter.magnitudes else []
-    problems += [f"modules_to_save ({', '.join(adapter.modules)})"] if adapter.modules else []
-    adapted = {name.rpartition(".")[2] for name in adapter.tensors}
-    if "lm_head" in adapted and getattr(config, "tie_word_embeddings", False):
-        problems.append("head that is tied to the embedding")
-    if problems:
+    traits = found_in(adapter, tied=bool(getattr(config, "tie_word_embeddings", False)))
+    if problems := refused("llama.cpp", traits):
+        reasons = " and ".join(problem.reason for problem in problems)
         raise AdapterError(
-            f"adapter {adapter.directory}: llama.cpp loads no {' and no '.join(problems)} in an adapter; "
+            f"adapter {adapter.directory}: llama.cpp loads {reasons} in an adapter; "
             "fold it in: twinlora export --to gguf"
         )
     family = families.family_of(config)
