@@ -8,6 +8,14 @@ from twinlora.numerics.formats import NF4Format
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
+
+@pytest.fixture(autouse=True)
+def _uncompiled():
+    """It hands odd shapes to torch.compile, which takes 20 seconds for the first one."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

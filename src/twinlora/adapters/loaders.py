@@ -118,7 +118,10 @@ def nearest(refusals: list[Refusal], options: AdapterOptions) -> dict[str, Any]:
     if "modules" in remedies:
         changes["modules_to_save"] = []
     if "head" in remedies:
-        changes["exclude"] = [*options.exclude, "lm_head"]
+        if "lm_head" in options.target:
+            changes["target"] = [name for name in options.target if name != "lm_head"] or ["all-linear"]
+        else:  # a pattern has found it
+            changes["exclude"] = [*options.exclude, "lm_head"]
     highest = VLLM_RANKS[-1] // (2 if options.init == "pissa" else 1)
     ranks = {name: int(value) for name, _, value in (entry.rpartition("=") for entry in options.rank_pattern)}
     if "rank" in remedies:
