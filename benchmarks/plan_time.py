@@ -2,32 +2,34 @@
 
     python benchmarks/plan_time.py --model DIR [--scratch DIR] [--output benchmarks/results/plan_time.json]
 
-Before each cell the rates are measured: products, attention, copies, steps of two small models of its own, nothing of any cell (each time
-anew, because a rented machine's speed changes within minutes). Then the cell is predicted from its configuration and these
-rates, and measured in a process of its own that loads the checkpoint as training does: the median of its steps after one or two
-that do not count. Run it on a quiet machine, with all of its cores.
+For each cell the rates are measured anew: products, attention, copies, steps of two small models of its own, nothing of any cell. The
+cell is predicted from its configuration and these rates. It runs in a process of its own that loads the checkpoint as
+training does, and is timed between the turns of the calibration, since a rented machine's speed changes within minutes: the
+median of its steps, of which the first one or two do not count. Run it on a quiet machine, with all of its cores.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import re
 import shutil
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import harness  # puts src on the path
 import plan_memory
 
-_SECONDS, _LEAST, _MOST = 8.0, 5, 60  # of steps of a cell that count
-_LONG = 6.0  # seconds from which on a step counts after one before it, and three will do
+_SECONDS, _LEAST, _MOST = 4.0, 2, 30  # of steps of a cell that count, after each turn of the calibration
+_LONG = 6.0  # seconds from which on a step counts after one before it, and one a turn will do
 
 
 def measure(connection: Any, directory: str, cell: Any) -> None:
-    """The body of a cell's process: seconds of each step."""
+    """The body of a cell's process: seconds of some steps, each time it is asked; the first time nothing but readiness."""
     from twinlora import machine
     from twinlora.model.load import resolve
 
@@ -38,36 +40,66 @@ def measure(connection: Any, directory: str, cell: Any) -> None:
     long = time.perf_counter() - begun > _LONG
     if not long:
         step()
-    seconds: list[float] = []
-    end = time.perf_counter() + _SECONDS
-    while len(seconds) < (3 if long else _LEAST) or (time.perf_counter() < end and len(seconds) < _MOST):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    connection.send(seconds)
+    connection.send([])
+    while connection.recv():
+        seconds: list[float] = []
+        end = time.perf_counter() + _SECONDS
+        while len(seconds) < (1 if long else _LEAST) or (time.perf_counter() < end and len(seconds) < _MOST):
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+        connection.send(seconds)
 
 
 def calibrate(connection: Any) -> None:
-    """In a process of its own: the rates, and how long they took."""
+    """The body of the calibration's: after every turn it waits for the cell; at the end the rates, and how long they took."""
     import torch
 
     from twinlora.plan import calibrate
     from twinlora.reporter import Reporter
 
-    start = time.perf_counter()
-    rates = calibrate.measure(torch.device("cpu"), Reporter())
-    connection.send((rates, time.perf_counter() - start))
+    start, waited = time.perf_counter(), 0.0
+
+    class Turns(Reporter):
+        def progress(self, stage: str, number: int, total: int, text: str = "") -> None:
+            nonlocal waited
+            if number % (total // calibrate.TURNS) == 0:
+                begun = time.perf_counter()
+                connection.send(None)
+                connection.recv()
+                waited += time.perf_counter() - begun
+
+    rates = calibrate.measure(torch.device("cpu"), Turns())
+    connection.send((rates, time.perf_counter() - start - waited))
 
 
-def in_process(body: Any, *arguments: Any) -> Any:
+@contextlib.contextmanager
+def process(body: Any, *arguments: Any) -> Iterator[Any]:
+    """`body(connection, …)` in a process of its own; our end of the connection."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=body, args=(theirs, *arguments))
-    process.start()
+    running = context.Process(target=body, args=(theirs, *arguments))
+    running.start()
     theirs.close()
-    found = ours.recv()
-    process.join()
-    return found
+    try:
+        yield ours
+    finally:
+        ours.close()
+        running.kill()
+        running.join()
+
+
+def timed(directory: str, cell: Any) -> tuple[Any, float, list[float]]:
+    """The rates, the seconds that they took, and those of the cell's steps."""
+    seconds: list[float] = []
+    with process(measure, directory, cell) as steps:
+        steps.recv()
+        with process(calibrate) as calibration:
+            while (found := calibration.recv()) is None:
+                steps.send(True)
+                seconds += steps.recv()
+                calibration.send(None)
+    return *found, seconds
 
 
 def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
@@ -78,9 +110,8 @@ def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
 
     counts = simulate(AutoConfig.from_pretrained(directory), cell).counts
     tokens = sum(cell.lengths)
-    rates, calibration = in_process(calibrate)
+    rates, calibration, seconds = timed(directory, cell)
     predicted = rates.step_seconds(counts, tokens)
-    seconds = in_process(measure, directory, cell)
     measured = statistics.median(seconds)
     row = {"model": name, "method": cell.method, "shape": shape, "checkpointing": cell.checkpointing}
     row |= {"predicted": predicted, "by_kind": rates.seconds_by_kind(counts, tokens), "measured": measured}

@@ -22,7 +22,7 @@ def quick(monkeypatch, tmp_path):
     """Every piece once, and each takes a millisecond; a call's own overhead a microsecond, in a step, too,
     and nothing is slower there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(calibrate, "_TURNS", 1)
+    monkeypatch.setattr(calibrate, "TURNS", 1)
     monkeypatch.setattr(calibrate, "_time", lambda call, device, at_least=0.0: 1e-3)
     monkeypatch.setattr(calibrate, "_dispatch", lambda device: 1e-6)
     monkeypatch.setattr(calibrate, "_overhead", lambda step, rates: rates.overhead)
@@ -91,7 +91,7 @@ def test_a_call_takes_what_half_of_them_exceed(monkeypatch):
 
 def test_of_all_turns_the_median_counts(quick, monkeypatch):
     """A machine that is slow in one turn of three, or fast, is not believed."""
-    monkeypatch.setattr(calibrate, "_TURNS", 3)
+    monkeypatch.setattr(calibrate, "TURNS", 3)
     curve, make = next(piece for piece in calibrate._pieces(CPU) if piece[0] == "product bfloat16")
     monkeypatch.setattr(calibrate, "_pieces", lambda device: iter([(curve, make)]))
     once = calibrate.measure(CPU, Reporter()).curves[curve]

@@ -31,9 +31,9 @@ from twinlora.plan.simulate import Cell, simulate
 from twinlora.plan.speed import Curve, Measured, computes, launches
 from twinlora.reporter import Reporter
 
-__all__ = ["calibrate", "hardware", "load", "measure", "store"]
+__all__ = ["TURNS", "calibrate", "hardware", "load", "measure", "store"]
 
-_TURNS = 3
+TURNS = 3
 _SECONDS = 0.1  # of a turn, for each piece
 _LEAST, _MOST = 3, 2000  # calls of a piece in a turn
 _STEPS_SECONDS = 1.5  # of a turn, for the steps that all rates are scaled by
@@ -58,7 +58,7 @@ def measure(device: torch.device, reporter: Reporter) -> Measured:
     tiny, small = _Step(probe.TINY, device), _Step(probe.SMALL, device)
     dispatches: list[float] = []
     times: list[list[float]] = [[] for _ in pieces]
-    for turn in range(_TURNS):
+    for turn in range(TURNS):
         dispatches.append(_dispatch(device))
         for number, (curve, make) in enumerate(pieces):
             with torch.no_grad():
@@ -66,7 +66,7 @@ def measure(device: torch.device, reporter: Reporter) -> Measured:
                 if not turn:
                     kinds.append(_main(_count(call)))
                 times[number].append(_time(call, device))
-            reporter.progress("calibrating", turn * len(pieces) + number + 1, _TURNS * len(pieces), curve)
+            reporter.progress("calibrating", turn * len(pieces) + number + 1, TURNS * len(pieces), curve)
         tiny.time(device, _SECONDS)
         small.time(device, _STEPS_SECONDS)
     dispatch = statistics.median(dispatches)
