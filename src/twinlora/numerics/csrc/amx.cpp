@@ -5,6 +5,7 @@
 // in the second cache for all of x, and the next panel is fetched meanwhile. x is laid out anew, as pairs of k by rows.
 //
 // A sum takes its products in the order of k whatever M is: a row's result depends on it alone, with NF4 from three rows on.
+#include "amx.hpp"
 #include "products.hpp"
 #include "tiles.hpp"
 
@@ -16,8 +17,6 @@
 namespace twinlora {
 namespace {
 
-constexpr i64 side = 16;            // rows of a tile
-constexpr i64 depth = 32;           // values of k in a tile
 constexpr i64 tile = side * depth;  // its values
 constexpr i64 two = 2 * side;       // rows of a panel of the weight, and of a block of x
 constexpr i64 chunk_values = 256;   // of a row that are decoded at a time
@@ -31,48 +30,6 @@ bool supported() {
     constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return (d & bf16) && (d & tiles) && syscall(SYS_arch_prctl, request, tile_data) == 0;
 }
-
-// GCC's tile instructions do not say that they read and write memory.
-inline void settle() { __asm__ volatile("" ::: "memory"); }
-
-// Tiles 0 to 3 hold sums (first and second 16 rows of the weight, each by the first and second 16 of x), 4 and 5 the weight,
-// 6 and 7 x. oneDNN keeps a configuration of its own in the same threads, which is given back.
-class TileFile {
-public:
-    TileFile() {
-        _tile_storeconfig(&before_);
-        settle();
-    }
-    ~TileFile() {
-        settle();
-        _tile_loadconfig(&before_);
-    }
-    TileFile(const TileFile&) = delete;
-    TileFile& operator=(const TileFile&) = delete;
-
-    // For panels of `rows` rows of the weight.
-    void configure(i64 rows) {
-        if (rows == rows_) return;
-        Config config{};
-        config.palette = 1;
-        for (int t = 0; t < 8; ++t) config.bytes[t] = 64, config.rows[t] = side;
-        for (const int t : {0, 1, 4}) config.rows[t] = static_cast<u8>(std::min(rows, side));
-        if (rows > side)
-            for (const int t : {2, 3, 5}) config.rows[t] = static_cast<u8>(rows - side);
-        settle();
-        _tile_loadconfig(&config);
-        rows_ = rows;
-    }
-
-private:
-    struct alignas(64) Config {
-        u8 palette, start, reserved[14];
-        u16 bytes[16];  // of a row
-        u8 rows[16];
-    };
-    Config before_;
-    i64 rows_ = 0;
-};
 
 // x [M, K] -> tiles of pairs [16 pairs of k][16 rows], for each 16 rows (the last ones filled up with zeros) k by k.
 // `Split`: of every 64 values those with even index, then those with odd index.

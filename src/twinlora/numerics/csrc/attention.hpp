@@ -44,7 +44,7 @@ struct AttentionItem {
 using AttentionForward = void(const Attention&, const AttentionItem&);
 
 // `part` has room for float32 dK and dV of the item's sequence and key/value head (2 * D values a key, keys rounded up to
-// whole blocks). The item writes those of its own keys; attention_add adds them to another's, and attention_store writes
+// whole blocks). The item writes those of its own keys; `add` adds them to another's, and `store` writes
 // a sum to dk and dv. An item that is alone with its keys has nullptr and does so itself.
 using AttentionBackward = void(const Attention&, const AttentionItem&, float* part);
 using AttentionAdd = void(const Attention&, const AttentionItem&, float* part, float* total);
@@ -60,11 +60,14 @@ struct AttentionStep : Heads {
 // must be there.
 using AttentionStepItem = void(const AttentionStep&, std::int64_t token, std::int64_t kv_head);
 
-// nullptr where the compiler cannot; needs what the path avx512-bf16 needs.
-extern AttentionForward* const attention_forward;
-extern AttentionBackward* const attention_backward;
-extern AttentionAdd* const attention_add;
-extern AttentionStore* const attention_store;
+// nullptr where the compiler cannot. They need what the paths avx512-bf16 and amx-bf16 need, the last two the former.
+struct AttentionKernels {
+    AttentionForward* forward;
+    AttentionBackward* backward;
+    AttentionAdd* add;
+    AttentionStore* store;
+};
+extern const AttentionKernels attention_avx512, attention_amx;
 extern AttentionStepItem* const attention_append;
 extern AttentionStepItem* const attention_step;
 

@@ -74,8 +74,9 @@ std::vector<Sequence> sequences_by_cost(const Attention& a, bool backward) {
 // The backward pass: items are handed out in order, and what they leave in memory of their own is added in that order.
 class Backward {
    public:
-    Backward(const Attention& a, const AttentionWork& work, AttentionParts parts, float* memory)
-        : a_(a), work_(work), parts_(work.items.size()), added_(work.first), adding_(work.first.size()) {
+    Backward(const Attention& a, const AttentionKernels& kernels, const AttentionWork& work, AttentionParts parts,
+             float* memory)
+        : a_(a), kernels_(kernels), work_(work), parts_(work.items.size()), added_(work.first), adding_(work.first.size()) {
         for (i64 i = parts.count; i--;) free_.push_back(memory + i * parts.floats);
     }
 
@@ -108,7 +109,7 @@ class Backward {
         // The others are added to the unit's first, which has to have a value for every key.
         if (part && i == first && item.keys < whole)
             std::fill_n(part, 2 * a_.size * divide_up(whole, attention_block) * attention_block, 0.0f);
-        attention_backward(a_, item, part);
+        kernels_.backward(a_, item, part);
     }
 
     // Adds what is there and next in the unit's order; one thread at a time does so for a unit.
@@ -119,14 +120,14 @@ class Backward {
         for (i64& i = added_[unit]; i < end && parts_[i]; ++i) {
             if (i == first) continue;
             lock.unlock();
-            attention_add(a_, work_.items[i], parts_[i], parts_[first]);
+            kernels_.add(a_, work_.items[i], parts_[i], parts_[first]);
             lock.lock();
             release(parts_[i]);
         }
         adding_[unit] = false;
         if (added_[unit] < end) return;
         lock.unlock();
-        attention_store(a_, work_.items[first], parts_[first]);
+        kernels_.store(a_, work_.items[first], parts_[first]);
         lock.lock();
         release(parts_[first]);
     }
@@ -137,6 +138,7 @@ class Backward {
     }
 
     const Attention& a_;
+    const AttentionKernels& kernels_;
     const AttentionWork& work_;
     std::mutex mutex_;  // of all below
     std::condition_variable freed_;
@@ -183,19 +185,19 @@ AttentionParts attention_parts(const AttentionWork& work, i64 size, int threads)
     return {2 * keys * size, items ? std::min(items, threads + 1 + divide_up(threads - 1, fewest)) : 0};
 }
 
-void run_attention(const Attention& a, bool backward, int threads) {
+void run_attention(const Attention& a, const AttentionKernels& kernels, bool backward, int threads) {
     const AttentionWork work = cut_attention(a, backward);
     const i64 items = static_cast<i64>(work.items.size());
     const int used = static_cast<int>(std::min<i64>(threads, items));
     if (backward) {
         thread_local Kept<float> kept;
         const AttentionParts parts = attention_parts(work, a.size, used);
-        Backward pass(a, work, parts, kept.at_least(parts.count * parts.floats));
+        Backward pass(a, kernels, work, parts, kept.at_least(parts.count * parts.floats));
         return parallel_for(used, used, 1, [&](i64, i64) { pass.run(); });
     }
     std::atomic<i64> next{0};
     parallel_for(used, used, 1, [&](i64, i64) {
-        for (i64 i = next++; i < items; i = next++) attention_forward(a, work.items[i]);
+        for (i64 i = next++; i < items; i = next++) kernels.forward(a, work.items[i]);
     });
 }
 

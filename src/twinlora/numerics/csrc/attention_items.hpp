@@ -25,6 +25,6 @@ struct AttentionParts {
 };
 AttentionParts attention_parts(const AttentionWork& work, std::int64_t size, int threads);
 
-void run_attention(const Attention& a, bool backward, int threads);
+void run_attention(const Attention& a, const AttentionKernels& kernels, bool backward, int threads);
 
 }  // namespace twinlora

@@ -150,7 +150,7 @@ void multiply_rows(Address x, const std::vector<Weight>& weights, std::int64_t r
 }
 
 // For attention and what stands between the products: in AVX-512 or not at all.
-bool has_blocks() { return (path == &avx512 || path == &amx) && attention_forward && elementwise; }
+bool has_blocks() { return (path == &avx512 || path == &amx) && attention_avx512.forward && elementwise; }
 
 constexpr std::int64_t element_grain = 1 << 13;  // values of a thread's share, at least
 
@@ -177,7 +177,7 @@ void attend(bool backward, const std::vector<Address>& tensors, const std::vecto
         a.dout = pointer<const T>(tensors[7]);
         a.dq = pointer<T>(tensors[8]), a.dk = pointer<T>(tensors[9]), a.dv = pointer<T>(tensors[10]);
     }
-    run_attention(a, backward, threads);
+    run_attention(a, path == &amx ? attention_amx : attention_avx512, backward, threads);
 }
 
 // Per item of `attend`: sequence, heads [first, last), queries [first, last), keys. And the bytes for parts of dK and dV.

@@ -1,7 +1,7 @@
-// Products of bfloat16 blocks with float32 sums: what the attention is made of.
+// The panels that bfloat16 products take as their right-hand side, and what lays them out.
 //
-// The right-hand side is packed once into panels of 32 columns: for every 32 values of k two tiles [16][16] of pairs
-// (k, k + 1), 16 columns each. The left-hand side is read as it lies, rows of at least 32 values.
+// It is packed once into panels of 32 columns: for every 32 values of k two tiles [16][16] of pairs
+// (k, k + 1), 16 columns each.
 //
 // Internal linkage throughout, as in portable.hpp.
 #pragma once
@@ -72,38 +72,6 @@ constexpr i64 step_pairs = 2 * 256;  // packed pairs of a step of a panel
             _mm512_store_si512(out + 16 * pair, _mm512_permutex2var_epi16(even, first, odd));
             _mm512_store_si512(out + 16 * pair + 256, _mm512_permutex2var_epi16(even, second, odd));
         }
-}
-
-// out [32, 32] = left [32, 32 * steps] (rows `stride` apart) times the packed panel; with `Add`, out + that.
-template <bool Add = false>
-inline void multiply_block(const u16* left, i64 stride, i64 steps, const u32* packed, float* out) {
-    for (i64 row = 0; row < 32; row += 8, left += 8 * stride, out += 8 * 32) {
-        __m512 sums[8][2];
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r)
-#pragma GCC unroll 2
-            for (int h = 0; h < 2; ++h)
-                sums[r][h] = Add ? _mm512_load_ps(out + 32 * r + 16 * h) : _mm512_setzero_ps();
-        const u32* pairs = packed;
-        const u16* x = left;
-        for (i64 s = 0; s < steps; ++s, pairs += 256)
-            for (i64 pair = 0; pair < 16; ++pair, pairs += 16, x += 2) {
-                const __m512bh first = (__m512bh)_mm512_load_si512(pairs);
-                const __m512bh second = (__m512bh)_mm512_load_si512(pairs + 256);
-#pragma GCC unroll 8
-                for (int r = 0; r < 8; ++r) {
-                    u32 value;
-                    __builtin_memcpy(&value, x + r * stride, 4);
-                    const __m512bh both = (__m512bh)_mm512_set1_epi32(static_cast<int>(value));
-                    sums[r][0] = _mm512_dpbf16_ps(sums[r][0], both, first);
-                    sums[r][1] = _mm512_dpbf16_ps(sums[r][1], both, second);
-                }
-            }
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r)
-#pragma GCC unroll 2
-            for (int h = 0; h < 2; ++h) _mm512_store_ps(out + 32 * r + 16 * h, sums[r][h]);
-    }
 }
 
 }  // namespace
