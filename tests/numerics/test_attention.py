@@ -8,7 +8,16 @@ import torch
 from twinlora.numerics import attention as reference
 from twinlora.numerics import cpu, ops
 
-kernels = pytest.mark.skipif("avx512-bf16" not in cpu.paths(), reason="this machine has no kernels for attention")
+kernels = pytest.mark.usefixtures("path")
+
+
+@pytest.fixture(params=[path for path in cpu.paths() if path in ("avx512-bf16", "amx-bf16")])
+def path(request):
+    """Each path of this machine that has kernels for attention; where there is none, nothing is tested."""
+    best = cpu.path()
+    cpu.use_path(request.param)
+    yield request.param
+    cpu.use_path(best)
 
 
 def starts(lengths):
