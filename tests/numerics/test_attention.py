@@ -222,6 +222,18 @@ def test_parts_of_gradients_are_those_of_the_heads_at_work():
         assert cpu.attention_work([0, 8192], *heads, 128, 0, 2, backward=backward)[1] == 0
 
 
+@kernels
+def test_a_key_that_is_as_good_as_unseen_has_no_gradient():
+    """Of less than normal numbers nothing is computed: that takes a hundred times as long."""
+    q, k, v = (torch.ones(64, 1, 32, dtype=torch.bfloat16) for _ in range(3))
+    k[3] = -8  # its scores are 288 below those of the others
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    _, dk, dv = torch.autograd.grad(ops.attention(*inputs, [0, 64], 1.0).sum(), inputs)
+    assert not dv[3].any()
+    assert not dk[3].any()
+    assert dv[2].all()
+
+
 def test_heads_may_be_slices_of_one_tensor():
     qkv = torch.randn(90, 10 * 64).bfloat16()
     q, k, v = (x.view(90, -1, 64) for x in qkv.split([6 * 64, 2 * 64, 2 * 64], dim=1))

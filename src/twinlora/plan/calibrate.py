@@ -2,13 +2,15 @@
 
 Nothing of a cell that is predicted later is measured: pieces alone, and two steps of models of its own. Each piece is a
 call of one op at some size; what it did is counted by the same code that counts a step (work.py), so that rates and
-counts cannot drift apart. Operands rotate, so that a weight comes from memory as it does in a model. All is timed in
-turns, and of its times the median counts: a machine that others use, too, is slow for seconds at a time.
+counts cannot drift apart. Operands are cut from more memory than the last-level cache holds, so that they come from
+where they lie in a step. All is timed in turns, and of its times the median counts: a machine that others use, too, is
+slow for seconds at a time.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -37,8 +39,11 @@ TURNS = 3
 _SECONDS = 0.1  # of a turn, for each piece
 _LEAST, _MOST = 3, 2000  # calls of a piece in a turn
 _STEPS_SECONDS = 1.5  # of a turn, for the steps that all rates are scaled by
-_FASTEST = 0.8  # the least that a step's work takes of that of its pieces
-_ROTATING = 96 << 20  # bytes of operands that take turns: more than a last-level cache holds for long
+_FASTEST = 0.6  # the least that a step's work takes of that of its pieces
+_POOL = 96 << 20  # bytes that operands are cut from, at least
+
+_ALIGNMENT = 64  # bytes
+_SETS = 32  # of queries, keys and values
 
 # curve, then what makes the call to time; that gets the number of the turn
 Piece = tuple[str, Callable[[], Callable[[int], Any]]]
@@ -53,7 +58,7 @@ def calibrate(device: torch.device, reporter: Reporter) -> Measured:
 
 def measure(device: torch.device, reporter: Reporter) -> Measured:
     """The rates of `device`, which should have nothing else to do."""
-    pieces = list(_pieces(device))
+    pieces = list(_pieces(_Pool(device)))
     kinds: list[list[work.Kind]] = []
     tiny, small = _Step(probe.TINY, device), _Step(probe.SMALL, device)
     dispatches: list[float] = []
@@ -186,33 +191,51 @@ def _slowdown(small: _Step, rates: Measured) -> float:
     return max(_FASTEST, (small.seconds - rates.overhead * small.launched) / small.work(rates))
 
 
-def _rotate(make: Callable[[], Tensor]) -> list[Tensor]:
-    first = make()
-    return [first] + [first.clone() for _ in range(min(64, _ROTATING // max(first.nbytes, 1)))]
+class _Pool:
+    """Random memory that operands are cut from in turn: several times what the last-level cache holds."""
+
+    def __init__(self, device: torch.device) -> None:
+        cache = machine.last_cache_bytes() if device.type == "cpu" else 0
+        self.device, self._at = device, 0
+        values = torch.randn(_POOL // 8, device=device).bfloat16().view(torch.uint8)
+        times = max(_POOL, min(3 * cache, machine.available_bytes() // 4)) // values.nbytes
+        self._bytes = values.repeat(times)
+
+    def cut(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+        """Operands of one shape for the calls of a piece, behind those that were cut before: a quarter of all at most,
+        so that what a call reads is not what it writes."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        found: list[Tensor] = []
+        for _ in range(max(1, min(_MOST, len(self._bytes) // 4 // nbytes))):
+            if self._at + nbytes > len(self._bytes):
+                self._at = 0
+            found.append(self._bytes[self._at : self._at + nbytes].view(dtype).view(shape))
+            self._at += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        return found
 
 
-def _pieces(device: torch.device) -> Iterator[Piece]:
+def _pieces(pool: _Pool) -> Iterator[Piece]:
     for dtype, every in ((torch.bfloat16, 1), (torch.float32, 2)):
         name = str(dtype).removeprefix("torch.")
         for shape in _PRODUCTS[::every]:
-            yield f"product {name}", partial(_product, *shape, dtype, device)
+            yield f"product {name}", partial(_product, *shape, dtype, pool)
         for shape in _NF4_PRODUCTS[::every]:
-            yield f"nf4 product {name}", partial(_nf4, *shape, dtype, device)
+            yield f"nf4 product {name}", partial(_nf4, *shape, dtype, pool)
     for inner in (16, 48):
-        yield "addmm_", partial(_added, 1024, inner, 1024, device)
+        yield "addmm_", partial(_added, 1024, inner, 1024, pool)
     for length in (32, 128, 512, 2048):
-        yield "attention", partial(_attention, length, device, backward=False)
-        yield "attention_backward", partial(_attention, length, device, backward=True)
+        yield "attention", partial(_attention, length, pool, backward=False)
+        yield "attention_backward", partial(_attention, length, pool, backward=True)
     for size in (1 << 12, 1 << 16, 1 << 20, 1 << 23):
-        yield "copy", partial(_copy, size, device)
-        yield "elementwise", partial(_add, size, device)
+        yield "copy", partial(_copy, size, pool)
+        yield "elementwise", partial(_add, size, pool)
     for rows in (64, 1024):
-        yield "norm", partial(_norm, rows, device)
-        yield "swiglu", partial(_swiglu, rows, device, backward=False)
-        yield "swiglu_backward", partial(_swiglu, rows, device, backward=True)
-    yield "loss", partial(_loss, 64, device)
-    for count in (1 << 12, 1 << 20):
-        yield "optimiser", partial(_adam, count, device)
+        yield "norm", partial(_norm, rows, pool)
+        yield "swiglu", partial(_swiglu, rows, pool, backward=False)
+        yield "swiglu_backward", partial(_swiglu, rows, pool, backward=True)
+    yield "loss", partial(_loss, 64, pool)
+    for count, tensors in ((1 << 12, 64), (1 << 24, 1024)):
+        yield "optimiser", partial(_adam, count, tensors, pool.device)
 
 
 # rows, inner, outer: wide, and as narrow as the products of an adapter
@@ -227,75 +250,76 @@ _NF4_PRODUCTS = (
 )  # fmt: skip
 
 
-def _product(rows: int, inner: int, outer: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], Any]:
-    xs = _rotate(lambda: torch.randn(rows, inner, dtype=dtype, device=device))
-    weights = _rotate(lambda: torch.randn(outer, inner, dtype=dtype, device=device))
+def _product(rows: int, inner: int, outer: int, dtype: torch.dtype, pool: _Pool) -> Callable[[int], Any]:
+    xs, weights = pool.cut(rows, inner, dtype=dtype), pool.cut(outer, inner, dtype=dtype)
     return lambda turn: xs[turn % len(xs)] @ weights[turn % len(weights)].T
 
 
-def _added(rows: int, inner: int, outer: int, device: torch.device) -> Callable[[int], Any]:
+def _added(rows: int, inner: int, outer: int, pool: _Pool) -> Callable[[int], Any]:
     """A product that is added to what is there, as that of an adapter's B is."""
-    ys = _rotate(lambda: torch.zeros(rows, outer, dtype=torch.bfloat16, device=device))
-    x, weight = (torch.randn(size, inner, dtype=torch.bfloat16, device=device) for size in (rows, outer))
-    return lambda turn: ys[turn % len(ys)].addmm_(x, weight.T)
+    ys, xs, weight = pool.cut(rows, outer), pool.cut(rows, inner), pool.cut(outer, inner)[0]
+    return lambda turn: ys[turn % len(ys)].addmm_(xs[turn % len(xs)], weight.T)
 
 
-def _nf4(rows: int, inner: int, outer: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], Any]:
-    x = torch.randn(rows, inner, dtype=dtype, device=device)
-    count = min(32, 2 * _ROTATING // (inner * outer))
-    first = ops.quantize(torch.randn(outer, inner, dtype=dtype, device=device))
-    weights = [first] + [replace(first, packed=first.packed.clone()) for _ in range(count - 1)]
-    return lambda turn: ops.linear(x, weights[turn % len(weights)])
+def _nf4(rows: int, inner: int, outer: int, dtype: torch.dtype, pool: _Pool) -> Callable[[int], Any]:
+    xs = pool.cut(rows, inner, dtype=dtype)
+    first = ops.quantize(torch.randn(outer, inner, dtype=dtype, device=pool.device))
+    codes = pool.cut(*first.packed.shape, dtype=torch.uint8)
+    weights = [replace(first, packed=packed) for packed in codes]
+    return lambda turn: ops.linear(xs[turn % len(xs)], weights[turn % len(weights)])
 
 
-def _attention(length: int, device: torch.device, *, backward: bool) -> Callable[[int], Any]:
+def _attention(length: int, pool: _Pool, *, backward: bool) -> Callable[[int], Any]:
     """At least 1,024 tokens in rows of `length`, eight heads of 64, four of keys."""
     count = max(1, 1024 // length)
     starts = [i * length for i in range(count + 1)]
-    q, dout = (torch.randn(starts[-1], 8, 64, dtype=torch.bfloat16, device=device) for _ in range(2))
-    k, v = (torch.randn(starts[-1], 4, 64, dtype=torch.bfloat16, device=device) for _ in range(2))
+    qs, douts = pool.cut(starts[-1], 8, 64), pool.cut(starts[-1], 8, 64)
+    ks, vs = pool.cut(starts[-1], 4, 64), pool.cut(starts[-1], 4, 64)
     settings = (starts, 0.125, 0)
+    heads = [(q, k, v, None, None) for q, k, v in zip(qs[:_SETS], ks, vs, strict=False)]
     if not backward:
-        return lambda _: torch.ops.twinlora.attention(q, k, v, None, None, *settings)
-    out, lse = torch.ops.twinlora.attention(q, k, v, None, None, *settings)
-    return lambda _: torch.ops.twinlora.attention_backward(dout, q, k, v, None, None, out, lse, *settings)
+        return lambda turn: torch.ops.twinlora.attention(*heads[turn % len(heads)], *settings)
+    made = [torch.ops.twinlora.attention(*each, *settings) for each in heads]
+    calls = [(dout, *each, *found, *settings) for dout, each, found in zip(douts, heads, made, strict=False)]
+    return lambda turn: torch.ops.twinlora.attention_backward(*calls[turn % len(calls)])
 
 
-def _copy(count: int, device: torch.device) -> Callable[[int], Any]:
-    sources = _rotate(lambda: torch.randn(count, device=device))
-    target = torch.empty(count, dtype=torch.bfloat16, device=device)
-    return lambda turn: target.copy_(sources[turn % len(sources)])
+def _copy(count: int, pool: _Pool) -> Callable[[int], Any]:
+    sources, targets = pool.cut(count, dtype=torch.float32), pool.cut(count)
+    return lambda turn: targets[turn % len(targets)].copy_(sources[turn % len(sources)])
 
 
-def _add(count: int, device: torch.device) -> Callable[[int], Any]:
-    values = _rotate(lambda: torch.randn(count, device=device).bfloat16())
+def _add(count: int, pool: _Pool) -> Callable[[int], Any]:
+    values = pool.cut(count)
     return lambda turn: values[turn % len(values)] + values[(turn + 1) % len(values)]
 
 
-def _norm(rows: int, device: torch.device) -> Callable[[int], Any]:
-    xs = _rotate(lambda: torch.randn(rows, 1024, dtype=torch.bfloat16, device=device))
-    scale = torch.ones(1024, dtype=torch.bfloat16, device=device)
+def _norm(rows: int, pool: _Pool) -> Callable[[int], Any]:
+    xs = pool.cut(rows, 1024)
+    scale = torch.ones(1024, dtype=torch.bfloat16, device=pool.device)
     return lambda turn: torch.ops.twinlora.rms_norm(xs[turn % len(xs)], scale, 1e-5, 0.0, False)
 
 
-def _swiglu(rows: int, device: torch.device, *, backward: bool) -> Callable[[int], Any]:
-    xs = _rotate(lambda: torch.randn(rows, 2048, dtype=torch.bfloat16, device=device))
+def _swiglu(rows: int, pool: _Pool, *, backward: bool) -> Callable[[int], Any]:
+    gs, us, dys = (pool.cut(rows, 2048) for _ in range(3))
     if backward:
-        return lambda turn: torch.ops.twinlora.swiglu_backward(*(xs[(turn + i) % len(xs)] for i in range(3)))
-    return lambda turn: torch.ops.twinlora.swiglu(xs[turn % len(xs)], xs[(turn + 1) % len(xs)])
+        return lambda turn: torch.ops.twinlora.swiglu_backward(
+            dys[turn % len(dys)], gs[turn % len(gs)], us[turn % len(us)]
+        )
+    return lambda turn: torch.ops.twinlora.swiglu(gs[turn % len(gs)], us[turn % len(us)])
 
 
-def _loss(rows: int, device: torch.device) -> Callable[[int], Any]:
-    values = torch.randn(rows, 32768, dtype=torch.bfloat16, device=device)
-    labels = torch.zeros(rows, dtype=torch.long, device=device)
-    return lambda _: torch.ops.twinlora.cross_entropy_(values, labels)
+def _loss(rows: int, pool: _Pool) -> Callable[[int], Any]:
+    logits = pool.cut(rows, 32768)
+    labels = torch.zeros(rows, dtype=torch.long, device=pool.device)
+    return lambda turn: torch.ops.twinlora.cross_entropy_(logits[turn % len(logits)], labels)
 
 
-def _adam(count: int, device: torch.device) -> Callable[[int], Any]:
-    """A step over 64 matrices."""
-    parameters = [torch.nn.Parameter(torch.randn(count // 64, device=device)) for _ in range(64)]
+def _adam(count: int, tensors: int, device: torch.device) -> Callable[[int], Any]:
+    """A step over matrices of `count` values in all."""
+    parameters = [torch.nn.Parameter(torch.zeros(count // tensors, device=device)) for _ in range(tensors)]
     for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
+        parameter.grad = torch.ones_like(parameter)
     adam = torch.optim.AdamW(parameters, fused=True)
     return lambda _: adam.step()
 

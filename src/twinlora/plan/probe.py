@@ -39,7 +39,7 @@ TINY = Probe(
 )
 SMALL = Probe(
     LlamaConfig(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12, num_key_value_heads=4,
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=12, num_key_value_heads=4,
         vocab_size=8192,
     ),
     512,

@@ -41,15 +41,16 @@ using i64 = std::int64_t;
     _mm256_mask_storeu_epi16(out, mask, narrow(values));
 }
 
-// e^x; below 2^-126 the least normal number. Relative error under 3e-7.
+// e^x; 0 below 2^-126, since what is computed from less than a normal number takes a hundred times as long. Relative error
+// under 3e-7.
 [[maybe_unused]] inline __m512 exponential(__m512 x) {
-    const __m512 t = _mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _mm512_set1_ps(-126.0f));
+    const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
     const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 f = _mm512_sub_ps(t, n);
     __m512 p = _mm512_set1_ps(1.54035304e-4f);
     for (const float c : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f})
         p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(p, n);
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(-126.0f), _CMP_GE_OQ), p, n);
 }
 
 // The sum of each of 16 vectors, `stride` apart.
