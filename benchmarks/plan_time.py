@@ -55,9 +55,11 @@ def calibrate(connection: Any) -> None:
     """The body of the calibration's: after every turn it waits for the cell; at the end the rates, and how long they took."""
     import torch
 
+    from twinlora import machine
     from twinlora.plan import calibrate
     from twinlora.reporter import Reporter
 
+    machine.keep_freed_memory()
     start, waited = time.perf_counter(), 0.0
 
     class Turns(Reporter):

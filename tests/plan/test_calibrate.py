@@ -106,7 +106,7 @@ def test_a_call_takes_what_half_of_them_exceed(monkeypatch):
 def test_of_all_turns_the_median_counts(quick, monkeypatch):
     """A machine that is slow in one turn of three, or fast, is not believed."""
     monkeypatch.setattr(calibrate, "TURNS", 3)
-    curve, make = next(piece for piece in calibrate._pieces(CPU) if piece[0] == "product bfloat16")
+    curve, make = next(piece for piece in calibrate._pieces(calibrate._Pool(CPU)) if piece[0] == "product bfloat16")
     monkeypatch.setattr(calibrate, "_pieces", lambda pool: iter([(curve, make)]))
     once = calibrate.measure(CPU, Reporter()).curves[curve]
     turns = iter([9.0, 1.0, 0.1])

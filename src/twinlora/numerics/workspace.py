@@ -24,7 +24,7 @@ __all__ = ["WEIGHT", "Workspace", "has_kernel", "workspace"]
 
 WEIGHT = "weight "  # buffers of decoded weights, one for each type, are torch's; the others are C++'s
 
-_BLOCK, _STEP_PAIRS, _STEP_DEPTH, _QUERIES = 32, 512, 32, 256  # csrc/tiles.hpp, attention.cpp
+_BLOCK, _STEP_PAIRS, _STEP_DEPTH, _QUERIES = 32, 512, 32, 256  # csrc/tiles.hpp, attention_blocks.hpp
 _PANEL, _FROM_DECODED = 16, 17  # csrc/avx512.cpp
 _TILE, _TILE_DEPTH, _TILE_CHUNK, _FROM_TILES = 16, 32, 256, 3  # csrc/amx.cpp
 _GRAIN, _ELEMENT_GRAIN = 1 << 14, 1 << 13  # csrc/module.cpp

@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -51,6 +52,7 @@ Piece = tuple[str, Callable[[], Callable[[int], Any]]]
 
 def calibrate(device: torch.device, reporter: Reporter) -> Measured:
     """Measure and keep. Raises StorageError."""
+    machine.keep_freed_memory()  # as training does: fresh pages would be timed, too
     rates = measure(device, reporter)
     store(rates, hardware(device))
     return rates
@@ -121,18 +123,27 @@ def _main(kinds: list[work.Kind]) -> list[work.Kind]:
 
 
 def _time(call: Callable[[int], Any], device: torch.device, at_least: float = _SECONDS) -> float:
-    """Seconds of a call: the median, as that of a step's calls adds up to a step."""
+    """Seconds of a call: the median, as that of a step's calls adds up to a step.
+
+    What calls give is kept for a while, as a step keeps it: the next ones write to other memory.
+    """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    call(0)
+    first = call(0)
     wait()
+    kept: deque[Any] = deque(maxlen=_beyond_caches(device) // 4 // max(_bytes(first), 1))
     times: list[float] = []
     end = time.perf_counter() + at_least
     while len(times) < _LEAST or (time.perf_counter() < end and len(times) < _MOST):
         start = time.perf_counter()
-        call(len(times))
+        kept.append(call(len(times)))
         wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def _bytes(made: Any) -> int:
+    """Of the tensors that a call gives."""
+    return sum(t.nbytes for t in (made if isinstance(made, (tuple, list)) else (made,)) if isinstance(t, Tensor))
 
 
 def _dispatch(device: torch.device) -> float:
@@ -191,15 +202,19 @@ def _slowdown(small: _Step, rates: Measured) -> float:
     return max(_FASTEST, (small.seconds - rates.overhead * small.launched) / small.work(rates))
 
 
+def _beyond_caches(device: torch.device) -> int:
+    """Bytes of which the caches hold little at a time."""
+    cache = machine.last_cache_bytes() if device.type == "cpu" else 0
+    return max(_POOL, min(3 * cache, machine.available_bytes() // 4))
+
+
 class _Pool:
-    """Random memory that operands are cut from in turn: several times what the last-level cache holds."""
+    """Random memory that operands are cut from in turn."""
 
     def __init__(self, device: torch.device) -> None:
-        cache = machine.last_cache_bytes() if device.type == "cpu" else 0
         self.device, self._at = device, 0
         values = torch.randn(_POOL // 8, device=device).bfloat16().view(torch.uint8)
-        times = max(_POOL, min(3 * cache, machine.available_bytes() // 4)) // values.nbytes
-        self._bytes = values.repeat(times)
+        self._bytes = values.repeat(_beyond_caches(device) // values.nbytes)
 
     def cut(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
         """Operands of one shape for the calls of a piece, behind those that were cut before: a quarter of all at most,
