@@ -61,6 +61,22 @@ def test_operands_of_a_piece_lie_apart_and_those_of_the_next_elsewhere(monkeypat
     assert places[0][0] in {view.data_ptr() for view in pool.cut(1000, 100)}, "from the start again"
 
 
+def test_results_of_calls_go_to_other_memory(monkeypatch):
+    monkeypatch.setattr(calibrate, "_POOL", 4 * 8 * 4000)
+    monkeypatch.setattr(machine, "last_cache_bytes", lambda: 0)
+    places = []
+
+    def call(turn):
+        made = torch.empty(1000)
+        places.append(made.data_ptr())
+        return made
+
+    calibrate._time(call, CPU, 0.001)
+    kept = places[1:]  # the first call of all is not timed
+    assert len(kept) > 20
+    assert all(len(set(kept[i : i + 8])) == 8 for i in range(len(kept) - 8))
+
+
 def test_every_kind_of_work_has_a_curve(quick):
     rates = calibrate.measure(CPU, Reporter())
     wanted = {f"{kind} {dtype}" for kind in ("product", "nf4 product") for dtype in ("bfloat16", "float32")}
