@@ -114,7 +114,7 @@ def _load_at_once(connection, directory):
     machine.keep_freed_memory()
     layers = {name: torch.nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16) for name in _WIDE}
     model = torch.nn.ModuleDict(layers)
-    bank, together = AdapterBank(model), threading.Barrier(8)
+    bank, together = AdapterBank(model), threading.Barrier(8, timeout=60)
 
     def load():
         together.wait()
@@ -136,6 +136,8 @@ def test_adapters_that_come_and_go_leave_no_memory_behind(tmp_path):
     ours, theirs = FORKED.Pipe()
     process = FORKED.Process(target=_load_at_once, args=(theirs, tmp_path / "wide"))
     process.start()
+    theirs.close()
+    assert ours.poll(120)
     assert ours.recv() < 40 << 20  # eight times what one takes while it is loaded: 96 MiB
     process.join()
 

@@ -50,7 +50,7 @@ def test_a_piece_is_predicted_to_take_what_it_took(quick, monkeypatch):
 
 def test_operands_of_a_piece_lie_apart_and_those_of_the_next_elsewhere(monkeypatch):
     monkeypatch.setattr(calibrate, "_POOL", 8 << 20)
-    monkeypatch.setattr(machine, "last_cache_bytes", lambda: 4 << 20)
+    monkeypatch.setattr(machine, "last_cache_bytes", lambda: 3 << 20)
     pool = calibrate._Pool(CPU)
     assert len(pool._bytes) == 12 << 20
     cut = [pool.cut(1000, 100) for _ in range(3)] + [pool.cut(1000, 100, dtype=torch.float32)]

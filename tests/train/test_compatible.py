@@ -64,17 +64,6 @@ def test_refused_with_the_nearest(tiny, data_file, tmp_path, program, changes, r
     assert record["steps"] == 1
 
 
-def test_an_adapter_on_a_tied_head_is_none_for_llama_cpp(tiny, data_file, tmp_path):
-    def asked(**changes):
-        return options(tiny, data_file, tmp_path, program="llama.cpp", **changes)
-
-    for target, nearest in (["q_proj", "lm_head"], "target q_proj"), ([".*(q_proj|head)"], "exclude lm_head"):
-        with pytest.raises(ConfigError, match=rf"no adapter on a head that is tied .*\n.*loads: with --{nearest}\nor"):
-            train(asked(target=target))
-    assert train(asked(target=["q_proj"])).record["steps"] == 1
-    assert train(asked(target=[".*(q_proj|head)"], exclude=["lm_head"], overwrite=True)).record["steps"] == 1
-
-
 @pytest.mark.parametrize("program", ["vllm", "llama.cpp", "transformers", "peft"])
 def test_what_loads_is_said(tiny, data_file, tmp_path, program):
     import json

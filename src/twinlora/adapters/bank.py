@@ -322,5 +322,7 @@ def blend(parts: Sequence[tuple[Resident, float]]) -> Resident:
     for name in dict.fromkeys(name for part, _ in parts for name in part.layers):
         found = [(part.layers[name], weight) for part, weight in parts if name in part.layers]
         transposed = torch.cat([layer.b.T.float() * (layer.scale * weight) for layer, weight in found])
-        layers[name] = LayerWeights(torch.cat([layer.a for layer, _ in found]), transposed.T, 1.0)
+        layers[name] = LayerWeights(
+            torch.cat([layer.a for layer, _ in found]), transposed.to(found[0][0].b.dtype).T, 1.0
+        )
     return _packed(layers, next(iter(parts[0][0].layers.values())).a)

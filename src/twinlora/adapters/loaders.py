@@ -44,7 +44,7 @@ class Refusal:
     """Why a program does not load an adapter as it was trained, and by which options it would; None: by none."""
 
     reason: str
-    remedy: str | None = None  # dora, modules, head, rank, scales
+    remedy: str | None = None  # dora, modules, rank, scales; an adapter on the head is never ours
 
 
 def refused(program: str, traits: Traits) -> list[Refusal]:
@@ -58,10 +58,10 @@ def refused(program: str, traits: Traits) -> list[Refusal]:
         found.append(Refusal(f"no modules_to_save ({', '.join(traits.saved)})", "modules"))
     on_head = any(name.rpartition(".")[2] == "lm_head" for name in traits.ranks)
     if program == "llama.cpp":  # scales of layers that differ are folded into B when the file is written
-        tied = Refusal("no adapter on a head that is tied to the embedding", "head")
+        tied = Refusal("no adapter on a head that is tied to the embedding")
         return [*found, tied] if on_head and traits.tied else found
     if on_head:
-        found.append(Refusal("no adapter on lm_head", "head"))
+        found.append(Refusal("no adapter on lm_head"))
     highest = max(traits.ranks.values(), default=1)
     if highest > VLLM_RANKS[-1]:
         found.append(Refusal(f"rank {highest} is above its limit of {VLLM_RANKS[-1]}", "rank"))
@@ -90,8 +90,7 @@ def planned(model: nn.Module, options: AdapterOptions) -> Traits:
     scales = {name: layer.scale for name, layer in layers.items()}
     rank, _ = usual(ranks)
     alpha, _ = usual({name: round(scales[name] * ranks[name], 9) for name in layers})
-    tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
-    return Traits(ranks, scales, (alpha or 8) / (rank or 8), options.dora, resolve_modules(model, lora), tied=tied)
+    return Traits(ranks, scales, (alpha or 8) / (rank or 8), options.dora, resolve_modules(model, lora))
 
 
 def found_in(adapter: AdapterFile, *, tied: bool = False) -> Traits:
@@ -117,11 +116,6 @@ def nearest(refusals: list[Refusal], options: AdapterOptions) -> dict[str, Any]:
         changes["dora"] = False
     if "modules" in remedies:
         changes["modules_to_save"] = []
-    if "head" in remedies:
-        if "lm_head" in options.target:
-            changes["target"] = [name for name in options.target if name != "lm_head"] or ["all-linear"]
-        else:  # a pattern has found it
-            changes["exclude"] = [*options.exclude, "lm_head"]
     highest = VLLM_RANKS[-1] // (2 if options.init == "pissa" else 1)
     ranks = {name: int(value) for name, _, value in (entry.rpartition("=") for entry in options.rank_pattern)}
     if "rank" in remedies:

@@ -59,6 +59,10 @@ def _parsed(text: bytes, what: str) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"damaged: {what} is not JSON ({str(error)[:100]})"]
     if not isinstance(value, dict):
         return {}, [f"{what} is a JSON {type(value).__name__}; expected an object"]
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return {}, [f"{what} holds half of a character (a lone surrogate), or is nested too deeply"]
     return value, problems
 
 
@@ -69,10 +73,6 @@ def read_json(path: Path) -> Found[dict[str, Any]]:
         return Found({}, [f"damaged: {size:,} bytes; expected less than {_JSON_LIMIT:,}"])
     data = path.read_bytes()
     value, problems = _parsed(data, "the file")
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError):
-        problems.append("the file holds half of a character (a lone surrogate), or is nested too deeply")
     return Found(value, problems, hashlib.sha256(data).digest())
 
 
@@ -118,7 +118,9 @@ class _Place:
 def _places(text: bytes, room: int) -> tuple[list[_Place], list[str]]:
     """The tensors of a header in the order of the file, which has `room` bytes after it, and what is wrong with it."""
     header, problems = _parsed(text, "the header")
-    header.pop("__metadata__", None)
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+        problems.append("__metadata__: expected an object of texts")
     places: list[_Place] = []
     for name, entry in header.items():
         if problem := _entry_problem(entry, room):
@@ -146,7 +148,7 @@ def _entry_problem(entry: Any, room: int) -> str | None:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _TYPES:
         return f"dtype {str(dtype)[:20]}; expected one of {', '.join(_TYPES)}"
-    if not (_integers(shape) and 1 <= len(shape) <= 8 and min(shape) > 0):
+    if not (_integers(shape) and 1 <= len(shape) <= 8 and min(shape) > 0 and max(shape) < 1 << 63):
         return f"shape {str(shape)[:100]}; expected positive sizes"
     if not (_integers(offsets) and len(offsets) == 2 and 0 <= offsets[0] <= offsets[1]):
         return f"offsets {str(offsets)[:100]}; expected [begin, end]"

@@ -79,7 +79,7 @@ class Checkpoint:
                 f"model {self.source.given}: its files name tensors otherwise than the model ({shown} not found); "
                 "load and save it with transformers once, and give that directory"
             )
-        if lost := left_over(model, self.names):
+        if lost := left_over(model, {*self.names, *(prefix + name for name in self.names)}):
             raise ModelError(
                 f"model {self.source.given}: {len(lost)} tensor(s) of unknown use\n  " + "\n  ".join(lost[:20])
             )

@@ -2,9 +2,9 @@
 
 Nothing of a cell that is predicted later is measured: pieces alone, and two steps of models of its own. Each piece is a
 call of one op at some size; what it did is counted by the same code that counts a step (work.py), so that rates and
-counts cannot drift apart. Operands are cut from more memory than the last-level cache holds, so that they come from
-where they lie in a step. All is timed in turns, and of its times the median counts: a machine that others use, too, is
-slow for seconds at a time.
+counts cannot drift apart. Operands are cut from several times what the last-level cache holds, so that large ones come
+from where they lie in a step. All is timed in turns, and of its times the median counts: a machine that others use
+is slow for seconds at a time.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def measure(device: torch.device, reporter: Reporter) -> Measured:
                 if not turn:
                     kinds.append(_main(_count(call)))
                 times[number].append(_time(call, device))
+                del call
             reporter.progress("calibrating", turn * len(pieces) + number + 1, TURNS * len(pieces), curve)
         tiny.time(device, _SECONDS)
         small.time(device, _STEPS_SECONDS)
@@ -204,8 +205,11 @@ def _slowdown(small: _Step, rates: Measured) -> float:
 
 def _beyond_caches(device: torch.device) -> int:
     """Bytes of which the caches hold little at a time."""
-    cache = machine.last_cache_bytes() if device.type == "cpu" else 0
-    return max(_POOL, min(3 * cache, machine.available_bytes() // 4))
+    if device.type == "cuda":
+        cache, free = torch.cuda.get_device_properties(device).L2_cache_size, torch.cuda.mem_get_info(device)[0]
+    else:
+        cache, free = machine.last_cache_bytes(), machine.available_bytes()
+    return max(_POOL, min(4 * cache, free // 4))
 
 
 class _Pool:

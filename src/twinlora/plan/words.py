@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from twinlora.config import AdapterOptions, Goal, PlanOptions, TrainOptions
+from twinlora.config import QUANTISED, AdapterOptions, Goal, PlanOptions, TrainOptions
 from twinlora.plan.advise import Change, Choice
 from twinlora.plan.quality import SAME_POINTS
 from twinlora.plan.rows import Row
@@ -181,9 +181,9 @@ def command(row: Row, options: PlanOptions, train_as: str) -> str:
     parts += ["--bits", f"{row.bits:.2f}"] if mixed else []
     parts += ["--micro-batch-tokens", str(setting.micro_batch_tokens)]
     parts += ["--gradient-checkpointing"] if setting.checkpointing else []
-    passed_on = [name for name in _PASSED_ON if row.method != "full" or name not in AdapterOptions.model_fields]
-    for name in passed_on:
-        if getattr(options, name) != getattr(_DEFAULTS, name):
+    unused = {"full": {*AdapterOptions.model_fields, *QUANTISED}, "lora": {*QUANTISED}}.get(row.method, set())
+    for name in _PASSED_ON:
+        if name not in unused and getattr(options, name) != getattr(_DEFAULTS, name):
             parts += _flag(name, getattr(options, name))
     if options.device.startswith(("cpu", "cuda")):
         parts += ["--device", options.device]
