@@ -94,11 +94,13 @@ def test_a_4bit_base_trains_and_evaluates(written, tmp_path, monkeypatch):
         "data": data,
         "eval": data,
         "lr": 1e-2,
-        "double_quant": bool(fmt.nested_block_size),
     }
+    stored = {"double_quant": bool(fmt.nested_block_size)}
     losses = {}
     for method in ("qlora", "lora"):
-        record = train(TrainOptions(**options, method=method, output=tmp_path / method)).record
+        record = train(
+            TrainOptions(**options, **(stored if method == "qlora" else {}), method=method, output=tmp_path / method)
+        ).record
         losses[method] = record["eval_loss"]
         notes = json.loads((tmp_path / method / "run.json").read_text())["notes"]
         assert any("4-bit weights were dequantised" in line for line in notes) == (method == "lora")
