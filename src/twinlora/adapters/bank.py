@@ -64,23 +64,20 @@ def _packed(layers: Mapping[str, LayerWeights], like: Tensor) -> Resident:
     B lies transposed there: neighbouring outputs are read together. On a CPU the block is a mapping of its own, since a
     server's adapters come and go.
     """
-    size, unit = like.dtype.itemsize, _ALIGNMENT // like.dtype.itemsize
-    sources = [t for layer in layers.values() for t in (layer.a, layer.b.T, layer.gain) if t is not None]
-    total = size * sum(-(-t.numel() // unit) * unit for t in sources)
-    on_cpu = like.device.type == "cpu"
+    unit = _ALIGNMENT // like.dtype.itemsize
+    sources = [t for layer in layers.values() for t in (layer.a, layer.b, layer.gain) if t is not None]
+    counts = [-(-t.numel() // unit) * unit for t in sources]
+    total, on_cpu = sum(counts) * like.dtype.itemsize, like.device.type == "cpu"
     block = machine.mapped(total) if on_cpu else torch.empty(total, dtype=torch.uint8, device=like.device)
-    room, at = block.view(like.dtype), 0
+    rooms: Iterator[Tensor] = iter(block.view(like.dtype).split(counts))  # in the order of the sources
 
     def copy(source: Tensor) -> Tensor:
-        nonlocal at
-        part = room[at : at + source.numel()].view(source.shape)
-        at += -(-source.numel() // unit) * unit
-        return part.copy_(source)
+        return next(rooms)[: source.numel()].view(source.shape).copy_(source)
 
     packed = {}
     for name, layer in layers.items():
-        gain = None if layer.gain is None else copy(layer.gain)
-        packed[name] = LayerWeights(copy(layer.a), copy(layer.b.T).T, layer.scale, gain)
+        a, b = copy(layer.a), copy(layer.b.T).T
+        packed[name] = LayerWeights(a, b, layer.scale, None if layer.gain is None else copy(layer.gain))
     return Resident(packed)
 
 

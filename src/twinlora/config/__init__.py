@@ -9,7 +9,6 @@ from twinlora.config.export import (
     RankOptions,
 )
 from twinlora.config.groups import (
-    QUANTISED,
     AdapterOptions,
     DataOptions,
     ExtentOptions,
@@ -21,6 +20,7 @@ from twinlora.config.groups import (
     PrecisionOptions,
     SourceOptions,
     TokenizerOptions,
+    unused_by,
 )
 from twinlora.config.reading import read_recipe, validated
 from twinlora.config.values import Goal, Method, parse_patterns, parse_ranges, parse_size
@@ -40,7 +40,6 @@ from twinlora.config.verbs import (
 )
 
 __all__ = [
-    "QUANTISED",
     "AdapterCombineOptions",
     "AdapterCompressOptions",
     "AdapterInspectOptions",
@@ -76,5 +75,6 @@ __all__ = [
     "parse_ranges",
     "parse_size",
     "read_recipe",
+    "unused_by",
     "validated",
 ]

@@ -147,6 +147,14 @@ class AdapterOptions(BaseModel):
         return self
 
 
+ADAPTERS = (*AdapterOptions.model_fields, "lora_plus_ratio")  # options of adapters
+
+
+def unused_by(method: str) -> tuple[str, ...]:
+    """Options that have no use with `method`, and are refused there."""
+    return {"full": (*ADAPTERS, *QUANTISED), "lora": QUANTISED}.get(method, ())
+
+
 class LayerOptions(BaseModel):
     """The precision of each layer of a base, given by hand."""
 

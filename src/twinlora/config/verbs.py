@@ -9,6 +9,7 @@ import tyro
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from twinlora.config.groups import (
+    ADAPTERS,
     PRECISION,
     AdapterOptions,
     DataOptions,
@@ -153,7 +154,7 @@ class TrainOptions(Options, ModelOptions, AdapterOptions, HybridOptions, DataOpt
             raise ValueError("eval_every counts steps between evaluations: it needs eval, the rows to evaluate on")
         if self.plan == "off" and changed(self, "goal"):
             raise ValueError("goal is what plan auto chooses for: add plan auto, or leave goal out")
-        if self.method == "full" and (unused := changed(self, *AdapterOptions.model_fields, "lora_plus_ratio")):
+        if self.method == "full" and (unused := changed(self, *ADAPTERS)):
             raise ValueError(f"{' and '.join(unused)}: of adapters, which method full has none of: leave them out")
         if self.method in ("lora", "full"):
             forbid_quantised(self, f"method {self.method}")

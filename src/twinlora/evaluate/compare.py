@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from twinlora import atomic, machine
-from twinlora.config import QUANTISED, AdapterOptions, CompareOptions
+from twinlora.config import CompareOptions, unused_by
 from twinlora.data import sources
 from twinlora.data.examples import encode_rows
 from twinlora.data.formats import Row, write_rows
@@ -45,7 +45,6 @@ __all__ = ["compare"]
 _OWN = ("data", "search", "runs", "report.json", "report.html")
 # Only a directory with one of these is a comparison: others have a data/, too. The first is there from the start.
 _MARKS = (".comparison", "report.json")
-_ADAPTERS = (*AdapterOptions.model_fields, "lora_plus_ratio")
 _SAMPLES = 6
 _SEARCH_SHARE = 4  # a search run sees a quarter of the rows unless told otherwise
 _FAILURES = (TrainingDiverged, OutOfMemory, BackendError)  # of one method
@@ -201,8 +200,7 @@ def _prompt(row: Row) -> str:
 def _of_method(options: CompareOptions, method: str) -> CompareOptions:
     """`options` without those of adapters, or of quantised weights, where `method` has none."""
     fields = CompareOptions.model_fields
-    unused = {"full": (*_ADAPTERS, *QUANTISED), "lora": QUANTISED}.get(method, ())
-    return options.model_copy(update={name: fields[name].get_default() for name in unused})
+    return options.model_copy(update={name: fields[name].get_default() for name in unused_by(method)})
 
 
 def _claim(options: CompareOptions, source: Source) -> None:

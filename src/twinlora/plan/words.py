@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from twinlora.config import QUANTISED, AdapterOptions, Goal, PlanOptions, TrainOptions
+from twinlora.config import Goal, PlanOptions, TrainOptions, unused_by
 from twinlora.plan.advise import Change, Choice
 from twinlora.plan.quality import SAME_POINTS
 from twinlora.plan.rows import Row
@@ -181,7 +181,7 @@ def command(row: Row, options: PlanOptions, train_as: str) -> str:
     parts += ["--bits", f"{row.bits:.2f}"] if mixed else []
     parts += ["--micro-batch-tokens", str(setting.micro_batch_tokens)]
     parts += ["--gradient-checkpointing"] if setting.checkpointing else []
-    unused = {"full": {*AdapterOptions.model_fields, *QUANTISED}, "lora": {*QUANTISED}}.get(row.method, set())
+    unused = unused_by(row.method)
     for name in _PASSED_ON:
         if name not in unused and getattr(options, name) != getattr(_DEFAULTS, name):
             parts += _flag(name, getattr(options, name))
