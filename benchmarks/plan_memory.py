@@ -116,6 +116,11 @@ def ready(source: Any, cell: Any) -> tuple[Any, bool, bool]:
 
 def stepper(source: Any, cell: Any) -> Any:
     """A function that trains one step."""
+    return steppers(source, [cell])[0]
+
+
+def steppers(source: Any, cells: list[Any]) -> list[Any]:
+    """Functions that train one step each of one model, of cells that differ in their rows alone."""
     from twinlora.adapters.lora import trainable_parameters
     from twinlora.config import OptimizerOptions
     from twinlora.data.packing import make_batch
@@ -123,19 +128,23 @@ def stepper(source: Any, cell: Any) -> Any:
     from twinlora.train.optim import MasterAdamW
     from twinlora.train.step import train_step
 
-    model, plain, packed = ready(source, cell)
+    model, plain, packed = ready(source, cells[0])
     optimizer = MasterAdamW(trainable_parameters(model), OptimizerOptions())
     optimizer.reserve()
     optimizer.discard_gradients()
-    rows = [Example([5] * n, [False] + [True] * (n - 1), "") for n in cell.lengths] * cell.micro_batches
-    batch = make_batch(rows, sum(cell.lengths), packed=packed)
-    assert len(batch.micro_batches) == cell.micro_batches
 
-    def step() -> None:
-        result = train_step(model, batch, optimizer, lr=1e-5, max_grad_norm=1.0, plain_head=plain)
-        result.loss.item()
+    def prepare(cell: Any) -> Any:
+        rows = [Example([5] * n, [False] + [True] * (n - 1), "") for n in cell.lengths] * cell.micro_batches
+        batch = make_batch(rows, sum(cell.lengths), packed=packed)
+        assert len(batch.micro_batches) == cell.micro_batches
 
-    return step
+        def step() -> None:
+            result = train_step(model, batch, optimizer, lr=1e-5, max_grad_norm=1.0, plain_head=plain)
+            result.loss.item()
+
+        return step
+
+    return [prepare(cell) for cell in cells]
 
 
 def measure(connection: Any, directory: str, cell: Any) -> None:

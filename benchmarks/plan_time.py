@@ -2,10 +2,11 @@
 
     python benchmarks/plan_time.py --model DIR [--scratch DIR] [--output benchmarks/results/plan_time.json]
 
-For each cell the rates are measured anew: products, attention, copies, steps of two small models of its own, nothing of any cell. The
-cell is predicted from its configuration and these rates. It runs in a process of its own that loads the checkpoint as
-training does, and is timed between the turns of the calibration, since a rented machine's speed changes within minutes: the
-median of its steps, of which the first one or two do not count. Run it on a quiet machine, with all of its cores.
+For each model, method and choice of recomputing, the rates are measured anew: products, attention, copies, steps of two
+small models of its own, nothing of any cell. The cells are predicted from their configuration and these rates. They run in
+a process of their own that loads the checkpoint as training does, and are timed between the turns of the calibration, since
+a rented machine's speed changes within minutes: the median of a cell's steps, of which the first one or two do not count.
+Run it on a quiet machine, with all of its cores.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +29,34 @@ _SECONDS, _LEAST, _MOST = 4.0, 2, 30  # of steps of a cell that count, after eac
 _LONG = 6.0  # seconds from which on a step counts after one before it, and one a turn will do
 
 
-def measure(connection: Any, directory: str, cell: Any) -> None:
-    """The body of a cell's process: seconds of some steps, each time it is asked; the first time nothing but readiness."""
+def measure(connection: Any, directory: str, cells: list[Any]) -> None:
+    """The body of a process of cells: seconds of some steps of each, when it is asked; before that, that it is ready."""
     from twinlora import machine
     from twinlora.model.load import resolve
 
     machine.keep_freed_memory()
-    step = plan_memory.stepper(resolve(directory), cell)
-    begun = time.perf_counter()
-    step()
-    long = time.perf_counter() - begun > _LONG
-    if not long:
+    steps = plan_memory.steppers(resolve(directory), cells)
+    long = []
+    for step in steps:
+        begun = time.perf_counter()
         step()
-    connection.send([])
-    while connection.recv():
-        seconds: list[float] = []
-        end = time.perf_counter() + _SECONDS
-        while len(seconds) < (1 if long else _LEAST) or (time.perf_counter() < end and len(seconds) < _MOST):
-            start = time.perf_counter()
+        long.append(time.perf_counter() - begun > _LONG)
+        if not long[-1]:
             step()
-            seconds.append(time.perf_counter() - start)
-        connection.send(seconds)
+    connection.send(None)
+    while connection.recv():
+        connection.send([timed(step, 1 if slow else _LEAST) for step, slow in zip(steps, long, strict=True)])
+
+
+def timed(step: Callable[[], None], least: int) -> list[float]:
+    """Seconds of some steps, at least so many."""
+    seconds: list[float] = []
+    end = time.perf_counter() + _SECONDS
+    while len(seconds) < least or (time.perf_counter() < end and len(seconds) < _MOST):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def calibrate(connection: Any) -> None:
@@ -91,40 +99,42 @@ def process(body: Any, *arguments: Any) -> Iterator[Any]:
         running.join()
 
 
-def timed(directory: str, cell: Any) -> tuple[Any, float, list[float]]:
-    """The rates, the seconds that they took, and those of the cell's steps."""
-    seconds: list[float] = []
-    with process(measure, directory, cell) as steps:
+def in_turns(directory: str, cells: list[Any]) -> tuple[Any, float, list[list[float]]]:
+    """The rates, the seconds that they took, and those of each cell's steps."""
+    seconds: list[list[float]] = [[] for _ in cells]
+    with process(measure, directory, cells) as steps:
         steps.recv()
         with process(calibrate) as calibration:
             while (found := calibration.recv()) is None:
                 steps.send(True)
-                seconds += steps.recv()
+                seconds = [every + new for every, new in zip(seconds, steps.recv(), strict=True)]
                 calibration.send(None)
     return *found, seconds
 
 
-def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
-    """One cell: predicted here, measured in a process of its own."""
+def compare(directory: str, name: str, cells: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+    """Cells of one model that differ in their rows: predicted here, measured in a process of their own."""
     from transformers import AutoConfig
 
     from twinlora.plan.simulate import simulate
 
-    counts = simulate(AutoConfig.from_pretrained(directory), cell).counts
-    tokens = sum(cell.lengths)
-    rates, calibration, seconds = timed(directory, cell)
-    predicted = rates.step_seconds(counts, tokens)
-    measured = statistics.median(seconds)
-    row = {"model": name, "method": cell.method, "shape": shape, "checkpointing": cell.checkpointing}
-    row |= {"predicted": predicted, "by_kind": rates.seconds_by_kind(counts, tokens), "measured": measured}
-    row |= {"steps": seconds, "error": predicted / measured - 1}
-    row |= {"calibration_seconds": calibration, "overhead": rates.overhead, "slowdown": rates.slowdown}
-    print(
-        f"{name:<10} {cell.method:<6} {shape:<9} {'checkpointing' if cell.checkpointing else '':<13} "
-        f"predicted {predicted:7.3f} s, measured {measured:7.3f} s ({row['error']:+.1%})",
-        flush=True,
-    )
-    return row
+    config = AutoConfig.from_pretrained(directory)
+    rates, calibration, seconds = in_turns(directory, [cell for _, cell in cells])
+    rows = []
+    for (shape, cell), steps in zip(cells, seconds, strict=True):
+        counts, tokens = simulate(config, cell).counts, sum(cell.lengths)
+        predicted, measured = rates.step_seconds(counts, tokens), statistics.median(steps)
+        row = {"model": name, "method": cell.method, "shape": shape, "checkpointing": cell.checkpointing}
+        row |= {"predicted": predicted, "by_kind": rates.seconds_by_kind(counts, tokens), "measured": measured}
+        row |= {"steps": steps, "error": predicted / measured - 1}
+        row |= {"calibration_seconds": calibration, "overhead": rates.overhead, "slowdown": rates.slowdown}
+        rows.append(row)
+        print(
+            f"{name:<10} {cell.method:<6} {shape:<9} {'checkpointing' if cell.checkpointing else '':<13} "
+            f"predicted {predicted:7.3f} s, measured {measured:7.3f} s ({row['error']:+.1%})",
+            flush=True,
+        )
+    return rows
 
 
 def main() -> None:
@@ -139,11 +149,18 @@ def main() -> None:
     try:
         for name, directory in models.items():
             layers = AutoConfig.from_pretrained(directory).num_hidden_layers
-            for shape, cell in plan_memory.cells(args.methods.split(","), layers):
-                if re.search(args.only, f"{name} {cell.method} {shape} {cell.checkpointing}"):
-                    document["cells"].append(compare(directory, name, shape, cell))
-                    if args.output:
-                        args.output.write_text(json.dumps(document, indent=1))
+            found = [
+                (shape, cell)
+                for shape, cell in plan_memory.cells(args.methods.split(","), layers)
+                if re.search(args.only, f"{name} {cell.method} {shape} {cell.checkpointing}")
+            ]
+            groups: dict[Any, list[tuple[str, Any]]] = {}
+            for shape, cell in found:
+                groups.setdefault((cell.method, cell.checkpointing), []).append((shape, cell))
+            for cells in groups.values():
+                document["cells"] += compare(directory, name, cells)
+                if args.output:
+                    args.output.write_text(json.dumps(document, indent=1))
     finally:
         if args.scratch:
             shutil.rmtree(args.scratch / "llama-1b")
