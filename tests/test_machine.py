@@ -21,6 +21,26 @@ def test_a_mapping_holds_zeros_and_lives_as_long_as_a_view():
     assert machine.rss_bytes() - before < 8 * MIB
 
 
+@pytest.mark.parametrize(
+    "names, key",
+    [
+        (("memory.max", "memory.current", "memory.stat"), "inactive_file"),
+        (("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"), "total_inactive_file"),
+    ],
+)
+def test_files_that_a_container_has_read_are_no_loss(tmp_path, monkeypatch, names, key):
+    monkeypatch.setattr(machine, "_CONTROL_GROUP", str(tmp_path))
+    everything = machine.available_bytes()
+    for name, text in zip(
+        names, (f"{64 * MIB}", f"{60 * MIB}", f"anon 5\n{key} {40 * MIB}\nactive_file 7"), strict=True
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert machine.available_bytes() == 44 * MIB < everything
+    (tmp_path / names[0]).write_text("max\n")
+    assert machine.available_bytes() > 44 * MIB, "no limit"
+
+
 def test_nothing_can_be_mapped():
     assert machine.mapped(0).shape == (0,)
 

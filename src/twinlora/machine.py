@@ -45,20 +45,25 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
+_CONTROL_GROUP = "/sys/fs/cgroup"
+
+
 def available_bytes() -> int:
     """Memory that a process may still take: what the system has free, or what its control group leaves."""
     free = _proc_kib("/proc/meminfo", "MemAvailable")
     free = free or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # no proc file: all there is
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for names in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
         try:
-            most, taken = (Path("/sys/fs/cgroup", name).read_text().strip() for name in (limit, used))
+            most, taken, held = (Path(_CONTROL_GROUP, name).read_text().strip() for name in names)
         except OSError:
             continue
         if most.isdigit():
-            free = min(free, max(0, int(most) - int(taken)))
+            # Of what is taken, files that were read and may be read again are given back when others want memory.
+            files = re.search(r"^(?:total_)?inactive_file (\d+)$", held, re.MULTILINE)
+            free = min(free, max(0, int(most) - int(taken) + (int(files[1]) if files else 0)))
     return free
 
 

@@ -134,6 +134,17 @@ def test_cancelled_requests_leave(engine):
     assert engine.call(lambda: engine.scheduler.busy).result() is False
 
 
+def test_a_special_token_stops_although_it_has_no_text(engine):
+    """Of a base that ends otherwise than the adapter was taught to."""
+    free = Asked(engine, [5], "a0", Sampling(12)).wait()
+    token = free.tokens[4]
+    engine._special["<|turn|>"] = token
+    stopped = Asked(engine, [5], "a0", Sampling(12, stop=("<|turn|>",))).wait()
+    assert stopped.end.finish == "stop"
+    assert stopped.tokens == free.tokens[: free.tokens.index(token) + 1]
+    assert engine._special["<|im_end|>"] == 257
+
+
 def test_answers_end_where_the_context_does(engine):
     asked = Asked(engine, list(range(90)), None, Sampling(50)).wait()
     assert asked.end.finish in ("length", "stop")

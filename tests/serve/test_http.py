@@ -99,6 +99,16 @@ def test_log_probabilities_are_the_models_own(running, oracle):
     legacy = running.openai.completions.create(model="a3", prompt="x", max_tokens=3, temperature=0, logprobs=2)
     assert len(legacy.choices[0].logprobs.token_logprobs) == 3
     assert len(legacy.choices[0].logprobs.top_logprobs[0]) <= 2
+    unlikely = (
+        running.openai.completions.create(
+            model="a3", prompt="x", max_tokens=8, temperature=2, logprobs=1, seed=2**63 - 1
+        )
+        .choices[0]
+        .logprobs
+    )
+    for token, value, top in zip(unlikely.tokens, unlikely.token_logprobs, unlikely.top_logprobs, strict=True):
+        assert top[token] == value, "the chosen one is among them"
+    assert max(map(len, unlikely.top_logprobs)) == 2
 
 
 def test_a_seed_repeats_an_answer_whatever_else_runs(running):
@@ -171,6 +181,7 @@ def test_models_name_their_parent(running):
     assert models["a0"].parent == "base"
     assert models["a0"].root.startswith("a0@")
     assert running.openai.models.retrieve("a2").id == "a2"
+    assert running.openai.models.retrieve(models["a0"].root).id == "a0"
     with pytest.raises(openai.NotFoundError):
         running.openai.models.retrieve("nobody")
     pinned = models["a0"].root
@@ -191,6 +202,10 @@ def test_models_name_their_parent(running):
         ({"model": "m" * 501}, 400, "model: String should have at most 500 characters"),
         ({"stop": [""]}, 400, "stop.0: String should have at least 1 character"),
         ({"tools": []}, 400, "tools: Input should be None"),
+        ({"top_logprobs": 2}, 400, "top_logprobs needs logprobs true"),
+        ({"logprobs": False, "top_logprobs": 0}, 400, "top_logprobs needs logprobs true"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options is for streams alone"),
+        ({"seed": 2**63}, 400, "seed: Input should be less than"),
         ({"logit_bias": {"5": 1}}, 400, "logit_bias: Dictionary should have at most 0 items"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format.type: Input should be 'text'"),
         (
@@ -288,6 +303,17 @@ def test_metrics(running):
     assert 'twinlora_time_to_first_token_seconds_count{adapter="a2"}' in text
     assert "twinlora_adapter_bytes" in text
     assert 'twinlora_answer_tokens_total{adapter="a2"}' in text
+    running.settled()
+    before = _refused(running, 404)
+    with pytest.raises(openai.NotFoundError):
+        ask(running.openai, "nobody", "x")
+    assert _refused(running, 404) == before + 1
+    text = httpx.get(f"{running.url}/metrics", headers=HEADERS).text
+    assert "twinlora_running_requests 0.0" in text, "and not what the last pass had"
+
+
+def _refused(running, status):
+    return running.service.metrics.refused.labels(str(status))._value.get()
 
 
 def test_prefixes_are_reused_by_content(running):

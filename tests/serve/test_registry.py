@@ -115,6 +115,30 @@ def test_least_recently_used_content_leaves_and_comes_back(store):
     assert "xx".ljust(64, "0") in store.resident
 
 
+def test_nothing_goes_for_what_finds_no_room_all_the_same(store):
+    served = registry(store)
+    for name, size in (("x", 20), ("y", 80), ("z", 40)):
+        served.register(name, Path(f"/{name}{name}/{size}")).result()
+    served.release(ready(served, "x"))
+    held = ready(served, "y")
+    lease = served.lease("z")
+    with pytest.raises(Busy):
+        served.load(lease).result()
+    assert "xx".ljust(64, "0") in store.resident
+    served.release(held)
+
+
+def test_an_adapter_was_used_until_its_request_ended(store):
+    served = registry(store)
+    for name in ("x", "y"):
+        served.register(name, Path(f"/{name}{name}/40")).result()
+    first = ready(served, "x")
+    served.release(ready(served, "y"))
+    served.release(first)
+    served.register("z", Path("/zz/40")).result()
+    assert sorted(d[0] for d in store.resident) == ["x", "z"]
+
+
 def test_content_that_changed_on_disk_is_refused(store):
     served = registry(store, limit=50)
     served.register("x", Path("/one/40")).result()
@@ -175,6 +199,9 @@ def test_blends_are_of_the_versions_of_now(store):
     again = served.lease("x:0.70+y:0.3")
     assert again.key == first.key
     served.release(again)
+    near = served.lease("x:0.700001+y:0.3"), served.lease("x:0.700002+y:0.3"), served.lease("x:1.700001+y:0.3")
+    assert len({first.key, *(lease.key for lease in near)}) == 4
+    assert served.lease("x:1.70+y:0.3").key != near[2].key
     for wrong in ("x:0.7", "x:0.7+x:0.3", "x:7+y:1", "x:a+y:1", "x:nan+y:1", "x:0.7+w:0.3", "x:0.7+"):
         with pytest.raises(UnknownModel):
             served.lease(wrong)

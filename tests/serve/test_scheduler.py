@@ -115,6 +115,35 @@ def test_a_prefix_is_reused_under_the_same_content_alone():
     assert again.reused == 39, "the last token is computed for its output"
 
 
+def test_what_another_conversation_left_is_not_taken_for_a_few_tokens():
+    """Chats begin alike, with what the template says."""
+    scheduler = Scheduler(3, 100, 50)
+    first, other = Sequence(0, "a", list(range(60))), Sequence(1, "a", [*range(20), *[9] * 30])
+    run(scheduler, first)
+    scheduler.remove(first)
+    (plan,) = run(scheduler, other)
+    assert [(c.source, c.target, c.count) for c in plan.copies] == [(0, other.slot, 20)]
+    assert other.slot != 0
+    scheduler.remove(other)
+    little = Sequence(2, "a", [0, 1, 2, *[7] * 20])
+    run(scheduler, little)
+    assert (little.reused, little.slot) == (0, 2), "too few to copy"
+    scheduler.remove(little)
+    again = Sequence(3, "a", [*range(60), 5, 5])
+    run(scheduler, again)
+    assert (again.reused, again.slot) == (60, 0), "taken over in place"
+
+
+def test_the_longest_unused_slot_gives_what_it_shares_when_it_is_taken():
+    scheduler = Scheduler(1, 100, 50)
+    first, other = Sequence(0, "a", list(range(40))), Sequence(1, "a", [0, 1, 2, 9, 9])
+    run(scheduler, first)
+    scheduler.remove(first)
+    (plan,) = run(scheduler, other)
+    assert not plan.copies
+    assert other.reused == 3
+
+
 def test_a_damaged_slot_is_forgotten():
     scheduler = Scheduler(1, 100, 50)
     first = Sequence(0, "a", list(range(40)))

@@ -196,6 +196,19 @@ def test_sigterm_finishes_what_runs(tmp_path, tiny):
         assert "every request that ran was finished" in said
 
 
+def test_what_runs_for_too_long_is_cut_off(tmp_path, tiny):
+    with command(tmp_path, tiny, "--drain", "0") as (process, facts):
+        url = f"{facts['url']}/v1/chat/completions"
+        with httpx.stream("POST", url, json=BODY | {"max_tokens": 490}, headers=HEADERS, timeout=120) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert "shutting_down" in rest[-1]
+        assert process.wait(60) == 143
+        assert "requests that ran were cut off" in process.stderr.read()
+
+
 def test_a_second_ctrl_c_cuts_off_what_runs(tmp_path, tiny):
     with command(tmp_path, tiny, "--slots", "1") as (process, facts):
         begun, ends = threading.Barrier(9), []

@@ -23,7 +23,7 @@ def store(tiny):
     model = load_model(source, dtype=torch.float32)
     engine = SimpleNamespace(bank=AdapterBank(model), tokenizer=load_tokenizer(source))
     origin = {"base": str(tiny), "fingerprint": fingerprint(source), "precision": precision_by_layer(model)}
-    return ModelStore(engine, **origin, layers=None)
+    return ModelStore(engine, limit=2**20, **origin, layers=None)
 
 
 @pytest.fixture
@@ -64,6 +64,14 @@ def test_files_replaced_while_they_are_read_are_refused(store, adapter, adapters
 
     monkeypatch.setattr(module, "read_adapter", read)
     with pytest.raises(AdapterError, match="changed while they were read; try again"):
+        store.load(adapter)
+
+
+def test_what_can_never_fit_is_not_read(store, adapter, monkeypatch):
+    with (adapter / WEIGHTS).open("r+b") as stream:
+        stream.truncate(2**30)
+    monkeypatch.setattr(module, "read_adapter", None)
+    with pytest.raises(AdapterError, match="adapters have 1,048,576: raise --adapter-memory"):
         store.load(adapter)
 
 

@@ -310,6 +310,9 @@ class ServeOptions(Options, PrecisionOptions):
     adapter_memory: str = Field(
         "1GiB", description="Adapters in memory, at most; the least recently used ones are read again when needed."
     )
+    drain: Annotated[float, Field(ge=0)] = Field(
+        60.0, description="Seconds for requests that run to end when the server is told to stop; then they are cut off."
+    )
     blends: bool = Field(False, description="Let requests mix adapters: model a:0.7+b:0.3.")
     max_body: str = Field("1MiB", description="Largest request.")
     rate: Annotated[float, Field(ge=0)] = Field(0.0, description="Requests per second and client address; 0: no limit.")

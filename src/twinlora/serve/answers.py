@@ -106,9 +106,13 @@ class CompletionForm(Form):
         return {
             "tokens": [self.spelled(token.token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self.spelled(i): value for i, value in token.top} for token in tokens],
+            "top_logprobs": [self._likeliest(token) for token in tokens],
             "text_offset": [self.advance(token.token) for token in tokens],
         }
+
+    def _likeliest(self, chosen: TokenOut) -> dict[str, float | None]:
+        """By their text; the chosen one is always among them."""
+        return {self.spelled(i): value for i, value in (*chosen.top, (chosen.token, chosen.logprob))}
 
     def choice(self, text: str, events: list[Event], finish: str | None) -> dict[str, Any]:
         """See Form."""

@@ -56,6 +56,7 @@ class Ticket:
     on_event: Callable[[Event], None]
     text: TextStream
     source: torch.Generator | None
+    ends: frozenset[int]  # tokens that end its answer
     produced: int = 0
 
 
@@ -65,8 +66,6 @@ class PassReport:
 
     seconds: float
     tokens: int
-    sequences: int
-    waiting: int
     adapters: int
 
 
@@ -103,7 +102,9 @@ class Engine:
         self.device = model.get_input_embeddings().weight.device
         self.scheduler = Scheduler(slots, capacity, budget)
         self._cache = SlotCache(slots, capacity)
-        self._ends = end_tokens(model, tokenizer)
+        self._ends = frozenset(end_tokens(model, tokenizer))
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        self._special = {token.content: number for number, token in added.items() if token.special}
         self._on_pass = on_pass
         self._tickets: dict[Sequence, Ticket] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -146,7 +147,9 @@ class Engine:
         """Queue a prompt for the adapter content `key`, which must stay resident until the last event."""
         sequence = Sequence(next(self._numbers), key, list(tokens))
         text = TextStream(self.tokenizer, sampling.stop, after=tokens if sampling.continues else ())
-        ticket = Ticket(sequence, sampling, on_event, text, generator(sampling, self.device))
+        # Special tokens have no text: as a stop string such a one is looked for by its number.
+        ends = self._ends | {self._special[stop] for stop in sampling.stop if stop in self._special}
+        ticket = Ticket(sequence, sampling, on_event, text, generator(sampling, self.device), ends)
         self._inbox.put(lambda: self._add(ticket))
         return ticket
 
@@ -260,7 +263,7 @@ class Engine:
         """Give a token to its request, and end it if that was the last one."""
         ticket.produced += 1
         sequence, text, finish = ticket.sequence, "", None
-        if token.token in self._ends:
+        if token.token in ticket.ends:
             finish = "stop"
         else:
             sequence.tokens.append(token.token)
@@ -283,8 +286,7 @@ class Engine:
         if self._on_pass is not None:
             adapters = len({chunk.sequence.key for chunk in plan.chunks} - {None})
             tokens = sum(chunk.count for chunk in plan.chunks)
-            waiting = len(self.scheduler.waiting)
-            self._on_pass(PassReport(seconds, tokens, len(plan.chunks), waiting, adapters))
+            self._on_pass(PassReport(seconds, tokens, adapters))
 
 
 def _by_adapter(chunks: list[Chunk]) -> tuple[list[str | None], list[int], list[int]]:

@@ -68,10 +68,19 @@ class Guard:
             self._admit(scope)
             body = await self._body(scope, receive)
         except ApiError as error:
-            self.metrics.refused.labels(str(error.status)).inc()
-            await _refuse(error, send)
+            await _refuse(error, self._counted(send))
             return
-        await self.app(scope, _replay(body, receive), send)
+        await self.app(scope, _replay(body, receive), self._counted(send))
+
+    def _counted(self, send: Send) -> Send:
+        """A `send` that counts answers that are errors."""
+
+        async def count(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                self.metrics.refused.labels(str(message["status"])).inc()
+            await send(message)
+
+        return count
 
     def _admit(self, scope: Scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}

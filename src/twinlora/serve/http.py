@@ -141,6 +141,8 @@ def _open_routes(service: Service) -> APIRouter:
     async def metrics() -> Response:
         """For Prometheus."""
         service.metrics.adapter_bytes.set(service.registry.resident_bytes)
+        service.metrics.waiting.set(len(service.engine.scheduler.waiting))
+        service.metrics.running.set(len(service.engine.scheduler.running))
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return routes
@@ -156,8 +158,8 @@ def _openai_routes(service: Service) -> APIRouter:
 
     @routes.get("/models/{model:path}")
     async def get_model(model: str) -> dict[str, Any]:
-        """One of them."""
-        found = [entry for entry in _models(service) if entry["id"] == model]
+        """One of them, by name or by name@sha256."""
+        found = [entry for entry in _models(service) if model in (entry["id"], entry["root"])]
         if not found:
             raise ApiError(404, f"model {model[:200]!r} is not served", param="model", code="model_not_found")
         return found[0]
@@ -166,7 +168,7 @@ def _openai_routes(service: Service) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The next message of a chat."""
         wanted = body.max_completion_tokens or body.max_tokens
-        top = body.top_logprobs if body.top_logprobs is not None else 0 if body.logprobs else None
+        top = (body.top_logprobs or 0) if body.logprobs else None
 
         async def prepare() -> tuple[list[int], Sampling]:
             tokens = await service.encode_chat([message.plain() for message in body.messages])

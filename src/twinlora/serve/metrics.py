@@ -29,9 +29,11 @@ class Metrics:
             "twinlora_time_to_first_token_seconds", "From a request's arrival.", adapter, registry=registry,
             buckets=_SECONDS,
         )  # fmt: skip
-        self.refused = Counter("twinlora_refused", "Requests turned away, by status.", ["status"], registry=registry)
+        self.refused = Counter(
+            "twinlora_refused", "Requests answered with an error, by status.", ["status"], registry=registry
+        )
         self.waiting = Gauge("twinlora_waiting_requests", "Requests without a slot.", registry=registry)
-        self.running = Gauge("twinlora_running_requests", "Sequences in the last pass.", registry=registry)
+        self.running = Gauge("twinlora_running_requests", "Requests with a slot.", registry=registry)
         self.mixed = Gauge("twinlora_batch_adapters", "Different adapters in the last pass.", registry=registry)
         self.passes = Histogram("twinlora_pass_seconds", "One pass of the model.", buckets=_SECONDS, registry=registry)
         self.computed = Counter("twinlora_computed_tokens", "Tokens that went through the model.", registry=registry)
@@ -39,8 +41,6 @@ class Metrics:
 
     def on_pass(self, report: PassReport) -> None:
         """The engine ran the model once."""
-        self.waiting.set(report.waiting)
-        self.running.set(report.sequences)
         self.mixed.set(report.adapters)
         self.passes.observe(report.seconds)
         self.computed.inc(report.tokens)

@@ -207,7 +207,7 @@ class Registry:
             parts.append((self._names[name], weight))
         if not 2 <= len(parts) <= _MOST_PARTS or len({version.name for version, _ in parts}) < len(parts):
             raise UnknownModel(f"blend {model!r}: expected 2 to {_MOST_PARTS} different adapters")
-        text = "+".join(f"{version.content.digest}:{weight:g}" for version, weight in parts)
+        text = "+".join(f"{version.content.digest}:{weight!r}" for version, weight in parts)
         digest = hashlib.sha256(text.encode()).hexdigest()
         content = self._contents.get(digest)
         if content is None:
@@ -223,6 +223,7 @@ class Registry:
         content = lease.version.content
         with self._lock:
             content.leases -= 1
+            content.used = time.monotonic()
             drained = content.leases == 0 and content.names == 0
         if drained and not self._closed:
             self._loader.submit(self._sweep)
@@ -360,7 +361,8 @@ class Registry:
             if self._resident_bytes() + coming.nbytes <= self.limit:
                 return None
             idle = [c for c in self._contents.values() if c.resident and not c.leases and not c.pins]
-            if not idle:
+            # Nothing goes for what will not find room all the same.
+            if self._resident_bytes() - sum(c.nbytes for c in idle) + coming.nbytes > self.limit:
                 raise Busy(
                     f"adapters in use fill the {self.limit:,} bytes for adapters; {coming.nbytes:,} more are needed"
                 )

@@ -2,7 +2,7 @@
 
 Every pass takes one token of each sequence that is answering, and fills the rest of its budget with prompts, in the
 order in which they came. A slot keeps what its last sequence computed; a new one with the same adapter content and the
-same beginning takes it over or copies it. Free of torch.
+same beginning copies it into the slot that was unused for longest, or takes it over. Free of torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from twinlora.serve.state import Chunk, Copy, Plan, Sequence
 
 __all__ = ["Scheduler"]
 
-_WORTH_COPYING = 16  # tokens
+_WORTH_COPYING = 16  # tokens; fewer are computed again
 
 
 class Scheduler:
@@ -62,11 +62,12 @@ class Scheduler:
 
     def _admit(self, plan: Plan) -> Sequence:
         sequence = self.waiting.popleft()
-        slot, same, target = self._best(sequence)
-        if slot is not None and slot in self.free:
-            target = slot
-        elif slot is not None and same >= _WORTH_COPYING:
-            plan.copies.append(Copy(slot, target, same))
+        source, same = self._best(sequence)
+        target = next(iter(self.free))
+        if source in self.free and (source == target or len(self.free[source][1]) - same < _WORTH_COPYING):
+            target = source
+        elif same >= _WORTH_COPYING:
+            plan.copies.append(Copy(source, target, same))
         else:
             same = 0
         del self.free[target]
@@ -74,17 +75,17 @@ class Scheduler:
         self.running.append(sequence)
         return sequence
 
-    def _best(self, sequence: Sequence) -> tuple[int | None, int, int]:
-        """The slot that holds most of the sequence's beginning, how much, and the free slot that is least missed."""
+    def _best(self, sequence: Sequence) -> tuple[int, int]:
+        """The slot that holds most of the sequence's beginning, and how much; the longest unused one if none does."""
         kept = [(slot, key, tokens) for slot, (key, tokens) in self.free.items()]
         kept += [(s.slot, s.key, s.tokens[: s.computed]) for s in self.running if s.slot is not None]
-        best, most = None, 0
+        best, most = next(iter(self.free)), 0
         for slot, key, tokens in kept:
             # The last token is always computed: its output chooses the next one.
             same = _common(tokens, sequence.tokens[:-1]) if key == sequence.key else 0
             if same > most:
                 best, most = slot, same
-        return best, most, next(iter(self.free))
+        return best, most
 
     def done(self, plan: Plan) -> None:
         """The pass has run."""

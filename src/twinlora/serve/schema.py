@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from twinlora.serve.registry import NAME
 
@@ -89,7 +89,7 @@ class _Generation(_Strict):
     model: Model
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    seed: Annotated[int, Field(ge=-(2**53), le=2**53)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -100,6 +100,12 @@ class _Generation(_Strict):
     metadata: dict[str, Any] | None = None
     store: Literal[False] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _streams(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for streams alone: give stream true")
+        return self
 
     def stops(self) -> tuple[str, ...]:
         """Stop strings."""
@@ -117,6 +123,12 @@ class ChatRequest(_Generation):
     response_format: ResponseFormat | None = None
     tools: None = None
     tool_choice: Literal["none"] | None = None
+
+    @model_validator(mode="after")
+    def _logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs true")
+        return self
 
 
 class CompletionRequest(_Generation):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 from collections.abc import Callable
@@ -38,7 +39,6 @@ __all__ = ["HTTP", "Served", "open_service", "serve"]
 # What uvicorn reads requests with: httptools, which it prefers, has no limit to the size of headers.
 HTTP: dict[str, Any] = {"http": "h11", "h11_max_incomplete_event_size": 64 * 1024}
 _CONTEXT = 2048  # tokens, where nobody says
-_DRAIN_SECONDS = 60  # for requests that run when the server is told to stop
 
 
 @dataclass
@@ -93,14 +93,15 @@ def _service(options: ServeOptions, opened: Opened, name: str, identity: str, re
     limits = {"slots": options.slots, "capacity": _context(options, model), "budget": options.batch_tokens}
     metrics = Metrics()
     engine = Engine(model, opened.tokenizer, opened.bank, on_pass=metrics.on_pass, **limits)
+    memory = parse_size(options.adapter_memory)
     store = ModelStore(
         engine,
+        limit=memory,
         base=options.model,
         fingerprint=identity,
         precision=precision_by_layer(model),
         layers=opened.layers,
     )
-    memory = parse_size(options.adapter_memory)
     registry = Registry(store, name, memory, blends=options.blends, note=reporter.note)
     engine.start()
     engine.rehearse()
@@ -190,7 +191,9 @@ def _register(registry: Registry, root: Path | None, adapters: dict[str, Path], 
 def serve(
     options: ServeOptions, adapters: dict[str, Path], reporter: Reporter, announce: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Serve until a signal comes; requests that run are finished, unless a second one comes. Raises Interrupted then.
+    """Serve until a signal comes; requests that run are finished, for `options.drain` seconds or until a second Ctrl-C.
+
+    Raises Interrupted then.
 
     `announce` gets the address, the base's name and the adapters' identities once requests are taken.
     """
@@ -204,7 +207,7 @@ def serve(
             server_header=False,
             lifespan="off",
             proxy_headers=False,  # who asks is who connects: anybody can write a header
-            timeout_graceful_shutdown=_DRAIN_SECONDS + 10,  # they are cut off before
+            timeout_graceful_shutdown=math.ceil(options.drain) + 10,  # they are cut off before
             **HTTP,
         )
         server = _Server(config, served.service, announce, reporter.note)
@@ -271,7 +274,7 @@ class _Server(uvicorn.Server):
         """See uvicorn."""
         if self._service.active:
             self._note(f"stopping: {self._service.active} request(s) still run; another Ctrl-C cuts them off")
-        late = asyncio.get_running_loop().call_later(_DRAIN_SECONDS, self._cut_off)
+        late = asyncio.get_running_loop().call_later(self._service.options.drain, self._cut_off)
         await super().shutdown(sockets)
         late.cancel()
 

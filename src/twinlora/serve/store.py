@@ -17,19 +17,24 @@ from twinlora.serve.registry import Loaded
 __all__ = ["ModelStore"]
 
 
+_LARGEST = 4  # times as much as in memory: that in float64 over a base in 16 bit
+
+
 class ModelStore:
-    """See registry.Store. The keywords say what this base is, for passports: see `passport.check`."""
+    """See registry.Store. `limit`: bytes of all adapters in memory. The other keywords say what this base is, for
+    passports: see `passport.check`."""
 
     def __init__(
         self,
         engine: Engine,
         *,
+        limit: int,
         base: str,
         fingerprint: str,
         precision: dict[str, int],
         layers: Mapping[str, str] | None,
     ) -> None:
-        self._engine = engine
+        self._engine, self._limit = engine, limit
         self._origin: dict[str, Any] = {
             "base": base,
             "fingerprint": fingerprint,
@@ -45,8 +50,12 @@ class ModelStore:
     def _load(self, directory: Path) -> Loaded:
         directory = directory if (directory / CONFIG).is_file() else directory / "adapter"
         before = _stamps(directory)
-        adapter = read_adapter(directory)
         notes = passport.check(directory, **self._origin, tokenizer=self._tokenizer)
+        if (size := sum(stamp[1] for stamp in before)) > _LARGEST * self._limit:  # read, it might take all there is
+            raise AdapterError(
+                f"adapter {directory}: {size:,} bytes; adapters have {self._limit:,}: raise --adapter-memory"
+            )
+        adapter = read_adapter(directory)
         found = passport.read(directory)
         resident = self._engine.bank.prepare(adapter)
         if _stamps(directory) != before:
