@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from twinlora.numerics import ops, reference, triton
-from twinlora.numerics.formats import NF4Format
+from twinlora.numerics.formats import Int8Format, NF3Format, NF4Format
 from twinlora.numerics.workspace import workspace
 
 pytestmark = [
@@ -43,6 +43,31 @@ def test_codes_have_the_reference_bits(shape, block, dtype):
         assert torch.equal(found, wanted)
     for out in TYPES:
         assert torch.equal(q.dequantize(out), reference.nf4_dequantize(*q.arguments, out))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", [Int8Format(64), NF3Format(64, 256)], ids=lambda form: form.name)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_other_formats_have_the_reference_bits(shape, form, dtype):
+    w = torch.randn(shape, device=DEVICE).to(dtype)
+    q = ops.quantize(w, form)
+    for out in TYPES:
+        assert torch.equal(q.dequantize(out), reference.blockwise_dequantize(*q.arguments, out))
+
+
+@pytest.mark.parametrize("rows", [5, 2048])
+@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (577, 2048), (130, 33)])
+@pytest.mark.parametrize("form", [Int8Format(64), NF3Format(64, 256)], ids=lambda form: form.name)
+def test_products_of_other_formats(rows, shape, form):
+    q = ops.quantize(torch.randn(shape, device=DEVICE).bfloat16(), form)
+    x, dy = (torch.randn(rows, n, device=DEVICE).bfloat16() for n in shape[::-1])
+    w = q.dequantize(torch.float32).double()
+    for name, given, truth in (
+        ("blockwise_linear", x, x.double() @ w.T),
+        ("blockwise_linear_transposed", dy, dy.double() @ w),
+    ):
+        naive = getattr(reference, name)(given, *q.arguments)
+        assert no_worse(getattr(torch.ops.twinlora, name)(given, *q.arguments), naive, truth)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 33, 64, 65, 2048])

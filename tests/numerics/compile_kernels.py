@@ -25,7 +25,16 @@ KERNELS = {
         | {"out": "*bf16"}
         | dict.fromkeys(("first", "width", "stride", "byte_count", "count"), "i32")
         | {"rows": "i1"},
-        {"BLOCK_WORDS": 8, "nested_shift": 8, "NESTED": True, "RAGGED": False, "WHOLE": True, "R": 1, "W": 1024},
+        {
+            "BLOCK_WORDS": 8,
+            "nested_shift": 8,
+            "NESTED": True,
+            "RAGGED": False,
+            "WHOLE": True,
+            "BITS": 4,
+            "R": 1,
+            "W": 1024,
+        },
         EXACT,
     ),
     "quantize": (
@@ -72,9 +81,14 @@ KERNELS = {
 }
 
 
+for bits in (3, 8):
+    types, constants, options = KERNELS["dequantize"]
+    KERNELS[f"dequantize {bits}"] = (types, constants | {"BITS": bits}, options)
+
+
 def compile_for(name: str, capability: int) -> dict[str, int]:
     types, constants, options = KERNELS[name]
-    kernel = getattr(kernels, name)
+    kernel = getattr(kernels, name.partition(" ")[0])
     signature = {n: "constexpr" if n in constants else types[n].replace("i1", "i32") for n in kernel.arg_names}
     values = {(i,): constants[n] for i, n in enumerate(kernel.arg_names) if n in constants}
     # As at a launch: addresses and sizes that are multiples of 16. "i1" stands for a size that is not.

@@ -12,6 +12,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from twinlora.numerics import ops, triton
+from twinlora.numerics.formats import Int8Format, NF3Format
 
 _run, _launches = JITFunction.run, []
 
@@ -51,6 +52,11 @@ def main() -> None:
     _call("nf4_linear_transposed", dy, *q.arguments)
     _call("nf4_linear_transposed_add_", x, dy, *q.arguments)
     _call("nf4_dequantize", *ops.quantize(torch.randn(3, 33)).arguments, torch.float32)
+    for form in (Int8Format(64), NF3Format(64, 256)):
+        other = ops.quantize(torch.randn(256, 512), form).arguments
+        _call("blockwise_dequantize", *other, torch.float32)
+        _call("blockwise_linear", x, *other)
+        _call("blockwise_linear_transposed", dy, *other)
     _call("nf4_quantize", torch.randn(3, 33), 64)
     _call("scales_quantize", torch.rand(1), 256)
     _call("grouped_lora_", dy[:1], x[:1], *factors, [1.0], [0, 1])

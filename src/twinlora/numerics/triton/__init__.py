@@ -6,8 +6,8 @@ triton is imported) on CPU tensors, by calling `implementation(name)` with them.
 
     kernels.py   the device code
     shapes.py    how work is cut, as arithmetic
-    codes.py     quantise, dequantise
-    products.py  NF4 products: few rows by a kernel of their own, many through a reused buffer and cuBLAS
+    codes.py     quantise to NF4, dequantise every format
+    products.py  their products: few rows by a kernel of their own, many through a reused buffer and cuBLAS
     grouped.py   low-rank updates of many adapters in one batch
 """
 
@@ -27,6 +27,9 @@ _MODULES = {
     "nf4_quantize": "codes",
     "scales_quantize": "codes",
     "nf4_dequantize": "codes",
+    "blockwise_dequantize": "codes",
+    "blockwise_linear": "products",
+    "blockwise_linear_transposed": "products",
     "nf4_linear": "products",
     "nf4_linears": "products",
     "nf4_linear_with": "products",

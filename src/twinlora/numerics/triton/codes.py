@@ -1,11 +1,11 @@
-"""NF4 quantising and dequantising, and the double quantisation of block scales, by Triton kernels."""
+"""Quantising to NF4, dequantising it, NF3 and int8, and the double quantisation of block scales, by Triton kernels."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +13,25 @@ from torch import Tensor
 from twinlora.numerics.nf4 import codebook, dynamic_map, midpoints
 from twinlora.numerics.triton import kernels
 
-__all__ = ["Weight", "decode", "nf4_dequantize", "nf4_quantize", "on", "scales_quantize", "tables", "weight_of"]
+__all__ = [
+    "Weight",
+    "blockwise_dequantize",
+    "decode",
+    "nf4_dequantize",
+    "nf4_quantize",
+    "on",
+    "scales_quantize",
+    "tables",
+    "weight_of",
+]
 
 _TILE_WORDS = 1024  # words of a program: 4 KB read, 16 KB written
 _TILE_WEIGHTS = 4096  # weights of a program that quantises
 
 
 class Weight(NamedTuple):
-    """An NF4 weight as the kernels take it; tensors without nested scales stand in for them and are not read."""
+    """A weight of 4 bits (NF4), 3 (NF3) or 8 (int8) as the kernels take it; tensors without nested scales stand in for
+    them and are not read."""
 
     packed: Tensor
     scales: Tensor
@@ -30,6 +41,7 @@ class Weight(NamedTuple):
     shape: list[int]
     block: int
     nested_block: int
+    bits: int
 
     @property
     def nested_shift(self) -> int:
@@ -45,12 +57,13 @@ def weight_of(
     shape: list[int],
     block: int,
     nested_block: int,
+    bits: int = 4,
 ) -> Weight:
     """From the arguments of an op."""
     packed, scales = packed.contiguous(), scales.contiguous()
     if nested_scales is None or nested_offset is None:
-        return Weight(packed, scales, scales, scales, False, shape, block, 1)
-    return Weight(packed, scales, nested_scales, nested_offset, True, shape, block, nested_block)
+        return Weight(packed, scales, scales, scales, False, shape, block, 1, bits)
+    return Weight(packed, scales, nested_scales, nested_offset, True, shape, block, nested_block, bits)
 
 
 @cache
@@ -58,6 +71,13 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """On `device`: levels [16], their borders [15], dynamic map [256], its borders [255]."""
     both = (codebook(), midpoints(codebook()), dynamic_map(), midpoints(dynamic_map()))
     return tuple(table.to(device) for table in both)  # type: ignore[return-value]
+
+
+@cache
+def _levels(bits: int, device: torch.device) -> Tensor:
+    """On `device`: the levels of NF4 or NF3, filled up to [16]; int8 has none and reads none."""
+    found = codebook(3) if bits == 3 else codebook()
+    return torch.nn.functional.pad(found, (0, 16 - len(found))).to(device)
 
 
 def on(tensor: Tensor) -> AbstractContextManager[object]:
@@ -109,9 +129,20 @@ def nf4_dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """See ops.py."""
-    weight = weight_of(packed, scales, nested_scales, nested_offset, shape, block_size, nested_block_size)
-    out = packed.new_empty(shape, dtype=dtype)
-    words = -(-prod(shape) // 8)
+    return _dequantized(
+        weight_of(packed, scales, nested_scales, nested_offset, shape, block_size, nested_block_size), dtype
+    )
+
+
+def blockwise_dequantize(packed: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    """See ops.py."""
+    *quant, dtype = rest
+    return _dequantized(weight_of(packed, scales, *quant), dtype)
+
+
+def _dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:
+    out = weight.packed.new_empty(weight.shape, dtype=dtype)
+    words = -(-prod(weight.shape) // 8)
     decode(weight, out, first=0, rows=1, width=words, stride=words)
     return out
 
@@ -121,13 +152,14 @@ def decode(weight: Weight, out: Tensor, *, first: int, rows: int, width: int, st
 
     A word is 8 weights. `out` may be shorter than that where the weight ends inside a word.
     """
-    ragged = weight.packed.numel() % 4 != 0 or weight.packed.data_ptr() % 4 != 0 or out.numel() % 8 != 0
+    odd = weight.packed.numel() % 4 != 0 or weight.packed.data_ptr() % 4 != 0
+    ragged = out.numel() % 8 != 0 or (weight.bits == 4 and odd)  # the others are read byte by byte
     wide = min(_TILE_WORDS, 1 << (width - 1).bit_length()) if width else 1
     high = _TILE_WORDS // wide if rows > 1 else 1
     programs = -(-width // wide) * -(-rows // high)
     block = weight.block // 8
     whole = first % block == wide % block == 0 and (rows == 1 or stride % block == 0)
-    levels, _, dynamic, _ = tables(out.device)
+    levels, dynamic = _levels(weight.bits, out.device), tables(out.device)[2]
     if not programs:
         return
     with on(out):
@@ -135,5 +167,5 @@ def decode(weight: Weight, out: Tensor, *, first: int, rows: int, width: int, st
             weight.packed, weight.scales, weight.nested_scales, weight.nested_offset, levels, dynamic, out,
             first, rows, width, stride, weight.packed.numel(), out.numel(),
             BLOCK_WORDS=block, nested_shift=weight.nested_shift, NESTED=weight.nested, RAGGED=ragged,
-            WHOLE=whole, R=high, W=wide, enable_fp_fusion=False,
+            WHOLE=whole, BITS=weight.bits, R=high, W=wide, enable_fp_fusion=False,
         )  # fmt: skip

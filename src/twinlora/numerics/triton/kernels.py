@@ -1,11 +1,12 @@
-"""The device code: NF4 to and from 16 or 32 bit, products of few rows, low-rank updates of many adapters.
+"""The device code: NF4 to and from 16 or 32 bit, int8 and NF3 to them, products of few rows, updates of many adapters.
 
 Kernels know offsets and masks only; what is cut how is decided in `codes.py` and `products.py`. None uses inline
 assembly, so that Triton's interpreter runs every line on a processor. Where a result must have the reference's bits,
 the launch forbids fused multiply-add.
 
-Terms: a word is 4 packed bytes, 8 weights. `block_shift` and `nested_shift` are base-2 logarithms of the weights of a
-block and of the scales of a nested block. `WIDE` multiplies in float32: the interpreter has no product in bfloat16.
+Terms: a word is 8 weights: of NF4 4 packed bytes, of int8 8, of NF3 3. `block_shift` and `nested_shift` are base-2
+logarithms of the weights of a block and of the scales of a nested block. `WIDE` multiplies in float32: the interpreter
+has no product in bfloat16.
 """
 
 from __future__ import annotations
@@ -53,6 +54,15 @@ def _words(packed, word, byte_count, mask, RAGGED: tl.constexpr):
 
 
 @triton.jit
+def _three_bytes(packed, word, mask):
+    """NF3's words as int32; none is short, since its codes are filled up."""
+    result = tl.zeros(word.shape, tl.int32)
+    for i in tl.static_range(3):
+        result = result | (tl.load(packed + word * 3 + i, mask=mask, other=0).to(tl.int32) << (8 * i))
+    return result
+
+
+@triton.jit
 def _level(levels, code):
     """The levels of codes [n], out of a table in shared memory: its 16 entries lie in 16 banks, no two lanes collide.
 
@@ -82,6 +92,7 @@ def dequantize(
     NESTED: tl.constexpr,
     RAGGED: tl.constexpr,
     WHOLE: tl.constexpr,
+    BITS: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
@@ -99,7 +110,6 @@ def dequantize(
     mask = (row0 + row < rows) & (column0 + column < width)
     origin = first + row0 * stride + column0
     word = origin + row * stride + column
-    value = _words(packed, word, byte_count, mask, RAGGED)
     if WHOLE:
         number = tl.arange(0, R * W // BLOCK_WORDS)
         block_row, block_column = number // (W // BLOCK_WORDS), number % (W // BLOCK_WORDS)
@@ -110,12 +120,22 @@ def dequantize(
     else:
         block = word // BLOCK_WORDS
         scale = _block_scales(scales, nested_scales, nested_offset, dynamic_map, block, mask, NESTED, nested_shift)
-    nibble = tl.arange(0, 8)
-    shift = (nibble // 2) * 8 + 4 - (nibble % 2) * 4  # the first weight of a byte is its high half
-    code = (value[:, None] >> shift[None, :]) & 15
-    weight = _level(levels, code.reshape(R * W * 8)).reshape(R * W, 8) * scale[:, None]
+    place = tl.arange(0, 8)
+    if BITS == 8:
+        at = word[:, None] * 8 + place[None, :]
+        code = tl.load(packed + at, mask=mask[:, None] & (at < byte_count), other=0)
+        weight = code.to(tl.float32) * tl.div_rn(scale, tl.full(scale.shape, 127.0, tl.float32))[:, None]
+    else:
+        if BITS == 4:
+            value = _words(packed, word, byte_count, mask, RAGGED)
+            shift = (place // 2) * 8 + 4 - (place % 2) * 4  # the first weight of a byte is its high half
+            code = (value[:, None] >> shift[None, :]) & 15
+        else:
+            value = _three_bytes(packed, word, mask)
+            code = (value[:, None] >> (3 * place)[None, :]) & 7
+        weight = _level(levels, code.reshape(R * W * 8)).reshape(R * W, 8) * scale[:, None]
     base = (row0.to(tl.int64) * width + column0) * 8
-    offset = (row * width + column)[:, None] * 8 + nibble[None, :]
+    offset = (row * width + column)[:, None] * 8 + place[None, :]
     exists = mask[:, None]
     if RAGGED:
         exists = exists & (base + offset < count)

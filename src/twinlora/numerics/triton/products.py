@@ -1,6 +1,7 @@
-"""Products with an NF4 weight on a GPU.
+"""Products with a quantised weight on a GPU.
 
-Up to 64 rows: the weight is decoded into the product, half a byte a weight is read. More: panels of the weight are
+NF4, up to 64 rows: the weight is decoded into the product, half a byte a weight is read. More, and other
+formats: panels of the weight are
 decoded into one reused buffer that stays in L2, and cuBLAS multiplies each at once. For a transposed product of few
 rows a kernel of its own is not worth it: training steps have more rows.
 """
@@ -18,6 +19,8 @@ from twinlora.numerics.triton.codes import Weight, decode, on, tables, weight_of
 from twinlora.numerics.triton.shapes import ROWS_TILE, has_few_rows, panel, row_parts, transposed_panel
 
 __all__ = [
+    "blockwise_linear",
+    "blockwise_linear_transposed",
     "nf4_linear",
     "nf4_linear_add_",
     "nf4_linear_transposed",
@@ -43,6 +46,11 @@ def workspace(device: torch.device, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def nf4_linear(x: Tensor, *quant: Any) -> Tensor:
+    """See ops.py."""
+    return _linear(x, weight_of(*quant))
+
+
+def blockwise_linear(x: Tensor, *quant: Any) -> Tensor:
     """See ops.py."""
     return _linear(x, weight_of(*quant))
 
@@ -74,7 +82,15 @@ def nf4_linear_add_(y: Tensor, x: Tensor, *quant: Any) -> None:
 
 def nf4_linear_transposed(dy: Tensor, *quant: Any) -> Tensor:
     """See ops.py."""
-    weight = weight_of(*quant)
+    return _linear_transposed(dy, weight_of(*quant))
+
+
+def blockwise_linear_transposed(dy: Tensor, *quant: Any) -> Tensor:
+    """See ops.py."""
+    return _linear_transposed(dy, weight_of(*quant))
+
+
+def _linear_transposed(dy: Tensor, weight: Weight) -> Tensor:
     dx = dy.new_empty(*dy.shape[:-1], weight.shape[1])
     _multiply_transposed(_rows(dx), _rows(dy), weight, add=False)
     return dx
@@ -92,7 +108,7 @@ def _rows(x: Tensor) -> Tensor:
 def _multiply(y: Tensor, x: Tensor, weight: Weight, *, add: bool, extra: Tensor | None = None) -> None:
     """x [T, k] @ [weight [n, k]; extra].T into y [T, n + extra], or onto what it holds."""
     n, k = weight.shape
-    if has_few_rows(x, k, weight.block):
+    if weight.bits == 4 and has_few_rows(x, k, weight.block):
         _multiply_few(y[:, :n], x, weight, add=add)
         if extra is not None:
             y[:, n:].addmm_(x, extra.T, beta=0)

@@ -99,8 +99,10 @@ def workspace_bytes(op: str, *args: Any) -> int:
         return max(_product_bytes(x, 0, [n, x.shape[-1]], block) for n in rows)
     if op == "nf4_linear_add_":
         return _product_bytes(args[1], 0, *args[6:8])
-    if op in ("nf4_linear_transposed", "nf4_linear_transposed_add_"):
-        dy, shape = (args[0], args[5]) if op == "nf4_linear_transposed" else (args[1], args[6])
+    if op == "blockwise_linear":
+        return _panel_bytes(args[0], 0, *args[5])
+    if op in ("nf4_linear_transposed", "nf4_linear_transposed_add_", "blockwise_linear_transposed"):
+        dy, shape = (args[1], args[6]) if op.endswith("add_") else (args[0], args[5])
         rows = dy.numel() // dy.shape[-1]
         count: int = shape[0] * transposed_panel(shape, rows, dy.dtype.itemsize, dy.device) * dy.dtype.itemsize
         return count
@@ -122,7 +124,11 @@ def _product_bytes(x: Tensor, extra: int, shape: list[int], block: int) -> int:
     if has_few_rows(x, k, block):
         parts, _ = row_parts(n, k, min(block, 128), x.device)
         return 4 * parts * rows * n if parts > 1 else 0
-    length = panel(n, k, rows, x.dtype.itemsize, x.device)
+    return _panel_bytes(x, extra, n, k)
+
+
+def _panel_bytes(x: Tensor, extra: int, n: int, k: int) -> int:
+    length = panel(n, k, x.numel() // k, x.dtype.itemsize, x.device)
     return (length + extra) * k * x.dtype.itemsize
 
 
