@@ -79,7 +79,11 @@ def test_results_of_calls_go_to_other_memory(monkeypatch):
 
 def test_every_kind_of_work_has_a_curve(quick):
     rates = calibrate.measure(CPU, Reporter())
-    wanted = {f"{kind} {dtype}" for kind in ("product", "nf4 product") for dtype in ("bfloat16", "float32")}
+    wanted = {
+        f"{kind} {dtype}"
+        for kind in ("product", "nf4 product", "int8 product", "nf3 product")
+        for dtype in ("bfloat16", "float32")
+    }
     wanted |= {"attention", "attention_backward", "copy", "elementwise", "norm", "loss", "optimiser", "swiglu"}
     assert wanted <= set(rates.curves)
     for name, curve in rates.curves.items():

@@ -7,6 +7,7 @@ from twinlora.plan.speed import Curve, Measured, stated
 from twinlora.plan.work import Counts, Kind
 
 MM = Kind("product", "mm", "bfloat16", 2 * 1024**3, 4 * 1024**2, 2 * 1024**2)
+INT8 = Kind("int8 product", "blockwise_linear", "bfloat16", 2 * 1024**3, 4 * 1024**2, 2 * 1024**2)
 NF4 = Kind("nf4 product", "nf4_linear", "bfloat16", 2 * 1024**3, 3 * 1024**2, 2 * 1024**2)
 ADD = Kind("elementwise", "add", "float32", 1000, 8000, 4000)
 
@@ -34,6 +35,10 @@ def test_an_operation_has_its_own_curve_if_it_was_measured():
     }
     assert Measured("", curves, 0).call_seconds(MM, 1) == pytest.approx(MM.flops / 5e11)
     assert Measured("", curves, 0).call_seconds(NF4, 1) == pytest.approx(NF4.flops / 1e12)
+    curves["nf4 product bfloat16"] = Curve(((1.0, 4e11),))
+    assert Measured("", curves, 0).call_seconds(INT8, 1) == pytest.approx(INT8.flops / 4e11), "kept before it had one"
+    curves["int8 product bfloat16"] = Curve(((1.0, 3e11),))
+    assert Measured("", curves, 0).call_seconds(INT8, 1) == pytest.approx(INT8.flops / 3e11)
 
 
 def test_stated_peaks_are_a_roofline():

@@ -29,6 +29,7 @@ from twinlora import atomic, machine
 from twinlora.errors import StorageError
 from twinlora.model.fingerprint import cache_directory
 from twinlora.numerics import ops
+from twinlora.numerics.formats import Format, Int8Format, NF3Format, NF4Format
 from twinlora.plan import probe, work
 from twinlora.plan.simulate import Cell, simulate
 from twinlora.plan.speed import Curve, Measured, computes, launches
@@ -239,7 +240,10 @@ def _pieces(pool: _Pool) -> Iterator[Piece]:
         for shape in _PRODUCTS[::every]:
             yield f"product {name}", partial(_product, *shape, dtype, pool)
         for shape in _NF4_PRODUCTS[::every]:
-            yield f"nf4 product {name}", partial(_nf4, *shape, dtype, pool)
+            yield f"nf4 product {name}", partial(_quantised, NF4Format(), *shape, dtype, pool)
+        for form in (Int8Format(), NF3Format()):
+            for shape in _OTHER_PRODUCTS[::every]:
+                yield f"{form.kind} product {name}", partial(_quantised, form, *shape, dtype, pool)
     for inner in (16, 48):
         yield "addmm_", partial(_added, 1024, inner, 1024, pool)
     for length in (32, 128, 512, 2048):
@@ -269,6 +273,9 @@ _NF4_PRODUCTS = (
 )  # fmt: skip
 
 
+_OTHER_PRODUCTS = ((256, 1024, 1024), (1024, 1024, 1024), (1024, 2048, 4096))
+
+
 def _product(rows: int, inner: int, outer: int, dtype: torch.dtype, pool: _Pool) -> Callable[[int], Any]:
     xs, weights = pool.cut(rows, inner, dtype=dtype), pool.cut(outer, inner, dtype=dtype)
     return lambda turn: xs[turn % len(xs)] @ weights[turn % len(weights)].T
@@ -280,11 +287,12 @@ def _added(rows: int, inner: int, outer: int, pool: _Pool) -> Callable[[int], An
     return lambda turn: ys[turn % len(ys)].addmm_(xs[turn % len(xs)], weight.T)
 
 
-def _nf4(rows: int, inner: int, outer: int, dtype: torch.dtype, pool: _Pool) -> Callable[[int], Any]:
+def _quantised(
+    form: Format, rows: int, inner: int, outer: int, dtype: torch.dtype, pool: _Pool
+) -> Callable[[int], Any]:
     xs = pool.cut(rows, inner, dtype=dtype)
-    first = ops.quantize(torch.randn(outer, inner, dtype=dtype, device=pool.device))
-    codes = pool.cut(*first.packed.shape, dtype=torch.uint8)
-    weights = [replace(first, packed=packed) for packed in codes]
+    first = ops.quantize(torch.randn(outer, inner, dtype=dtype, device=pool.device), form)
+    weights = [replace(first, packed=packed) for packed in pool.cut(*first.packed.shape, dtype=first.packed.dtype)]
     return lambda turn: ops.linear(xs[turn % len(xs)], weights[turn % len(weights)])
 
 

@@ -87,7 +87,10 @@ class Measured(Rates):
 
     def curve(self, kind: Kind) -> Curve:
         """The most particular one there is."""
-        for name in (kind.op, f"{kind.name} {kind.dtype}", kind.name):
+        names = [kind.op, f"{kind.name} {kind.dtype}", kind.name]
+        if kind.name in ("int8 product", "nf3 product"):  # rates that were kept before these were measured
+            names.append(f"nf4 product {kind.dtype}")
+        for name in names:
             if name in self.curves:
                 return self.curves[name]
         return self.curves["product float32" if computes(kind.name) else "elementwise"]

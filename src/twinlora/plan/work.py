@@ -19,6 +19,7 @@ _QUANTISED = {
     "nf4_linear": 0, "nf4_linear_transposed": 0, "nf4_linear_add_": 1, "nf4_linear_transposed_add_": 1,
     "blockwise_linear": 0, "blockwise_linear_transposed": 0,
 }  # fmt: skip
+_OTHER_FORMATS = {8: "int8 product", 3: "nf3 product"}  # by the bits of a blockwise format
 _NORMS = {"rms_norm", "rms_norm_backward", "native_layer_norm", "native_layer_norm_backward"}
 _LOSS = {"cross_entropy_", "_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward"}
 
@@ -27,7 +28,8 @@ _LOSS = {"cross_entropy_", "_log_softmax", "_log_softmax_backward_data", "nll_lo
 class Kind:
     """Calls that do the same: `name` is the sort of work, the rest is of one call."""
 
-    name: str  # product, nf4 product, attention, norm, loss, embedding, optimiser, copy, elementwise
+    # product, nf4 product, int8 product, nf3 product, attention, norm, loss, embedding, optimiser, copy, elementwise
+    name: str
     op: str
     dtype: str
     flops: int
@@ -112,7 +114,7 @@ def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Iterable[
     if first is None:
         return
     written = outputs if outputs else inputs[:1]
-    kind = _name(name)
+    kind = _OTHER_FORMATS[args[8]] if name.startswith("blockwise_linear") else _name(name)
     flops = _flops(func, name, args, kwargs, outputs)
     read = sum(map(_bytes, inputs))
     if kind == "embedding":
@@ -135,7 +137,7 @@ def _of_lists(name: str, func: Any, args: tuple[Any, ...], outputs: list[Tensor]
 
 def _name(name: str) -> str:
     if name in _QUANTISED or name in ("nf4_linears", "nf4_linear_with"):
-        return "nf4 product"  # of other formats, too: their weights are decoded alike
+        return "nf4 product"
     if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "_grouped_mm", "linear", "dense_linears"):
         return "product"
     if "attention" in name:
