@@ -15,11 +15,11 @@ def simulate(config: object, cell: Cell) -> Simulated:
     """A model of 7 B: activations by the token, a fifth of them with checkpointing."""
     tokens = sum(cell.lengths) if cell.packing else max(cell.lengths) * len(cell.lengths)
     trained = PARAMETERS if cell.method == "full" else 40_000_000
-    quantised = cell.method == "qlora"
-    size = cell.dtype.itemsize
+    quantised = cell.method in ("qlora", "int8")
+    size, bits, scale = cell.dtype.itemsize, *((8, 32 / 64) if cell.method == "int8" else (4, 8 / 64 + 32 / (64 * 256)))
     by_cause = {
-        "weights": LINEAR // 2 + size * (PARAMETERS - LINEAR) if quantised else size * PARAMETERS,
-        "quantisation constants": round(LINEAR * (8 / 64 + 32 / (64 * 256)) / 8) if quantised else 0,
+        "weights": LINEAR * bits // 8 + size * (PARAMETERS - LINEAR) if quantised else size * PARAMETERS,
+        "quantisation constants": round(LINEAR * scale / 8) if quantised else 0,
         "adapter": 0 if cell.method == "full" else 4 * trained,
         "gradients": 4 * trained,
         "optimiser": 8 * trained,

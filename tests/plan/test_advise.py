@@ -6,6 +6,7 @@ import pytest
 
 from tests.plan.rows import GIB, ways
 from twinlora.plan.advise import changes, choose, rows_for
+from twinlora.plan.quality import FORMATS
 from twinlora.plan.rows import RESERVE, solve
 
 TINY = {"activations": 0.3, "checkpointed": 0.05}
@@ -129,6 +130,43 @@ def test_what_is_tight_is_chosen_only_if_nothing_fits():
     both = [way for way in ways(65e9) if way.method in ("lora", "qlora")]
     tight = solve(both[0], 0).peak
     assert at(both, (tight + 2**20) / GIB, "accuracy").method == "qlora"
+
+
+def test_where_qlora_is_tight_a_mix_that_rounds_more_buys_nothing_back():
+    made = [way for way in ways(65e9) if way.method in ("lora", "qlora", "hybrid")]
+    least = solve(next(way for way in made if way.method == "qlora"), 0).needed
+    above, below = at(made, least / GIB), at(made, (least - 2**20) / GIB)
+    assert above.method == "qlora"
+    assert (below.method, below.reason) == ("hybrid", "only way")
+    assert below.row.bits < FORMATS[1].bits
+    assert at(made, (least - 2**20) / GIB, "memory").reason == "only way"
+
+
+def test_in_float32_a_mix_goes_up_to_32_bits():
+    made = [
+        dataclasses.replace(way, bits=32.0, dense_bits=32.0) if way.method == "lora"
+        else dataclasses.replace(way, dense_bits=32.0, most_bits=32.0)
+        for way in ways(7e9) if way.method in ("lora", "qlora", "hybrid")
+    ]  # fmt: skip
+    made[0] = dataclasses.replace(
+        made[0],
+        candidates=tuple(
+            dataclasses.replace(c, by_cause=dict(c.by_cause) | {"weights": int(28e9)}) for c in made[0].candidates
+        ),
+    )
+    for memory in (15, 18, 22, 25):
+        choice = at(made, memory, "accuracy")
+        assert choice.method == "hybrid"
+        assert choice.row.bits < 32
+    assert at(made, 40, "accuracy").method == "lora"
+
+
+def test_a_budget_for_the_weights_is_bits():
+    way = next(way for way in ways(8e9) if way.method == "hybrid")
+    for bits in (3.5, 5.0, 12.0):
+        assert way.with_weights(int(8e9 * bits / 8)).most_bits == pytest.approx(bits, abs=1e-6)
+    assert way.with_weights(10**12).least_bits == 16
+    assert way.with_weights(10).most_bits == pytest.approx(FORMATS[0].bits)
 
 
 def test_the_runner_up_is_another_way():

@@ -10,7 +10,7 @@ from tests.plan import fake
 from tests.plan.test_model import quantised
 from twinlora.cli.main import main
 from twinlora.config import PlanOptions
-from twinlora.errors import ConfigError, ModelError
+from twinlora.errors import ConfigError, DataError, ModelError
 from twinlora.plan import answer, ways
 from twinlora.plan.overhead import Overhead
 from twinlora.plan.words import command
@@ -193,6 +193,32 @@ def test_what_the_heap_loses_is_a_cause_on_a_cpu_alone(simulated, capsys):
     assert "fragmentation" in capsys.readouterr().out
     assert main(["plan", "llama-7b", "--device", "RTX 4090"]) == 0
     assert "fragmentation" not in capsys.readouterr().out
+
+
+def test_what_is_simulated_is_said(simulated):
+    rows = {row["method"]: row for row in plan(memory="15GiB").document()["rows"]}
+    assert rows["lora"]["simulated"]
+    assert not rows["hybrid"]["simulated"], "its layers are chosen later"
+    found = plan(memory=f"{rows['int8']['needed_bytes']}B")
+    assert row(found, "int8").setting.exact, "so close to the border"
+
+
+def test_without_something_to_train_from_a_line_says_why_there_is_no_command(simulated):
+    found = plan(model="gpt3-175b", memory="2000GiB")
+    assert found.command is None
+    assert any(note.startswith("no command: built-in shape") for note in found.notes)
+
+
+def test_what_a_process_holds_already_counts(simulated):
+    options = PlanOptions(model="llama-7b", device="cpu", memory="64GiB")
+    bare, held = (answer.plan(options, Reporter(), held=held) for held in (0, 5 * GIB))
+    assert row(held, "lora").by_cause["runtime"] - row(bare, "lora").by_cause["runtime"] == 5 * GIB - (300 << 20)
+
+
+def test_data_of_which_an_epoch_shows_nothing_is_one_message(simulated, tmp_path, tiny):
+    data = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")] * 10)
+    with pytest.raises(DataError, match=r"would show none; give at least @0\.051"):
+        plan(model=str(tiny), data=[f"{data}@0.01"])
 
 
 def test_json_is_one_document(simulated, capsys):

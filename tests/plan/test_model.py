@@ -9,6 +9,7 @@ from tests.conftest import tiny_config
 from twinlora.errors import ModelError
 from twinlora.model import bnb4
 from twinlora.numerics.formats import NF4Format
+from twinlora.plan import model
 from twinlora.plan.model import describe
 from twinlora.plan.shapes import SHAPES
 
@@ -20,6 +21,15 @@ def test_a_directory_is_read_by_its_headers(tiny):
     assert found.types["BF16"] * 2 == pytest.approx(found.checkpoint_bytes, rel=0.1)
     assert found.train_as == str(tiny)
     assert found.tokenizer_source().path == tiny.resolve()
+
+
+def test_a_gguf_file_is_known_by_what_it_begins_with(tmp_path, monkeypatch):
+    blob = tmp_path / "0123abcd"  # as in the hub's cache
+    blob.write_bytes(b"GGUF" + bytes(20))
+    asked = []
+    monkeypatch.setattr(model, "_config", lambda *args, **more: asked.append(more) or (tiny_config(), None))
+    assert describe(str(blob)).origin.startswith("GGUF file")
+    assert asked == [{"gguf_file": blob.name}]
 
 
 def test_only_headers_are_read(tiny, tmp_path):

@@ -1,5 +1,6 @@
 """What a process takes beside the step, measured once."""
 
+import json
 import subprocess
 
 from twinlora.plan import overhead
@@ -18,5 +19,13 @@ def test_it_is_measured_once_and_kept(tmp_path, monkeypatch):
     found = overhead.overhead()
     assert 100 * MIB < found.libraries < 2000 * MIB
     assert found.product < 4 * MIB
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: 1 / 0)
-    assert overhead.overhead() == found
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", lambda *_, **__: 1 / 0)
+        assert overhead.overhead() == found
+    file = tmp_path / "twinlora" / "overhead.json"
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps({"another version": {"libraries": 1, "product": 2}}))
+    answer = subprocess.CompletedProcess([], 0, stdout=json.dumps({"libraries": 3, "product": 4}))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+    assert overhead.overhead() == Overhead(3, 4)
+    assert json.loads(file.read_text()).keys() == {"another version", *kept}, "one does not push out the other"

@@ -58,3 +58,5 @@ def test_more_bits_never_round_more():
     assert errors == sorted(errors, reverse=True)
     assert rounding(16) == 0
     assert rounding(FORMATS[1].bits) == 1
+    assert rounding(32, 32) == 0
+    assert rounding(16, 32) > 0

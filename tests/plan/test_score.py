@@ -68,8 +68,9 @@ def test_runs_without_rates_say_nothing_of_time():
 def test_the_reserve_grows_with_what_past_runs_took_more():
     over = [past(measured_peak_bytes=1000 + 10 * i) for i in range(11)]
     assert score.reserve(over) == pytest.approx(0.09)
-    assert score.reserve(over[:4]) == RESERVE  # too few to tell
-    assert score.reserve([past()] * 9) == RESERVE
+    assert score.reserve(over[:9]) == RESERVE  # too few to tell
+    assert score.reserve([past()] * 12) == RESERVE
+    assert score.reserve([past()] * 9 + [past(measured_peak_bytes=2000)]) == RESERVE, "one of ten does not count"
 
 
 def test_hardware_is_told_apart():

@@ -121,17 +121,19 @@ def test_running_out_of_memory_names_the_cause(tiny, data_file, tmp_path, histor
         raise MemoryError
 
     monkeypatch.setattr(rehearsal, "loss_sum", exhausted)
-    with pytest.raises(OutOfMemory, match=r"predicted peak [\d.]+ GiB[\s\S]*activations took more than that"):
+    with pytest.raises(OutOfMemory, match=r"predicted peak [\d.]+ GiB[\s\S]*what a pass holds took more"):
         train(options(tiny, data_file, tmp_path / "r"))
 
 
 @pytest.mark.parametrize(
-    "weights, trained, free, said",
+    "weights, trained, total, said",
     [(2000, 10, 10**9, "the weights take"), (1000, 1000, 10**9, "what trains takes"),
-     (1000, 10, 10, "belongs to others"), (1000, 10, 10**9, "activations took more")],
+     (1000, 10, 2000, "nothing exceeded that, there are 0.00 GiB"),
+     (1000, 10, 2500, "nothing exceeded that, but of 0.00 GiB others hold 0.00 GiB"),
+     (1000, 10, 10**9, "what a pass holds took more")],
 )  # fmt: skip
-def test_the_cause_is_what_exceeds_its_prediction(weights, trained, free, said, monkeypatch):
-    monkeypatch.setattr(machine, "available_bytes", lambda: free)
+def test_the_cause_is_what_exceeds_its_prediction(weights, trained, total, said, monkeypatch):
+    monkeypatch.setattr(predict, "_memory", lambda device: (total, 700))
     causes = {"weights": 900, "quantisation constants": 100, "adapter": 40, "gradients": 40, "optimiser": 80}
     causes |= {"activations": 500, "loss head": 100, "workspace": 0, "runtime": 300}
     prediction = predict.Prediction(sum(causes.values()), causes, None, None)
@@ -150,7 +152,7 @@ def test_a_run_that_goes_on_with_less_says_which_cause_took_more(tiny, data_file
     monkeypatch.setattr(rehearsal, "loss_sum", once)
     train(options(tiny, data_file, tmp_path / "r", max_steps=1))
     (note,) = [note for note in document(tmp_path / "r")["notes"] if note.startswith("out of memory: predicted peak")]
-    assert note.endswith("activations took more than that")
+    assert note.endswith("what a pass holds took more")
 
 
 def test_full_float32_weights_are_their_own_masters(tiny, data_file, tmp_path, history, monkeypatch):
@@ -158,7 +160,7 @@ def test_full_float32_weights_are_their_own_masters(tiny, data_file, tmp_path, h
         raise MemoryError
 
     monkeypatch.setattr(rehearsal, "loss_sum", exhausted)
-    with pytest.raises(OutOfMemory, match="activations took more than that"):
+    with pytest.raises(OutOfMemory, match="what a pass holds took more"):
         train(options(tiny, data_file, tmp_path / "r", method="full", dtype="float32", on_oom="stop"))
 
 
@@ -217,5 +219,9 @@ def test_the_budget_of_a_hybrid_base_stays_as_it_is(tiny, data_file, tmp_path, o
     given = PLANNED | {"method": "hybrid", "memory": "110KB"}
     record = train(options(tiny, data_file, tmp_path / "r", **given)).record
     assert record["base_weight_bytes"] <= 110_000
-    chosen = document(tmp_path / "r")["options"]
-    assert (chosen["memory"], chosen["bits"]) == ("110KB", None)
+    found = document(tmp_path / "r")
+    assert (found["options"]["memory"], found["options"]["bits"]) == ("110KB", None)
+    stored = [note for note in found["notes"] if note.startswith("hybrid: ")][-1]
+    bits = float(stored.split()[1])
+    planned = next(note for note in found["notes"] if note.startswith("plan: Choose hybrid at "))
+    assert float(planned.split()[4]) == pytest.approx(bits, abs=0.1), "planned at the bits that it has"

@@ -71,7 +71,7 @@ def _score_document(runs: list[Past]) -> dict[str, Any]:
     from twinlora.plan import score
 
     return {
-        "history": str(score.history_file()),
+        "history": None if (file := score.history_file()) is None else str(file),
         "score": score.summary(runs),
         "runs": [run.model_dump() for run in runs],
     }
@@ -81,7 +81,9 @@ def _show_score(runs: list[Past]) -> None:
     from twinlora.plan import score
 
     if not runs:
-        out.print(f"no runs yet in {score.history_file()}: each `twinlora train` adds one", markup=False)
+        file = score.history_file()
+        where = "no history is kept (TWINLORA_HISTORY=off)" if file is None else f"no runs yet in {file}"
+        out.print(f"{where}: each `twinlora train` adds one" if file else where, markup=False)
         return
     print_table(_history(runs))
     for name, of in score.summary(runs).items():

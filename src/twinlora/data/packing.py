@@ -6,6 +6,7 @@ reads a tensor's value. A packed micro-batch is one row of tokens with a `Layout
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from twinlora.data.template import Example
+from twinlora.errors import DataError
 from twinlora.model.attention import Layout
 from twinlora.numerics.target import kind_of
 
 __all__ = [
-    "Batch", "MicroBatch", "epoch_order", "epoch_size", "make_batch", "make_micro_batch", "split", "steps_per_epoch",
+    "Batch", "MicroBatch", "epoch_order", "epoch_size", "make_batch", "make_micro_batch", "require_seen", "split",
+    "steps_per_epoch",
 ]  # fmt: skip
 
 
@@ -81,10 +84,14 @@ def epoch_size(weights: Sequence[float]) -> int:
     return sum(len(members) * int(weight) + _some(len(members), weight) for weight, members in kinds)
 
 
-def unseen(weights: Sequence[float]) -> dict[float, int]:
-    """Weights whose fraction of their examples rounds to none, and how many examples have them."""
-    kinds = _by_weight(weights).items()
-    return {weight: len(members) for weight, members in kinds if not int(weight) and not _some(len(members), weight)}
+def require_seen(weights: Sequence[float]) -> None:
+    """Raise DataError for a weight whose fraction of its examples rounds to none."""
+    for weight, members in _by_weight(weights).items():
+        if not int(weight) and not _some(len(members), weight):
+            raise DataError(
+                f"data: of {len(members)} rows with weight {weight:g} an epoch would show none; give at least "
+                f"@{math.ceil(1000 * 0.51 / len(members)) / 1000:g}, or leave them out"
+            )
 
 
 def _by_weight(weights: Sequence[float]) -> dict[float, list[int]]:
@@ -120,12 +127,14 @@ def make_batch(
 def split(examples: Sequence[Example], limit: int, *, packed: bool) -> Iterator[list[Example]]:
     """The micro-batches that `make_batch` makes of `examples`, as lists of examples."""
     part: list[Example] = []
+    total = longest = 0  # tokens of the part's rows
     for example in examples:
-        lengths = [len(e.ids) for e in (*part, example)]
-        if part and (sum(lengths) if packed else max(lengths) * len(lengths)) > limit:
+        length = len(example.ids)
+        if part and (total + length if packed else max(longest, length) * (len(part) + 1)) > limit:
             yield part
-            part = []
+            part, total, longest = [], 0, 0
         part.append(example)
+        total, longest = total + length, max(longest, length)
     if part:
         yield part
 

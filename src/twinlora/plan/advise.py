@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from twinlora.config import Goal
-from twinlora.plan.quality import FORMATS, SAME_POINTS
+from twinlora.plan.quality import SAME_POINTS
 from twinlora.plan.rows import Row, Way, solve
 
 __all__ = ["Change", "Choice", "Reason", "changes", "choose", "rows_for"]
@@ -111,7 +111,7 @@ def _simplest(rows: Sequence[Row], cost: Callable[[Row], float]) -> Row:
 
 
 def _reason(best: Row, rows: Sequence[Row], goal: Goal) -> Reason:
-    fitting = [row for row in rows if row.fit != "does not fit"]
+    fitting = [row for row in rows if row.fit in ("fits", best.fit)]
     if len(rows) == 1:
         return "alone"
     if goal == "edge":
@@ -159,14 +159,13 @@ def changes(ways: Sequence[Way], memory: int, goal: Goal, reserve: float) -> lis
 
 def _above(ways: Sequence[Way], memory: int, reserve: float) -> list[int]:
     """Sizes from `memory` to the one where every way fits as it likes, in steps of at most a thirtieth."""
-    most = max(solve(way, memory, reserve).needed + _spread(way) for way in ways)
-    most = max(most, *(int(c.peak * (1 + reserve)) + _spread(way) for way in ways for c in way.candidates))
+    most = max(int(c.peak * (1 + reserve)) + _spread(way) for way in ways for c in way.candidates)
     return list(itertools.takewhile(lambda size: size < 1.04 * most, _geometric(memory, 1 + 1 / 30)))
 
 
 def _spread(way: Way) -> int:
     """What the weights of a mix can still grow by."""
-    return int((FORMATS[-1].bits - way.bits) * way.quantised_weights / 8) if way.method == "hybrid" else 0
+    return int((way.dense_bits - way.bits) * way.quantised_weights / 8) if way.method == "hybrid" else 0
 
 
 def _below(memory: int) -> list[int]:

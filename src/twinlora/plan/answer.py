@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from twinlora import machine
 from twinlora.config import PlanOptions, parse_size
 from twinlora.model.load import pick_device, pick_dtype
 from twinlora.plan import calibrate, score
@@ -107,7 +108,7 @@ def _row(row: Row) -> dict[str, Any]:
         "micro_batch_tokens": setting.micro_batch_tokens,
         "micro_batches": setting.micro_batches,
         "gradient_checkpointing": setting.checkpointing,
-        "simulated": setting.exact,
+        "simulated": setting.exact and row.method != "hybrid",  # its layers are chosen by measuring them
         "tokens_per_second": row.tokens_per_second,
         "seconds": row.seconds,
         "disk_bytes": way.disk_bytes,
@@ -125,10 +126,13 @@ def plan(
     only: str | None = None,
     checkpointing: bool | None = None,
     bits: float | None = None,
+    weights: int | None = None,
     fused: bool = True,
+    held: int = 0,
 ) -> Plan:
     """Plan as `options` say, for a `workload` if there is one already; `only` one method, with `checkpointing` alone or
-    without (None: either), a hybrid of so many `bits`, the model with its stock blocks (not `fused`).
+    without (None: either), a hybrid of so many `bits` or bytes of `weights`, the model with its stock blocks (not
+    `fused`). `held`: bytes that the process which will train has already.
 
     Raises InputError; StorageError for rates that are damaged.
     """
@@ -142,24 +146,32 @@ def plan(
     local = pick_device(options.device) if here else None
     device = find(options.device) if local is None else this_machine(local)
     memory = device.memory_bytes if options.memory is None else parse_size(options.memory)
-    notes += _memory_notes(options, device, memory)
+    notes += _memory_notes(options, device, memory, here=here)
     dtype, reason = _dtype(options, device)
     notes += [reason] if reason else []
     rates, reserve = _of_table(device, dtype, notes) if local is None else _measured(local, options, notes)
     if workload is None:
+        before = machine.rss_bytes()
         workload = tokenised(options, planned, reporter.note) if options.data else assumed(options)
+        rows_held = max(0, machine.rss_bytes() - before)
+    else:
+        rows_held = 0
     maker = Ways(
         planned.config,
         workload,
-        Conditions(options, device.target, dtype, rates, _overhead(device), fused),
+        Conditions(options, device.target, dtype, rates, _overhead(device, held, rows_held), fused),
         lambda done, total: reporter.progress("simulating", done, total),
     )
     wanted = "qlora" if left_out else only
-    made = [way for way in maker.make() if wanted in (None, way.method)]
+    made = maker.make(wanted)
     if checkpointing is not None:
         made = [way.with_checkpointing(checkpointing) for way in made]
     if bits is not None:
         made = [way.with_bits(bits) for way in made]
+    elif weights is not None:
+        made = [way.with_weights(weights) for way in made]
+    if planned.train_as is None:
+        notes.append(f"no command: {planned.origin} is nothing to train from; give a directory or a hub id for one")
     ways, rows, choice = _settled(maker, made, memory, options, reserve)
     found = changes(ways, memory, options.goal, reserve)
     claims = checked({row.method: row for row in rows}, model=planned.given, rank=options.rank)
@@ -179,11 +191,12 @@ def _left_out(planned: Planned, options: PlanOptions) -> str | None:
     return "QLoRA alone: --init loftq makes up for what NF4 loses" if options.init == "loftq" else None
 
 
-def _memory_notes(options: PlanOptions, device: Device, memory: int) -> list[str]:
+def _memory_notes(options: PlanOptions, device: Device, memory: int, *, here: bool) -> list[str]:
     """What the user may have meant otherwise."""
+    has = "has free" if here else "has"
     lines = [memory_note(options.memory, memory)]
     if memory > 1.02 * device.memory_bytes:
-        lines.append(f"{gib(memory)} as given are more than {device.name} has: {gib(device.memory_bytes)}")
+        lines.append(f"{gib(memory)} as given are more than {device.name} {has}: {gib(device.memory_bytes)}")
     return [line for line in lines if line]
 
 
@@ -207,10 +220,12 @@ def _close(row: Row) -> bool:
     return row.method != "hybrid" and abs(row.needed / row.memory - 1) < 0.05
 
 
-def _overhead(device: Device) -> Overhead:
-    """What a process takes beside the step. Nothing on a GPU of this machine: its free memory is without it."""
+def _overhead(device: Device, held: int, rows: int) -> Overhead:
+    """What a process takes beside the step, one that has `held` already, or with `rows` in memory. Nothing on a GPU of
+    this machine: its free memory is without it."""
     if device.target == "cpu":
-        return overhead()
+        found = overhead()
+        return dataclasses.replace(found, libraries=max(found.libraries + rows, held))
     if device.product_flops is None:
         return Overhead(0, 0)
     return Overhead(_CUDA_CONTEXT, 0)
@@ -241,4 +256,7 @@ def _measured(device: torch.device, options: PlanOptions, notes: list[str]) -> t
         notes.append(f"no times: this machine is not measured yet; {command} does it in under a minute")
         return None, score.reserve(history)
     factor = score.time_factor(score.with_rates(history, measured.source))
+    if history:
+        kept = 100 * score.reserve(history)
+        notes.append(f"from {len(history)} past run(s) here: times × {factor:.2f}, a reserve of {kept:.0f} %")
     return dataclasses.replace(measured, factor=factor), score.reserve(history)

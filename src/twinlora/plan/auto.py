@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from twinlora.config import PlanOptions, TrainOptions
+from twinlora import machine
+from twinlora.config import PlanOptions, TrainOptions, parse_size
 from twinlora.errors import ConfigError
 from twinlora.plan.answer import plan
 from twinlora.plan.workload import Workload
@@ -14,7 +15,7 @@ from twinlora.train.notes import Notes
 __all__ = ["CHOSEN", "planned_options"]
 
 # What the planner decides; checkpoints say what is recomputed.
-CHOSEN = ("method", "bits", "double_quant", "micro_batch_tokens")
+CHOSEN = ("method", "bits", "double_quant", "micro_batch_tokens", "dtype")
 
 
 def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> TrainOptions:
@@ -33,7 +34,9 @@ def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> Trai
         only=options.method,
         checkpointing={"on": True, "off": False, "auto": None}[options.gradient_checkpointing],
         bits=options.bits,
+        weights=None if options.memory is None else parse_size(options.memory),
         fused=options.fused,
+        held=machine.rss_bytes(),
     )
     for note in found.notes:
         notes.add(f"plan: {note}")
@@ -47,6 +50,7 @@ def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> Trai
     update: dict[str, Any] = {
         "method": found.choice.method,
         "double_quant": found.options.double_quant,
+        "dtype": str(found.dtype).removeprefix("torch."),  # measured once
         "micro_batch_tokens": min(setting.micro_batch_tokens, asked.micro_batch_tokens),  # a longer row goes alone
         "gradient_checkpointing": "on" if setting.checkpointing else options.gradient_checkpointing,
     }

@@ -47,7 +47,7 @@ class Planned:
 def describe(model: str, *, trust_remote_code: bool = False) -> Planned:
     """Find `model`: a path, a well-known name or a hub id. Raises ModelError."""
     path = Path(model).expanduser()
-    if path.is_dir() or path.suffix in (".json", ".gguf"):
+    if path.exists() or path.suffix in (".json", ".gguf"):
         return _local(model, path, trust_remote_code)
     shape = SHAPES.get(model.lower())
     if shape is not None:
@@ -67,7 +67,7 @@ def describe(model: str, *, trust_remote_code: bool = False) -> Planned:
 def _local(model: str, path: Path, trust: bool) -> Planned:
     if not path.exists() or (path.is_dir() and not (path / "config.json").is_file()):
         raise ModelError(f"model {model}: no {'config.json in this directory' if path.is_dir() else 'such file'}")
-    if path.suffix == ".gguf":
+    if _is_gguf(path):
         config, _ = _config(str(path.parent), model, trust, gguf_file=path.name)
         return Planned(model, config, "GGUF file, trained from its 16-bit values", model, path.stat().st_size)
     config, nf4 = _config(str(path), model, trust)
@@ -80,6 +80,14 @@ def _local(model: str, path: Path, trust: bool) -> Planned:
             types[kind] = types.get(kind, 0) + count
     size = sum(file.stat().st_size for file in files)
     return Planned(model, config, f"{len(files)} safetensors header(s)", model, size, types, nf4)
+
+
+def _is_gguf(path: Path) -> bool:
+    """By what it begins with: in the hub's cache a file has no name of its own."""
+    if path.is_dir():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _hub(model: str, trust: bool) -> Planned:

@@ -6,6 +6,7 @@ of a 16-bit product that it has met.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import platform
@@ -46,16 +47,15 @@ def overhead() -> Overhead:
     versions = machine.describe()
     key = " ".join(str(versions[name]) for name in ("cpu", "python", "torch", "transformers", "twinlora"))
     file = cache_directory() / "overhead.json"
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        return Overhead(**known[key])
-    except (OSError, ValueError, KeyError, TypeError):
-        known = {}
+    known: dict[str, dict[str, int]] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):  # not there yet, or not ours
+        known = dict(json.loads(file.read_text(encoding="utf-8")))
+        if key in known:
+            return Overhead(**known[key])
     done = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True, check=False)
     if done.returncode:
         raise BackendError(f"the memory of an empty process could not be measured:\n{done.stderr[-2000:]}")
     found = Overhead(**json.loads(done.stdout.splitlines()[-1]))
-    file.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_json(file, known | {key: asdict(found)})
     return found
 

@@ -113,13 +113,27 @@ def blame(prediction: Prediction, *, weights: int, trained: int, device: torch.d
     fixed = stored + sum(by_cause[cause] for cause in ("adapter", "optimiser"))
     held = weights + trained
     rest = prediction.peak_bytes - fixed - by_cause["runtime"]
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine.available_bytes()
-    peak = prediction.peak_bytes / _GIB
-    said = f"predicted peak {peak:.2f} GiB, of it {rest / _GIB:.2f} for activations, gradients and loss"
+    said = f"predicted peak {_gib(prediction.peak_bytes)}, of it {_gib(rest)} for activations, gradients and loss"
+    total, others = _memory(device)
     if weights > _OFF * stored:
-        return f"{said}; the weights take {weights / _GIB:.2f} GiB instead of {stored / _GIB:.2f}"
+        return f"{said}; the weights take {_gib(weights)} instead of {_gib(stored)}"
     if held > _OFF * fixed:
-        return f"{said}; what trains takes {(held - weights) / _GIB:.2f} GiB instead of {(fixed - stored) / _GIB:.2f}"
-    if free < rest:
-        return f"{said}; {free / _GIB:.2f} GiB are free, the rest belongs to others"
-    return f"{said}; activations took more than that"
+        return f"{said}; what trains takes {_gib(held - weights)} instead of {_gib(fixed - stored)}"
+    if prediction.peak_bytes > total:
+        return f"{said}; nothing exceeded that, there are {_gib(total)}"
+    if prediction.peak_bytes + others > total:
+        return f"{said}; nothing exceeded that, but of {_gib(total)} others hold {_gib(others)}"
+    return f"{said}; weights and what trains take what was predicted, so what a pass holds took more"
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.2f} GiB"
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of `device`, and those of them that other processes hold."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total, max(0, total - free - torch.cuda.memory_reserved(device))
+    total = int(machine.describe()["memory_bytes"])
+    return total, max(0, total - machine.available_bytes() - machine.rss_bytes())

@@ -65,12 +65,14 @@ FORMATS = (
 )
 
 
-def rounding(bits: float) -> float:
-    """Mean squared rounding error, NF4's being 1, of a base of `bits` a weight mixed from the two nearest formats.
+def rounding(bits: float, dense: float = FORMATS[-1].bits) -> float:
+    """Mean squared rounding error, NF4's being 1, of a base of `bits` a weight mixed from the two nearest formats, of
+    which one that is not quantised has `dense`.
 
     Which layer gets which is not known here: choosing them by their sensitivity only lowers it.
     """
-    bits = min(max(bits, FORMATS[0].bits), FORMATS[-1].bits)
-    low, high = next(pair for pair in itertools.pairwise(FORMATS) if bits <= pair[1].bits)
+    formats = (*FORMATS[:-1], StoredAs("dense", dense, 0.0))
+    bits = min(max(bits, formats[0].bits), dense)
+    low, high = next(pair for pair in itertools.pairwise(formats) if bits <= pair[1].bits)
     share = (bits - low.bits) / (high.bits - low.bits)
     return (1 - share) * low.rounding + share * high.rounding

@@ -19,7 +19,7 @@ RESERVE = 0.02  # of the predicted peak: what the prediction may be off by
 Fit = Literal["fits", "tight", "does not fit"]
 _FEW_TOKENS = 128  # about as many are multiplied in the time that reading the weights takes
 _SAME_TIME = 0.02  # settings that differ by less are equally fast
-_LEAST_BITS, _MOST_BITS = FORMATS[0].bits, FORMATS[-1].bits  # of a hybrid base
+_LEAST_BITS, _MOST_BITS = FORMATS[0].bits, FORMATS[-1].bits  # of a hybrid base in 16 bit
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Way:
     needs: str | None = None
     least_bits: float = _LEAST_BITS  # that hybrid may have, and the most
     most_bits: float = _MOST_BITS
+    dense_bits: float = _MOST_BITS  # of a weight that is not quantised
 
     def with_checkpointing(self, wanted: bool) -> Way:
         """With checkpointing alone, or without."""
@@ -73,6 +74,13 @@ class Way:
     def with_bits(self, bits: float) -> Way:
         """A hybrid of so many bits, whatever else would fit."""
         return dataclasses.replace(self, least_bits=bits, most_bits=bits)
+
+    def with_weights(self, nbytes: int) -> Way:
+        """A hybrid whose weights take so many bytes, or as near to that as its formats come."""
+        causes = self.candidates[0].by_cause
+        stored = causes["weights"] + causes.get("quantisation constants", 0)
+        bits = self.bits + 8 * (nbytes - stored) / self.quantised_weights
+        return self.with_bits(min(max(bits, self.least_bits), self.most_bits))
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ class Row:
     @property
     def rounding(self) -> float:
         """Mean squared rounding error of the base's weights, NF4's being 1."""
-        return rounding(self.bits)
+        return rounding(self.bits, self.way.dense_bits)
 
     def weighed(self, aversion: float) -> float:
         """The run's time, NF4's rounding counting as `aversion` times as much more."""

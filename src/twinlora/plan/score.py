@@ -34,7 +34,7 @@ __all__ = [
     "with_rates",
 ]
 
-_FEW = 5  # runs; fewer change no reserve
+_FEW = 10  # runs; fewer change no reserve, and of so many one does not count
 _VARIABLE = "TWINLORA_HISTORY"
 
 

@@ -1,16 +1,16 @@
 """The ways to train a model on a workload: each method's settings with peak and time, from few simulated steps.
 
-LoRA is simulated with and without checkpointing, at the largest micro-batch and with the longest row alone; the others
-once. The rest is close by: what lies between is affine in the tokens of a micro-batch (attention of a row
-aside), checkpointing saves all methods alike, and an update's memory depends on neither. A setting that is recommended
-is simulated itself (`exact`).
+LoRA is simulated with and without checkpointing, QLoRA with it, both at the largest micro-batch and with the longest
+row alone; full fine-tuning once. The rest is close by: what lies between is affine in the tokens of a micro-batch
+(attention of a row aside), checkpointing saves all methods alike, and an update's memory depends on neither. A setting
+that is recommended is simulated itself (`exact`); of a hybrid, whose layers are not chosen yet, it is that of NF4.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -78,6 +78,15 @@ class _Point:
         work = self.work + more.work - less.work
         return _Point(passing, updating, gradients, self.tokens, work, seconds, more.update, exact=False)
 
+    def slower_as(self, slow: _Point, fast: _Point) -> _Point:
+        """This, as many times slower as `slow` is than `fast`."""
+        if self.seconds is None or slow.seconds is None or fast.seconds is None:
+            return self
+        return dataclasses.replace(self, seconds=self.seconds * slow.seconds / fast.seconds, exact=False)
+
+
+_Points = dict[tuple[str, bool], _Point]  # by method and checkpointing
+
 
 class Ways:
     """Makes the ways of one model. `tell(done, total)` hears how far the simulation is."""
@@ -113,37 +122,46 @@ class Ways:
             limit //= 2
         return [*out, longest]
 
-    def make(self) -> list[Way]:
-        """All ways, in the order of METHODS."""
-        top, bottom = self.limits[0], self.limits[-1]
-        sizes = {method: self._simulated(method, method != "full", top) for method in ("lora", "qlora", "full")}
-        points = {("lora", c): self._point("lora", c, top) for c in (False, True)}
-        points["qlora", True], points["full", False] = self._point("qlora", True, top), self._point("full", False, top)
-        # Recomputing decodes each weight a third time.
-        points["qlora", False] = points["lora", False].plus_difference(
-            points["qlora", True], points["lora", True], 2 / 3
-        )
-        points["full", True] = points["full", False].plus_difference(points["lora", True], points["lora", False])
-        low = {c: self._point("lora", c, bottom) for c in (False, True)} if len(self.limits) > 1 else {}
+    def make(self, only: str | None = None) -> list[Way]:
+        """All ways, in the order of METHODS, or `only` one."""
+        simulated = [method for method in ("lora", "qlora", "full") if method != "full" or only in (None, "full")]
+        points = self._points(self.limits[0], simulated)
+        low = self._points(self.limits[-1], ["lora", "qlora"]) if len(self.limits) > 1 else {}
+        for checkpointing in (False, True) if low and "full" in simulated else ():
+            low["full", checkpointing] = low["lora", checkpointing].slower_as(
+                points["full", checkpointing], points["lora", checkpointing]
+            )
+        sizes = {method: self._simulated(method, method != "full", self.limits[0]) for method in simulated}
         quantised = self._quantised(sizes["lora"], sizes["qlora"])
         made = {}
-        for method in sizes:
+        for method in simulated:
             candidates = [
-                self._candidate(points[method, checkpointing], points["lora", checkpointing], low.get(checkpointing),
-                                checkpointing, limit, shared=method == "full")
+                self._candidate(method, checkpointing, limit, points, low)
                 for checkpointing in (False, True)
                 for limit in self.limits
-            ]  # fmt: skip
+            ]
             made[method] = self._way(method, candidates, sizes[method], quantised)
         made["hybrid"] = dataclasses.replace(
             made["qlora"],
             method="hybrid",
             least_bits=math.ceil(100 * self._bits("nf3")) / 100,  # as the command can say them
+            most_bits=made["qlora"].dense_bits,
             needs=_needs("hybrid"),
             expected=expected("hybrid", made["qlora"].parameters),
         )
         made["int8"] = self._in_int8(made["qlora"])
-        return [made[method] for method in METHODS]
+        return [made[method] for method in METHODS if only is None or method == only]
+
+    def _points(self, limit: int, methods: Sequence[str]) -> _Points:
+        """The cells with micro-batches of at most `limit`: of each method with checkpointing and without."""
+        found = {("lora", c): self._point("lora", c, limit) for c in (False, True)}
+        found["qlora", True] = self._point("qlora", True, limit)
+        # Recomputing decodes each weight a third time.
+        found["qlora", False] = found["lora", False].plus_difference(found["qlora", True], found["lora", True], 2 / 3)
+        if "full" in methods:
+            found["full", False] = self._point("full", False, limit)
+            found["full", True] = found["full", False].plus_difference(found["lora", True], found["lora", False])
+        return found
 
     def _quantised(self, lora: Simulated, qlora: Simulated) -> int:
         """Weights that QLoRA quantises. The sizes as stored: an allocator's rounding is not the format's."""
@@ -157,11 +175,9 @@ class Ways:
 
     def exact(self, row: Row) -> Way:
         """The way of `row`, with the row's setting simulated itself."""
-        method = {"hybrid": "qlora", "int8": "qlora"}.get(row.method, row.method)
+        method = "qlora" if row.method == "hybrid" else row.method
         found = self._simulated(method, row.setting.checkpointing, row.setting.micro_batch_tokens)
         by_cause = found.by_cause | self._beside(found)
-        if row.method == "int8":
-            by_cause = self._int8_causes(by_cause, row.way.quantised_weights)
         better = dataclasses.replace(row.setting, by_cause=by_cause, exact=True)
         candidates = tuple(better if candidate is row.setting else candidate for candidate in row.way.candidates)
         return dataclasses.replace(row.way, candidates=candidates)
@@ -175,7 +191,7 @@ class Ways:
         )  # fmt: skip
         found = simulated(self.config, cell)
         self._cells.add(repr(cell))
-        total = max(len(self._cells), 4 + 2 * (len(self.limits) > 1))
+        total = max(len(self._cells), 4 + 3 * (len(self.limits) > 1))
         self._tell(len(self._cells), total)
         return found
 
@@ -190,32 +206,28 @@ class Ways:
             updating["fragmentation"] = 0
         return _Point(passing, updating, found.gradient_bytes, tokens, work, *times)
 
-    def _candidate(
-        self, top: _Point, lora: _Point, low: _Point | None, checkpointing: bool, limit: int, *, shared: bool
-    ) -> Candidate:
-        """The setting with micro-batches of at most `limit`; LoRA's two points tell how things grow.
-
-        `shared`: what the method takes more time than LoRA grows with the tokens, too.
-        """
+    def _candidate(self, method: str, checkpointing: bool, limit: int, points: _Points, lows: _Points) -> Candidate:
+        """The setting with micro-batches of at most `limit`, from the cells of the largest and of the smallest ones;
+        LoRA's two tell how memory grows."""
+        top, low = points[method, checkpointing], lows.get((method, checkpointing))
         largest = self.workload.largest(limit)
         tokens = largest.size(packed=self.workload.packed)
         count, mean = self.workload.micro_batches(limit)
         passing = dict(top.passing)
         if low is not None and tokens != top.tokens:
             missing = (top.tokens - tokens) / (top.tokens - low.tokens)
+            more, less = points["lora", checkpointing], lows["lora", checkpointing]
             for cause in _GROWING:
-                grown = lora.passing[cause] - low.passing[cause]
+                grown = more.passing[cause] - less.passing[cause]
                 passing[cause] = max(0, round(passing[cause] - missing * grown))
         if largest.micro_batches > 1:  # the second passes while the first one's gradients wait
             passing["gradients"] = max(passing["gradients"], top.gradients)
         by_cause = larger(passing, top.updating)
         seconds = None
-        if top.seconds is not None and lora.seconds is not None:
-            plain = _at(mean, lora, low)
-            each = plain * top.seconds / lora.seconds if shared else plain + top.seconds - lora.seconds
-            seconds = count * each + len(self.workload.batches) * top.update
+        if top.seconds is not None:
+            seconds = count * _at(mean, top, low) + len(self.workload.batches) * top.update
         steps = max(1, len(self.workload.batches))
-        exact = tokens == top.tokens or (top is lora and low is not None and tokens == low.tokens)
+        exact = tokens == top.tokens or (method == "lora" and low is not None and tokens == low.tokens)
         return Candidate(
             checkpointing,
             limit,
@@ -231,11 +243,12 @@ class Ways:
 
     def _way(self, method: str, candidates: list[Candidate], found: Simulated, quantised: int) -> Way:
         full = method == "full"
-        bits = self._bits("nf4") if method == "qlora" else 8.0 * self.conditions.dtype.itemsize
+        dense = 8.0 * self.conditions.dtype.itemsize
         artefact = found.trainable_parameters * (self.conditions.dtype.itemsize if full else 4)
         return Way(
             method=method,
-            bits=bits,
+            bits=self._bits("nf4") if method == "qlora" else dense,
+            dense_bits=dense,
             quantised_weights=quantised,
             trainable=found.trainable_parameters,
             parameters=found.total_parameters,
@@ -250,7 +263,7 @@ class Ways:
     def _in_int8(self, qlora: Way) -> Way:
         """QLoRA with the weights of another format."""
         candidates = tuple(
-            dataclasses.replace(c, by_cause=self._int8_causes(c.by_cause, qlora.quantised_weights))
+            dataclasses.replace(c, by_cause=self._int8_causes(c.by_cause, qlora.quantised_weights), exact=False)
             for c in qlora.candidates
         )
         known = expected("int8", qlora.parameters)

@@ -67,7 +67,9 @@ def _why(choice: Choice, rows: Sequence[Row], goal: Goal) -> str:
     qlora = next((r for r in rows if r.method == "qlora"), row)
     quality = row.way.expected
     expectation = "" if quality.points is None else f"; expected quality {_points(quality.points)} ({quality.source})"
-    too_large = f"LoRA in 16 bit needs {gib(lora.needed)} and does not fit into {gib(row.memory)}"
+    plain = _name(lora)
+    beside = "is tight in" if lora.fit == "tight" else "does not fit into"
+    too_large = f"{plain} needs {gib(lora.needed)} and {beside} {gib(row.memory)}"
     reasons = {
         "alone": f"no other way was planned, and it needs {gib(row.needed)} of {gib(row.memory)}",
         "not rounded": f"it fits with {gib(row.needed)}, and its base is not rounded",
@@ -88,15 +90,23 @@ def _why(choice: Choice, rows: Sequence[Row], goal: Goal) -> str:
     if choice.reason == "only way":
         return f"it is the only way that fits into {gib(row.memory)}; {_short(rows, row)}"
     if choice.reason == "no rounding to fear":
-        fits = too_large if lora.fit != "fits" else "LoRA in 16 bit fits, but only with smaller or recomputed steps"
+        fits = too_large if lora.fit != "fits" else f"{plain} fits, but {_slower(lora, row)}"
         if (quality.points or 0) <= -SAME_POINTS:
             return f"{fits}, and QLoRA does{expectation}"
         return f"{fits}, and QLoRA's rounding is not expected to cost anything that matters{expectation}"
     if choice.reason == "less rounded":
         kept = 100 * (1 - row.rounding / max(qlora.rounding, 1e-9))
-        fits = too_large if lora.fit != "fits" else "LoRA in 16 bit leaves room for smaller or recomputed steps only"
+        fits = too_large if lora.fit != "fits" else f"{plain} fits, but {_slower(lora, row)}"
         return f"{fits}, and this memory, between QLoRA's and LoRA's, buys back {kept:.0f} % of what NF4 rounds"
     return reasons[choice.reason]
+
+
+def _slower(lora: Row, row: Row) -> str:
+    """What is wrong with LoRA, which fits, beside the chosen row."""
+    one, other = lora.setting, row.setting
+    if one.checkpointing > other.checkpointing or one.micro_batch_tokens < other.micro_batch_tokens:
+        return "only with smaller or recomputed steps"
+    return f"takes {100 * (one.cost / other.cost - 1):.0f} % longer"
 
 
 def _first(row: Row, rows: Sequence[Row], cost: Callable[[Row], float], first: str, more: str) -> str:

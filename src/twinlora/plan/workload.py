@@ -12,7 +12,7 @@ from functools import cached_property
 from twinlora.config import PlanOptions, TrainOptions
 from twinlora.data import sources
 from twinlora.data.examples import encode_rows
-from twinlora.data.packing import epoch_order, epoch_size, split, steps_per_epoch
+from twinlora.data.packing import epoch_order, epoch_size, require_seen, split, steps_per_epoch
 from twinlora.data.template import Example
 from twinlora.model.load import load_tokenizer
 from twinlora.plan.model import Planned
@@ -42,6 +42,7 @@ class Workload:
     from_data: bool
     packed: bool = True
     _cut: dict[int, list[list[list[Example]]]] = field(default_factory=dict, repr=False, compare=False)
+    _largest: dict[int, Micro] = field(default_factory=dict, repr=False, compare=False)
 
     def padded(self) -> Workload:
         """The same examples for a model that does not train on packed rows."""
@@ -95,9 +96,13 @@ class Workload:
 
         Of equally large ones the one whose loss has the most rows.
         """
-        found = [(part, len(parts)) for parts in self._parts(limit) for part in parts]
-        part, _ = max(found, key=lambda one: (self._size(one[0]), _trained(one[0])))
-        return _micro(part, max(count for _, count in found))
+        if limit not in self._largest:
+            steps = self._parts(limit)
+            sizes = [(self._size(part), part) for parts in steps for part in parts]
+            most = max(size for size, _ in sizes)
+            part = max((part for size, part in sizes if size == most), key=_trained)
+            self._largest[limit] = _micro(part, max(map(len, steps)))
+        return self._largest[limit]
 
     def micro_batches(self, limit: int) -> tuple[int, float]:
         """How many micro-batches of at most `limit` tokens the run has, and the tokens of their mean."""
@@ -132,4 +137,5 @@ def tokenised(options: PlanOptions, planned: Planned, note: Callable[[str], None
         tokenizer, data.rows, options.max_length, overlong=options.overlong, allow_untrained=options.allow_untrained,
         note=note,
     )  # fmt: skip
+    require_seen([example.weight for example in examples])
     return Workload(examples, options, from_data=True, packed=options.packing == "auto")

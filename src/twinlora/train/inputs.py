@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,9 +11,9 @@ from twinlora.config import TrainOptions
 from twinlora.data import sources
 from twinlora.data.examples import encode_rows
 from twinlora.data.formats import Row
-from twinlora.data.packing import epoch_order, epoch_size, steps_per_epoch, unseen
+from twinlora.data.packing import epoch_order, epoch_size, require_seen, steps_per_epoch
 from twinlora.data.template import Example
-from twinlora.errors import ConfigError, DataError
+from twinlora.errors import ConfigError
 from twinlora.model.fingerprint import fingerprint
 from twinlora.model.load import Source, load_tokenizer, resolve
 from twinlora.train.notes import Notes
@@ -88,11 +87,7 @@ def read_inputs(options: TrainOptions, notes: Notes) -> Inputs:
         )
 
     examples = encode(data.rows)
-    for weight, count in unseen([example.weight for example in examples]).items():
-        raise DataError(
-            f"data: of {count} rows with weight {weight:g} an epoch would show none; give at least "
-            f"@{math.ceil(1000 * 0.51 / count) / 1000:g}, or leave them out"
-        )
+    require_seen([example.weight for example in examples])
     return Inputs(
         source=source,
         tokenizer=tokenizer,
