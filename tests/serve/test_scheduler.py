@@ -159,3 +159,20 @@ def test_wrong_sizes_are_refused():
         Scheduler(4, 10, 3)
     with pytest.raises(ValueError, match="expected 1 to 9"):
         Scheduler(1, 10, 3).add(Sequence(0, None, [0] * 10))
+
+
+def test_a_short_answer_to_the_same_prompt_goes_where_the_last_one_was():
+    """Requests of one adapter that share most of a prompt push nobody else out of the other slots."""
+    scheduler = Scheduler(4, 100, 50)
+    others = [Sequence(i, key, [5] * 60) for i, key in enumerate("abc")]
+    for other in others:
+        run(scheduler, other)
+        scheduler.remove(other)
+    for number in range(3, 9):
+        asked = Sequence(number, "d", [*range(30), *[number] * 10])
+        (plan,) = run(scheduler, asked)
+        scheduler.remove(asked)
+        assert asked.reused == (0 if number == 3 else 30)
+        assert not plan.copies
+    kept = {key for key, _ in scheduler.free.values()}
+    assert kept == {"a", "b", "c", "d"}

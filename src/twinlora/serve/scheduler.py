@@ -14,6 +14,7 @@ from twinlora.serve.state import Chunk, Copy, Plan, Sequence
 __all__ = ["Scheduler"]
 
 _WORTH_COPYING = 16  # tokens; fewer are computed again
+_LESS = 0.75  # of the tokens of the longest unused slot: what may be lost of a later used one instead
 
 
 class Scheduler:
@@ -64,7 +65,7 @@ class Scheduler:
         sequence = self.waiting.popleft()
         source, same = self._best(sequence)
         target = next(iter(self.free))
-        if source in self.free and (source == target or len(self.free[source][1]) - same < _WORTH_COPYING):
+        if source in self.free and (source == target or self._lost(source, same) <= _LESS * self._lost(target, 0)):
             target = source
         elif same >= _WORTH_COPYING:
             plan.copies.append(Copy(source, target, same))
@@ -74,6 +75,10 @@ class Scheduler:
         sequence.slot, sequence.computed, sequence.reused = target, same, same
         self.running.append(sequence)
         return sequence
+
+    def _lost(self, slot: int, same: int) -> int:
+        """Tokens that nobody can take over any more if a sequence that begins with `same` of them takes the slot."""
+        return len(self.free[slot][1]) - same
 
     def _best(self, sequence: Sequence) -> tuple[int, int]:
         """The slot that holds most of the sequence's beginning, and how much; the longest unused one if none does."""
