@@ -42,7 +42,8 @@ def examples():
     hybrid["ways"]["16bit"]["runs"] = {"0": run(2.0, 1.0, 1.0), "1": run(4.0, 1.0, 1.0)}
     hybrid["ways"]["4"]["runs"] = {"0": run(3.0, 2.0, 1.5), "1": run(5.0, 2.0, 1.5)}
     memory = [cell(m, "llama-1b", {"step": 0.001, "rss": -0.2}) for m in ("full", "lora", "hybrid")]
-    times = [cell("lora", "llama-1b", 0.1), *(cell("lora", "llama-1b", e, shape="16 short") for e in (-0.3, 0.2))]
+    errors = {"1x512": 0.1, "16 short": -0.3, "2x1024": 0.2}
+    times = [cell("lora", "llama-1b", error, shape=shape) for shape, error in errors.items()]
     rates = {
         "twinlora: base, 8 clients": 400.0, "twinlora: one adapter, 8 clients": 380.0,
         "twinlora: 8 adapters, 8 clients": 300.0, "twinlora: one adapter, one client": 60.0,

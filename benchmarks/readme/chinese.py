@@ -39,10 +39,10 @@ WORDS = [
      "同时占用的最大值；“进程”指常驻内存的增长，包括堆里的空隙。"),
     (r"\| method \| model \| cells \| step: median error \| largest \| process: median error \| largest \|",
      "| 方法 | 模型 | 组数 | 步：误差中位数 | 最大 | 进程：误差中位数 | 最大 |"),
-    (r"Time of the same steps, predicted from rates that this machine took (\d+) s to measure beforehand, none of them in one "
-     r"of these steps\. ",
-     r"同样这些训练步的时间，由事先用 \1 秒测得的本机速率预测，测速率时没有运行过其中任何一步。"),
-    (r"Cells: 1 × 512, 16 short\. ", "各组：1 × 512、16 行短文本。"),
+    (r"Time of the same steps, predicted from rates that this machine took (\d+) s to measure, in turns with "
+     r"these steps and in none of them\. ",
+     r"同样这些训练步的时间，由用 \1 秒测得的本机速率预测；测速率与运行这些步交替进行，但不使用其中任何一步。"),
+    (r"Cells: 1 × 512, 16 short, 2 × 1024\. ", "各组：1 × 512、16 行短文本、2 × 1024。"),
     (r"Time of the same steps, ", "同样这些训练步的时间："),
     (r"\| method \| model \| cells \| measured \| median error \| largest \|", "| 方法 | 模型 | 组数 | 实测 | 误差中位数 | 最大 |"),
     (r"([\d.]+) to ([\d.]+) s \|", r"\1 至 \2 秒 |"),

@@ -144,8 +144,8 @@ def plan_time() -> str:
     result = load("plan_time")
     took = statistics.median(cell["calibration_seconds"] for cell in result["cells"])
     setting += (
-        f"predicted from rates that this machine took {took:.0f} s to measure beforehand, none of "
-        f"them in one of these steps. Cells: {_shapes(result['cells'])}. "
+        f"predicted from rates that this machine took {took:.0f} s to measure, in turns with these steps and in none of "
+        f"them. Cells: {_shapes(result['cells'])}. "
     )
     rows = []
     for (method, model), cells in _groups(result["cells"]).items():
