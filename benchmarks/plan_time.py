@@ -149,14 +149,10 @@ def main() -> None:
     try:
         for name, directory in models.items():
             layers = AutoConfig.from_pretrained(directory).num_hidden_layers
-            found = [
-                (shape, cell)
-                for shape, cell in plan_memory.cells(args.methods.split(","), layers)
-                if re.search(args.only, f"{name} {cell.method} {shape} {cell.checkpointing}")
-            ]
             groups: dict[Any, list[tuple[str, Any]]] = {}
-            for shape, cell in found:
-                groups.setdefault((cell.method, cell.checkpointing), []).append((shape, cell))
+            for shape, cell in plan_memory.cells(args.methods.split(","), layers):
+                if re.search(args.only, f"{name} {cell.method} {shape} {cell.checkpointing}"):
+                    groups.setdefault((cell.method, cell.checkpointing), []).append((shape, cell))
             for cells in groups.values():
                 document["cells"] += compare(directory, name, cells)
                 if args.output:

@@ -82,8 +82,8 @@ def _show_score(runs: list[Past]) -> None:
 
     if not runs:
         file = score.history_file()
-        where = "no history is kept (TWINLORA_HISTORY=off)" if file is None else f"no runs yet in {file}"
-        out.print(f"{where}: each `twinlora train` adds one" if file else where, markup=False)
+        empty = f"no runs yet in {file}: each `twinlora train` adds one"
+        out.print("no history is kept (TWINLORA_HISTORY=off)" if file is None else empty, markup=False)
         return
     print_table(_history(runs))
     for name, of in score.summary(runs).items():

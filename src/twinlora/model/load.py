@@ -35,6 +35,7 @@ from twinlora.numerics.formats import Precision
 
 __all__ = [
     "Source",
+    "begins_as_gguf",
     "left_over",
     "load_model",
     "load_tokenizer",
@@ -87,6 +88,12 @@ class Source:
         return sorted(self.path / name for name in names)
 
 
+def begins_as_gguf(path: Path) -> bool:
+    """Whether a file is GGUF by what it begins with: in the hub's cache it has no name of its own."""
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 def resolve(model: str, *, weights: bool = True) -> Source:
     """Find `model`: a directory, a .gguf file, or a hub id, which is fetched. Raises ModelError.
 
@@ -98,11 +105,10 @@ def resolve(model: str, *, weights: bool = True) -> Source:
             raise ModelError(f"model {model}: no config.json in this directory; expected a Hugging Face checkpoint")
         return _checkpoint(path.resolve(), model, weights)
     if path.is_file():
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ModelError(
-                    f"model {model}: not a GGUF file; expected a checkpoint directory, a GGUF file or a hub id"
-                )
+        if not begins_as_gguf(path):
+            raise ModelError(
+                f"model {model}: not a GGUF file; expected a checkpoint directory, a GGUF file or a hub id"
+            )
         return Source(path.resolve(), model)
     if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith(".gguf"):
         raise ModelError(f"model {model}: no such directory or file; expected one, or a hub id such as owner/name")

@@ -150,12 +150,10 @@ def plan(
     dtype, reason = _dtype(options, device)
     notes += [reason] if reason else []
     rates, reserve = _of_table(device, dtype, notes) if local is None else _measured(local, options, notes)
+    before = machine.rss_bytes()
     if workload is None:
-        before = machine.rss_bytes()
         workload = tokenised(options, planned, reporter.note) if options.data else assumed(options)
-        rows_held = max(0, machine.rss_bytes() - before)
-    else:
-        rows_held = 0
+    rows_held = max(0, machine.rss_bytes() - before)
     maker = Ways(
         planned.config,
         workload,
@@ -251,12 +249,13 @@ def _measured(device: torch.device, options: PlanOptions, notes: list[str]) -> t
     hardware = calibrate.hardware(device)
     measured = calibrate.load(hardware)
     history = score.of_hardware(score.read(notes.append), hardware)
+    reserve = score.reserve(history)
     if measured is None:
         command = "twinlora plan --calibrate" + ("" if options.device == "auto" else f" --device {options.device}")
         notes.append(f"no times: this machine is not measured yet; {command} does it in under a minute")
-        return None, score.reserve(history)
+        return None, reserve
     factor = score.time_factor(score.with_rates(history, measured.source))
     if history:
-        kept = 100 * score.reserve(history)
-        notes.append(f"from {len(history)} past run(s) here: times × {factor:.2f}, a reserve of {kept:.0f} %")
-    return dataclasses.replace(measured, factor=factor), score.reserve(history)
+        kept = f"times × {factor:.2f}, a reserve of {100 * reserve:.0f} %"
+        notes.append(f"from {len(history)} past run(s) here: {kept}")
+    return dataclasses.replace(measured, factor=factor), reserve

@@ -239,10 +239,8 @@ def _pieces(pool: _Pool) -> Iterator[Piece]:
         name = str(dtype).removeprefix("torch.")
         for shape in _PRODUCTS[::every]:
             yield f"product {name}", partial(_product, *shape, dtype, pool)
-        for shape in _NF4_PRODUCTS[::every]:
-            yield f"nf4 product {name}", partial(_quantised, NF4Format(), *shape, dtype, pool)
-        for form in (Int8Format(), NF3Format()):
-            for shape in _OTHER_PRODUCTS[::every]:
+        for form in (NF4Format(), Int8Format(), NF3Format()):
+            for shape in (_NF4_PRODUCTS if form.kind == "nf4" else _OTHER_PRODUCTS)[::every]:
                 yield f"{form.kind} product {name}", partial(_quantised, form, *shape, dtype, pool)
     for inner in (16, 48):
         yield "addmm_", partial(_added, 1024, inner, 1024, pool)

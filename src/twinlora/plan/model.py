@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from twinlora.errors import ModelError
 from twinlora.model import bnb4
-from twinlora.model.load import Source, resolve
+from twinlora.model.load import Source, begins_as_gguf, resolve
 from twinlora.plan.shapes import SHAPES
 
 __all__ = ["Planned", "describe"]
@@ -67,7 +67,7 @@ def describe(model: str, *, trust_remote_code: bool = False) -> Planned:
 def _local(model: str, path: Path, trust: bool) -> Planned:
     if not path.exists() or (path.is_dir() and not (path / "config.json").is_file()):
         raise ModelError(f"model {model}: no {'config.json in this directory' if path.is_dir() else 'such file'}")
-    if _is_gguf(path):
+    if path.is_file() and begins_as_gguf(path):
         config, _ = _config(str(path.parent), model, trust, gguf_file=path.name)
         return Planned(model, config, "GGUF file, trained from its 16-bit values", model, path.stat().st_size)
     config, nf4 = _config(str(path), model, trust)
@@ -80,14 +80,6 @@ def _local(model: str, path: Path, trust: bool) -> Planned:
             types[kind] = types.get(kind, 0) + count
     size = sum(file.stat().st_size for file in files)
     return Planned(model, config, f"{len(files)} safetensors header(s)", model, size, types, nf4)
-
-
-def _is_gguf(path: Path) -> bool:
-    """By what it begins with: in the hub's cache a file has no name of its own."""
-    if path.is_dir():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
 
 
 def _hub(model: str, trust: bool) -> Planned:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
@@ -124,13 +124,13 @@ class Ways:
 
     def make(self, only: str | None = None) -> list[Way]:
         """All ways, in the order of METHODS, or `only` one."""
-        simulated = [method for method in ("lora", "qlora", "full") if method != "full" or only in (None, "full")]
-        points = self._points(self.limits[0], simulated)
-        low = self._points(self.limits[-1], ["lora", "qlora"]) if len(self.limits) > 1 else {}
-        for checkpointing in (False, True) if low and "full" in simulated else ():
-            low["full", checkpointing] = low["lora", checkpointing].slower_as(
-                points["full", checkpointing], points["lora", checkpointing]
-            )
+        full = only in (None, "full")
+        simulated = ("lora", "qlora", "full") if full else ("lora", "qlora")
+        points = self._points(self.limits[0], full=full)
+        low = self._points(self.limits[-1], full=False) if len(self.limits) > 1 else {}
+        if low and full:
+            for c in (False, True):
+                low["full", c] = low["lora", c].slower_as(points["full", c], points["lora", c])
         sizes = {method: self._simulated(method, method != "full", self.limits[0]) for method in simulated}
         quantised = self._quantised(sizes["lora"], sizes["qlora"])
         made = {}
@@ -152,13 +152,13 @@ class Ways:
         made["int8"] = self._in_int8(made["qlora"])
         return [made[method] for method in METHODS if only is None or method == only]
 
-    def _points(self, limit: int, methods: Sequence[str]) -> _Points:
-        """The cells with micro-batches of at most `limit`: of each method with checkpointing and without."""
+    def _points(self, limit: int, *, full: bool) -> _Points:
+        """The cells with micro-batches of at most `limit`: of each method, with checkpointing and without."""
         found = {("lora", c): self._point("lora", c, limit) for c in (False, True)}
         found["qlora", True] = self._point("qlora", True, limit)
         # Recomputing decodes each weight a third time.
         found["qlora", False] = found["lora", False].plus_difference(found["qlora", True], found["lora", True], 2 / 3)
-        if "full" in methods:
+        if full:
             found["full", False] = self._point("full", False, limit)
             found["full", True] = found["full", False].plus_difference(found["lora", True], found["lora", False])
         return found

@@ -89,14 +89,13 @@ def _why(choice: Choice, rows: Sequence[Row], goal: Goal) -> str:
     }
     if choice.reason == "only way":
         return f"it is the only way that fits into {gib(row.memory)}; {_short(rows, row)}"
+    fits = too_large if lora.fit != "fits" else f"{plain} fits, but {_slower(lora, row)}"
     if choice.reason == "no rounding to fear":
-        fits = too_large if lora.fit != "fits" else f"{plain} fits, but {_slower(lora, row)}"
         if (quality.points or 0) <= -SAME_POINTS:
             return f"{fits}, and QLoRA does{expectation}"
         return f"{fits}, and QLoRA's rounding is not expected to cost anything that matters{expectation}"
     if choice.reason == "less rounded":
         kept = 100 * (1 - row.rounding / max(qlora.rounding, 1e-9))
-        fits = too_large if lora.fit != "fits" else f"{plain} fits, but {_slower(lora, row)}"
         return f"{fits}, and this memory, between QLoRA's and LoRA's, buys back {kept:.0f} % of what NF4 rounds"
     return reasons[choice.reason]
 

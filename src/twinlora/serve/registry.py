@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from twinlora.errors import AdapterError, TwinloraError
 
 __all__ = ["NAME", "Busy", "Content", "Lease", "Loaded", "Registry", "Store", "Unblendable", "UnknownModel", "Version",
-           "contained", "require_name"]  # fmt: skip
+           "contained", "require_name", "too_large"]  # fmt: skip
 
 NAME = r"[a-z0-9][a-z0-9._-]{0,63}"  # of an adapter
 _MOST_PARTS = 8  # of a blend
@@ -140,6 +140,11 @@ def require_name(name: str, base: str) -> None:
             f"adapter name {name[:80]!r}: expected lower-case letters, digits, '.', '_' and '-', at most 64, "
             f"beginning with a letter or digit, and not the base's name {base!r}"
         )
+
+
+def too_large(name: object, nbytes: int, limit: int) -> AdapterError:
+    """What is said of an adapter that `limit` bytes for all of them can never hold."""
+    return AdapterError(f"adapter {name}: {nbytes:,} bytes; adapters have {limit:,}: raise --adapter-memory")
 
 
 class Registry:
@@ -311,9 +316,7 @@ class Registry:
 
     def _require_size(self, nbytes: int, name: str) -> None:
         if nbytes > self.limit:
-            raise AdapterError(
-                f"adapter {name}: {nbytes:,} bytes; adapters have {self.limit:,}: raise --adapter-memory"
-            )
+            raise too_large(name, nbytes, self.limit)
 
     def _load(self, content: Content) -> None:
         if content.resident:

@@ -12,7 +12,7 @@ from twinlora.adapters.bank import Resident, blend
 from twinlora.adapters.files import CONFIG, WEIGHTS, read_adapter
 from twinlora.errors import AdapterError
 from twinlora.serve.engine import Engine
-from twinlora.serve.registry import Loaded
+from twinlora.serve.registry import Loaded, too_large
 
 __all__ = ["ModelStore"]
 
@@ -52,9 +52,7 @@ class ModelStore:
         before = _stamps(directory)
         notes = passport.check(directory, **self._origin, tokenizer=self._tokenizer)
         if (size := sum(stamp[1] for stamp in before)) > _LARGEST * self._limit:  # read, it might take all there is
-            raise AdapterError(
-                f"adapter {directory}: {size:,} bytes; adapters have {self._limit:,}: raise --adapter-memory"
-            )
+            raise too_large(directory, size, self._limit)
         adapter = read_adapter(directory)
         found = passport.read(directory)
         resident = self._engine.bank.prepare(adapter)

@@ -74,10 +74,9 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @cache
-def _levels(bits: int, device: torch.device) -> Tensor:
-    """On `device`: the levels of NF4 or NF3, filled up to [16]; int8 has none and reads none."""
-    found = codebook(3) if bits == 3 else codebook()
-    return torch.nn.functional.pad(found, (0, 16 - len(found))).to(device)
+def _nf3_levels(device: torch.device) -> Tensor:
+    """On `device`: the levels of NF3, filled up to [16]."""
+    return torch.nn.functional.pad(codebook(3), (0, 8)).to(device)
 
 
 def on(tensor: Tensor) -> AbstractContextManager[object]:
@@ -159,7 +158,8 @@ def decode(weight: Weight, out: Tensor, *, first: int, rows: int, width: int, st
     programs = -(-width // wide) * -(-rows // high)
     block = weight.block // 8
     whole = first % block == wide % block == 0 and (rows == 1 or stride % block == 0)
-    levels, dynamic = _levels(weight.bits, out.device), tables(out.device)[2]
+    levels, _, dynamic, _ = tables(out.device)
+    levels = _nf3_levels(out.device) if weight.bits == 3 else levels  # int8 reads none
     if not programs:
         return
     with on(out):
