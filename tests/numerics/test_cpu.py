@@ -138,6 +138,23 @@ def test_few_rows_times_a_dense_weight(path, threads, rows, shape):
     assert error <= 1.1 * ((x @ w.T).double() - truth).norm() + 1e-9
 
 
+@pytest.mark.parametrize("shape", [(576, 96), (640, 200), (1000, 64)])
+def test_each_thread_multiplies_with_columns_of_its_own(monkeypatch, threads, shape):
+    """What oneDNN would give to one of two threads, by torch's C interface: weights as they lie and turned around."""
+    monkeypatch.setattr(cpu, "path", lambda: "amx-bf16")
+    asked = []
+    native = cpu._library()
+    counted = type("Counted", (), {"__getattr__": lambda _, name: asked.append(name) or getattr(native, name)})()
+    monkeypatch.setattr(cpu, "_library", lambda: counted)
+    w, x = torch.randn(shape).bfloat16(), torch.randn(3, 100, shape[1]).bfloat16()
+    for matrix, y in ((w.T, cpu.dense_linears(x, [w])[0]), (w.T, cpu._product(x, w.T.contiguous()))):
+        truth = x.double() @ matrix.double()
+        assert (y.double() - truth).norm() <= 1.1 * ((x @ matrix).double() - truth).norm()
+    q, dy = ops.quantize(torch.randn(shape[::-1])), torch.randn(300, shape[1]).bfloat16()
+    assert torch.equal(ops.linear_transposed(dy, q), cpu._product(dy, q.dequantize()))
+    assert asked.count("multiply_columns") == (4 if threads == 2 else 0)
+
+
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_dense_weights_together_are_weights_alone(path, threads, rows):
     x, weights = torch.randn(2, rows, 192).bfloat16(), [torch.randn(n, 192).bfloat16() for n in (130, 7, 64)]

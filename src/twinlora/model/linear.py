@@ -175,7 +175,7 @@ class DenseLinear(FrozenLinear):
 
     def multiply_transposed(self, dy: Tensor) -> Tensor:
         """See FrozenLinear."""
-        return dy @ self._matrix(dy.dtype)
+        return ops.dense_linears(dy, [self._matrix(dy.dtype).T])[0]
 
     def multiply_add_(self, y: Tensor, x: Tensor) -> None:
         """See FrozenLinear."""

@@ -6,6 +6,7 @@ torch (`torch.set_num_threads`, OMP_NUM_THREADS): the extension borrows the Open
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import struct
 import threading
@@ -47,6 +48,8 @@ OPS = (
 _BFLOAT16 = {"rms_norm": 2, "rms_norm_backward": 3, "swiglu": 2, "swiglu_backward": 3, "cross_entropy_": 1}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FEW_DENSE_ROWS = 128  # more are bound by arithmetic, where oneDNN is as good
+# Of products that oneDNN may give one thread.
+_ROWS_OF_ONE_THREAD, _COLUMNS_OF_ONE_THREAD = range(257, 1536), range(512, 1025)
 FEW_LORA_ROWS = 128  # of one adapter; more are a matter for GEMMs
 _FEW_ROWS = 64  # up to here weights are decoded into the product or just before it; above, into a GEMM's buffer
 _FEW_STEP_TOKENS = 64  # of one sequence
@@ -178,13 +181,42 @@ def _weight(shape: list[int], dtype: torch.dtype, *quant: Any) -> Tensor:
     return weight
 
 
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [..., K] @ matrix [K, N] -> [..., N]."""
+    k, n = matrix.shape
+    rows = x.numel() // max(k, 1)
+    if rows not in _ROWS_OF_ONE_THREAD or n not in _COLUMNS_OF_ONE_THREAD or not _parts_columns(x, matrix):
+        return x @ matrix
+    y = x.new_empty(*x.shape[:-1], n)
+    x = x.contiguous()
+    _library().multiply_columns(x.data_ptr(), matrix.data_ptr(), y.data_ptr(), rows, k, n, matrix.stride(), _threads())
+    return y
+
+
+def _parts_columns(x: Tensor, matrix: Tensor) -> bool:
+    """Whether each thread gets columns of its own: oneDNN 3.12 takes one thread for many a product on AMX where it has
+    two (where it has more it takes all), since it holds two cores that share an operand for slower than one."""
+    bfloat16 = x.dtype == matrix.dtype == torch.bfloat16
+    return bfloat16 and _threads() == 2 and path() == "amx-bf16" and _torch_product()
+
+
+@cache
+def _torch_product() -> bool:
+    """Hand torch's product over to the extension, which does not link to torch."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    names = ("aoti_torch_create_tensor_from_blob", "aoti_torch_cpu_mm_out", "aoti_torch_delete_tensor_object")
+    addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
+    _library().set_product(*addresses, library.aoti_torch_dtype_bfloat16(), library.aoti_torch_device_type_cpu())
+    return True
+
+
 def nf4_linear(
     x: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], block: int, nested_block: int
 ) -> Tensor:
     """See ops.py."""
     if has_few_rows(x, shape[1], block):
         return _multiply_rows(x, [(packed, scales, ns, no)], [shape[0]], block, nested_block)[0]
-    return torch.nn.functional.linear(x, _weight(shape, x.dtype, packed, scales, ns, no, block, nested_block))
+    return _product(x, _weight(shape, x.dtype, packed, scales, ns, no, block, nested_block).T)
 
 
 def nf4_linears(x: Tensor, tensors: list[Tensor], rows: list[int], block: int, nested_block: int) -> list[Tensor]:
@@ -222,7 +254,7 @@ def nf4_linear_transposed(
     dy: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], block: int, nested_block: int
 ) -> Tensor:
     """See ops.py."""
-    return dy @ _weight(shape, dy.dtype, packed, scales, ns, no, block, nested_block)
+    return _product(dy, _weight(shape, dy.dtype, packed, scales, ns, no, block, nested_block))
 
 
 def blockwise_dequantize(
@@ -239,20 +271,20 @@ def blockwise_linear(
     x: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], *layout: int
 ) -> Tensor:
     """See ops.py. Decoded whole into a kept buffer, for few rows too."""
-    return torch.nn.functional.linear(x, _weight(shape, x.dtype, packed, scales, ns, no, *layout))
+    return _product(x, _weight(shape, x.dtype, packed, scales, ns, no, *layout).T)
 
 
 def blockwise_linear_transposed(
     dy: Tensor, packed: Tensor, scales: Tensor, ns: Any, no: Any, shape: list[int], *layout: int
 ) -> Tensor:
     """See ops.py."""
-    return dy @ _weight(shape, dy.dtype, packed, scales, ns, no, *layout)
+    return _product(dy, _weight(shape, dy.dtype, packed, scales, ns, no, *layout))
 
 
 def dense_linears(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     """See ops.py. Few rows are bound by reading the weights, which oneDNN does at half the rate."""
     if not _few_dense_rows(x, weights):
-        return reference.dense_linears(x, weights)
+        return [_product(x, weight.T) for weight in weights]
     return _multiply_dense(x, weights, [(0, 0)] * len(weights), None)
 
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -21,6 +22,7 @@
 #include "lora.hpp"
 #include "portable.hpp"
 #include "threads.hpp"
+#include "torch_product.hpp"
 
 namespace nb = nanobind;
 using namespace twinlora;
@@ -346,6 +348,23 @@ void multiply_dense(Address x, const std::vector<Address>& weights, const std::v
 
 bool has_dense() { return path->multiply_dense; }
 
+TorchProduct torch_product;
+
+// y [rows, n] = x [rows, k] times a matrix [k, n] of these strides: each thread's columns are a product of their own.
+void multiply_columns(Address x, Address matrix, Address y, std::int64_t rows, std::int64_t k, std::int64_t n,
+                      std::array<std::int64_t, 2> strides, int threads) {
+    constexpr std::int64_t unit = 32;  // columns
+    std::atomic<bool> done = true;
+    parallel_for(threads, (n + unit - 1) / unit, 1, [&](std::int64_t first, std::int64_t last) {
+        const std::int64_t from = first * unit, columns = std::min(n, last * unit) - from;
+        const bool multiplied = torch_product.multiply({pointer<void>(x), {rows, k}, {k, 1}},
+                                                       {pointer<void>(matrix + 2 * from * strides[1]), {k, columns}, strides},
+                                                       {pointer<void>(y + 2 * from), {rows, columns}, {n, 1}});
+        if (!multiplied) done = false;
+    });
+    if (!done) throw std::runtime_error("torch's product of matrices failed; its own message stands above");
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -362,6 +381,10 @@ NB_MODULE(_cpu, m) {
     m.def("quantize_scales", &quantize_scales, release());
     m.def("multiply_rows", &multiply_rows, release());
     m.def("multiply_dense", &multiply_dense, release());
+    m.def("set_product", [](Address from_blob, Address mm_out, Address release, std::int32_t bfloat16, std::int32_t cpu) {
+        torch_product = TorchProduct(from_blob, mm_out, release, bfloat16, cpu);
+    });
+    m.def("multiply_columns", &multiply_columns, release());
     m.def("has_dense", &has_dense, "Whether the path in use multiplies few rows with a dense weight.");
     m.def("has_blocks", &has_blocks, "Whether the path in use has kernels for attention, norms, SwiGLU and the loss.");
     m.def("attend", &attend, release());
