@@ -35,7 +35,8 @@ def quick(monkeypatch, tmp_path):
 
 def test_a_piece_is_predicted_to_take_what_it_took(quick, monkeypatch):
     """Counts and rates speak of the same work, kind by kind."""
-    names = ("product bfloat16", "nf4 product bfloat16", "attention", "attention_backward", "copy", "norm", "optimiser")
+    products = ("product bfloat16", "product dense_linears bfloat16", "product addmm_ bfloat16", "nf4 product bfloat16")
+    names = (*products, "attention", "attention_backward", "copy", "norm", "optimiser")
     pieces = list(calibrate._pieces(calibrate._Pool(CPU)))
     for name in names:
         curve, make = next(piece for piece in pieces if piece[0] == name)
@@ -81,7 +82,7 @@ def test_every_kind_of_work_has_a_curve(quick):
     rates = calibrate.measure(CPU, Reporter())
     wanted = {
         f"{kind} {dtype}"
-        for kind in ("product", "nf4 product", "int8 product", "nf3 product")
+        for kind in ("product", "product dense_linears", "nf4 product", "int8 product", "nf3 product")
         for dtype in ("bfloat16", "float32")
     }
     wanted |= {"attention", "attention_backward", "copy", "elementwise", "norm", "loss", "optimiser", "swiglu"}

@@ -41,6 +41,7 @@ def _calibrate(options: PlanOptions) -> None:
     from twinlora.model.load import pick_device
     from twinlora.plan import calibrate
     from twinlora.plan.devices import DEVICES
+    from twinlora.plan.speed import computes
 
     if options.device in DEVICES:
         raise ConfigError(f"--calibrate measures this machine, not {options.device!r}: leave one of them out")
@@ -57,8 +58,8 @@ def _calibrate(options: PlanOptions) -> None:
     reporter.note(f"rates of {name} are kept; {rates.overhead * 1e6:.1f} µs a call, best rates:")
     for curve, found in rates.curves.items():
         best = max(rate for _, rate in found.points)
-        unit = "GFLOP/s" if "product" in curve or "attention" in curve else "GB/s"
-        reporter.note(f"  {curve:<22} {best / 1e9:8,.0f} {unit}")
+        unit = "GFLOP/s" if computes(curve) else "GB/s"
+        reporter.note(f"  {curve:<30} {best / 1e9:8,.0f} {unit}")
 
 
 def _past_runs(options: PlanOptions, reporter: Reporter) -> list[Past]:

@@ -239,11 +239,13 @@ def _pieces(pool: _Pool) -> Iterator[Piece]:
         name = str(dtype).removeprefix("torch.")
         for shape in _PRODUCTS[::every]:
             yield f"product {name}", partial(_product, *shape, dtype, pool)
+        for shape in _FROZEN_PRODUCTS[::every]:
+            yield f"product dense_linears {name}", partial(_dense, *shape, dtype, pool)
         for form in (NF4Format(), Int8Format(), NF3Format()):
-            for shape in (_NF4_PRODUCTS if form.kind == "nf4" else _OTHER_PRODUCTS)[::every]:
+            for shape in (_FROZEN_PRODUCTS if form.kind == "nf4" else _OTHER_PRODUCTS)[::every]:
                 yield f"{form.kind} product {name}", partial(_quantised, form, *shape, dtype, pool)
-    for inner in (16, 48):
-        yield "addmm_", partial(_added, 1024, inner, 1024, pool)
+    for shape in _ADDED:
+        yield "product addmm_ bfloat16", partial(_added, *shape, pool)
     for length in (32, 128, 512, 2048):
         yield "attention", partial(_attention, length, pool, backward=False)
         yield "attention_backward", partial(_attention, length, pool, backward=True)
@@ -266,17 +268,23 @@ _PRODUCTS = (
 )  # fmt: skip
 
 
-_NF4_PRODUCTS = (
-    (64, 1024, 1024), (256, 1024, 1024), (1024, 1024, 1024), (512, 2048, 4096), (1024, 2048, 4096),
+# With a frozen weight, which have ops of their own.
+_FROZEN_PRODUCTS = (
+    (64, 1024, 1024), (512, 576, 1536), (960, 576, 576), (256, 1024, 1024), (1024, 1024, 1024), (512, 2048, 2048),
+    (1024, 2048, 4096),
 )  # fmt: skip
-
-
 _OTHER_PRODUCTS = ((256, 1024, 1024), (1024, 1024, 1024), (1024, 2048, 4096))
+_ADDED = ((1024, 16, 1024), (512, 16, 4096), (1024, 48, 1024))
 
 
 def _product(rows: int, inner: int, outer: int, dtype: torch.dtype, pool: _Pool) -> Callable[[int], Any]:
     xs, weights = pool.cut(rows, inner, dtype=dtype), pool.cut(outer, inner, dtype=dtype)
     return lambda turn: xs[turn % len(xs)] @ weights[turn % len(weights)].T
+
+
+def _dense(rows: int, inner: int, outer: int, dtype: torch.dtype, pool: _Pool) -> Callable[[int], Any]:
+    xs, weights = pool.cut(rows, inner, dtype=dtype), pool.cut(outer, inner, dtype=dtype)
+    return lambda turn: ops.dense_linears(xs[turn % len(xs)], [weights[turn % len(weights)]])
 
 
 def _added(rows: int, inner: int, outer: int, pool: _Pool) -> Callable[[int], Any]:

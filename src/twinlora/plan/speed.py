@@ -75,8 +75,9 @@ class Rates:
 class Measured(Rates):
     """Curves by kind of work, seconds that every call takes beside its work, and how much slower work is in a step.
 
-    Arithmetic: flop/s over the operations for each byte; the rest: bytes/s over a call's bytes. A curve is named by the
-    kind and the type (`product bfloat16`), by an operation (`attention_backward`), or by the kind alone.
+    Arithmetic: flop/s over the operations for each byte; the rest: bytes/s over a call's bytes. A curve is named by kind,
+    operation and type (`product addmm_ bfloat16`), by an operation (`attention_backward`), by kind and type
+    (`product bfloat16`), or by the kind alone.
     """
 
     source: str
@@ -87,7 +88,7 @@ class Measured(Rates):
 
     def curve(self, kind: Kind) -> Curve:
         """The most particular one there is."""
-        names = [kind.op, f"{kind.name} {kind.dtype}", kind.name]
+        names = [f"{kind.name} {kind.op} {kind.dtype}", kind.op, f"{kind.name} {kind.dtype}", kind.name]
         if kind.name in ("int8 product", "nf3 product"):  # rates that were kept before these were measured
             names.append(f"nf4 product {kind.dtype}")
         for name in names:
