@@ -2,16 +2,19 @@
 
 import itertools
 import json
+from collections import Counter
+from copy import copy
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 
 from twinlora import machine
 from twinlora.errors import StorageError
-from twinlora.plan import calibrate, probe
-from twinlora.plan.simulate import Cell, simulate
-from twinlora.plan.speed import Curve, Measured, computes
+from twinlora.numerics import cpu
+from twinlora.plan import calibrate, pieces, probe
+from twinlora.plan.speed import Curve, InStep, Measured, computes, launched, sort
 from twinlora.plan.work import Counts
 from twinlora.reporter import Reporter
 
@@ -26,9 +29,12 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(calibrate, "TURNS", 1)
     monkeypatch.setattr(calibrate, "_time", lambda call, device, at_least=0.0: 1e-3)
     monkeypatch.setattr(calibrate, "_dispatch", lambda device: 1e-6)
-    monkeypatch.setattr(calibrate, "_overhead", lambda step, rates: rates.overhead)
-    monkeypatch.setattr(calibrate, "_slowdown", lambda step, rates: 1.0)
+    monkeypatch.setattr(calibrate, "_work", lambda rates, step: 1e-3)  # all of a step's time
+    monkeypatch.setattr(calibrate, "_in_step", lambda rates, *steps: {})
+    monkeypatch.setattr(calibrate, "_slowdown", lambda rates, step, seconds: 1.0)
+    monkeypatch.setattr(calibrate, "_TINY_STEPS", 1)
     monkeypatch.setattr(probe, "SMALL", probe.TINY)
+    monkeypatch.setattr(probe, "WIDE", probe.TINY)
     monkeypatch.setattr(machine, "last_cache_bytes", lambda: 0)
     return tmp_path / "twinlora" / "rates.json"
 
@@ -37,11 +43,11 @@ def test_a_piece_is_predicted_to_take_what_it_took(quick, monkeypatch):
     """Counts and rates speak of the same work, kind by kind."""
     products = ("product bfloat16", "product dense_linears bfloat16", "product addmm_ bfloat16", "nf4 product bfloat16")
     names = (*products, "attention", "attention_backward", "copy", "norm", "optimiser")
-    pieces = list(calibrate._pieces(calibrate._Pool(CPU)))
+    all_pieces = list(pieces.pieces(pieces.Pool(CPU)))
     for name in names:
-        curve, make = next(piece for piece in pieces if piece[0] == name)
+        curve, make = next(piece for piece in all_pieces if piece[0] == name)
         call = make()
-        monkeypatch.setattr(calibrate, "_pieces", lambda pool, curve=curve, call=call: iter([(curve, lambda: call)]))
+        monkeypatch.setattr(calibrate, "pieces", lambda pool, curve=curve, call=call: iter([(curve, lambda: call)]))
         rates = calibrate.measure(CPU, Reporter())
         with torch.no_grad():
             kinds = calibrate._main(calibrate._count(call))
@@ -50,9 +56,9 @@ def test_a_piece_is_predicted_to_take_what_it_took(quick, monkeypatch):
 
 
 def test_operands_of_a_piece_lie_apart_and_those_of_the_next_elsewhere(monkeypatch):
-    monkeypatch.setattr(calibrate, "_POOL", 8 << 20)
+    monkeypatch.setattr(pieces, "_POOL", 8 << 20)
     monkeypatch.setattr(machine, "last_cache_bytes", lambda: 3 << 20)
-    pool = calibrate._Pool(CPU)
+    pool = pieces.Pool(CPU)
     assert len(pool._bytes) == 12 << 20
     cut = [pool.cut(1000, 100) for _ in range(3)] + [pool.cut(1000, 100, dtype=torch.float32)]
     assert [len(each) for each in cut] == [15, 15, 15, 7]
@@ -63,7 +69,7 @@ def test_operands_of_a_piece_lie_apart_and_those_of_the_next_elsewhere(monkeypat
 
 
 def test_results_of_calls_go_to_other_memory(monkeypatch):
-    monkeypatch.setattr(calibrate, "_POOL", 4 * 8 * 4000)
+    monkeypatch.setattr(pieces, "_POOL", 4 * 8 * 4000)
     monkeypatch.setattr(machine, "last_cache_bytes", lambda: 0)
     places = []
 
@@ -127,8 +133,8 @@ def test_a_call_takes_what_half_of_them_exceed(monkeypatch):
 def test_of_all_turns_the_median_counts(quick, monkeypatch):
     """A machine that is slow in one turn of three, or fast, is not believed."""
     monkeypatch.setattr(calibrate, "TURNS", 3)
-    curve, make = next(piece for piece in calibrate._pieces(calibrate._Pool(CPU)) if piece[0] == "product bfloat16")
-    monkeypatch.setattr(calibrate, "_pieces", lambda pool: iter([(curve, make)]))
+    curve, make = next(piece for piece in pieces.pieces(pieces.Pool(CPU)) if piece[0] == "product bfloat16")
+    monkeypatch.setattr(calibrate, "pieces", lambda pool: iter([(curve, make)]))
     once = calibrate.measure(CPU, Reporter()).curves[curve]
     turns = iter([9.0, 1.0, 0.1])
 
@@ -139,34 +145,84 @@ def test_of_all_turns_the_median_counts(quick, monkeypatch):
     assert calibrate.measure(CPU, Reporter()).curves[curve] == once
 
 
-def step_of(model, monkeypatch):
-    """A step of it that takes a second."""
-    monkeypatch.setattr(calibrate, "_time", lambda call, *_: (call(0), 1.0)[1])
-    step = calibrate._Step(model, CPU)
-    step.time(CPU, 0.0)
+@cache
+def tiny_step():
+    return probe.Step(probe.TINY, CPU, torch.float32)
+
+
+def step_of(within):
+    """A step of the tiny model, of which that time passes within each sort of operations."""
+    step = copy(tiny_step())
+    step._within = {name: [seconds] for name, seconds in within.items()}
     return step
 
 
-def test_a_steps_overhead_is_what_its_work_does_not_explain(monkeypatch):
-    """With a curve that makes work free, all of the step's time is shared among its calls; nothing is below `rates`."""
-    free = Measured("here", {"elementwise": Curve(((1.0, 1e30),)), "product float32": Curve(((1.0, 1e30),))}, 1e-6)
-    tiny = probe.TINY
-    step = step_of(tiny, monkeypatch)
-    found = calibrate._overhead(step, free)
-    counts = simulate(tiny.config, Cell(lengths=(tiny.tokens,), rank=tiny.rank)).counts
-    assert replace(free, overhead=found).step_seconds(counts, tiny.tokens) == pytest.approx(1.0)
-    slow = replace(free, curves={name: Curve(((1.0, 1.0),)) for name in free.curves})
-    assert calibrate._overhead(step, slow) == 1e-6
+FREE = {name: Curve(((1.0, 1e30),)) for name in ("elementwise", "product float32")}
 
 
-def test_work_is_slower_in_a_step_by_what_a_real_one_takes(monkeypatch):
-    """Rates with that slowdown predict the step that it was found by; a step is never much faster than its pieces."""
-    tiny = probe.TINY
-    step = step_of(tiny, monkeypatch)
-    counts = simulate(tiny.config, Cell(lengths=(tiny.tokens,), rank=tiny.rank)).counts
-    curves = {name: Curve(((1.0, 1e12),)) for name in ("elementwise", "product float32")}
-    rates = Measured("here", curves, 1e-6)
-    found = replace(rates, slowdown=calibrate._slowdown(step, rates))
+def test_a_step_does_what_is_counted():
+    """With a kernel for every operation, those that run are those that a plan counts."""
+    if not cpu.paths() or not cpu.has_blocks():
+        pytest.skip("this processor has no kernels between the products")
+    step = probe.Step(probe.TINY, CPU, torch.bfloat16)
+    ran = Counts(Counter(step.kinds))
+    assert ran.flops == pytest.approx(step.counts.flops, rel=0.01)
+    assert launched(ran) == pytest.approx(launched(step.counts), rel=0.01)
+
+
+def test_a_probe_has_layers_of_every_format():
+    made = probe.SMALL.precision()
+    assert probe.TINY.precision() is None
+    assert len(made) == 16 * 7
+    assert [made[f"model.layers.{i}.mlp.up_proj"] for i in (0, 1, 2, 3, 4)] == [*probe.SMALL.formats, "16bit"]
+    step = probe.Step(replace(probe.TINY, formats=probe.SMALL.formats), CPU, torch.float32)
+    step.look_within()
+    assert {"product dense_linears narrow", "nf4 product nf4_linears", "int8 product blockwise_linear"} <= set(
+        step.within
+    )
+    assert {"nf3 product blockwise_linear_transposed", "product mm narrow", "norm rms_norm"} <= set(step.within)
+
+
+def test_what_calls_take_in_a_step_is_found_from_two():
+    """Fixed seconds and a ratio, whatever they are within the limits; and the best there is beyond them."""
+    for fixed, ratio in ((3e-5, 1.2), (0.0, 0.8), (1e-4, 1.0)):
+        points = [(calls, alone, calls * fixed + ratio * alone) for calls, alone in ((100, 0.01), (40, 0.1))]
+        found = calibrate.fit(points)
+        assert (found.fixed, found.ratio) == (pytest.approx(fixed, abs=2e-6), pytest.approx(ratio, abs=0.02))
+        one = calibrate.fit(points[:1])
+        assert 100 * one.fixed + 0.01 * one.ratio == pytest.approx(points[0][2])
+    assert calibrate.fit([(10, 1.0, 5.0)]) == InStep(pytest.approx(0.3), 2.0)
+    assert calibrate.fit([(10, 1.0, 0.1)]) == InStep(0.0, 0.6)
+
+
+def test_a_sort_of_calls_takes_in_a_step_what_it_took():
+    """Rates that know it predict that time again; sorts that take next to nothing say nothing."""
+    rates = Measured("here", {name: Curve(((1.0, 1e9),)) for name in FREE}, 1e-5)
+    tiny = step_of({"elementwise mul": 1e-3})
+    alone = replace(rates, overhead=0.0)
+    named = {}
+    for kind in tiny.kinds:
+        named[sort(kind)] = named.get(sort(kind), 0.0) + alone.call_seconds(kind, 64)
+    wanted = {name: 1.5 * seconds for name, seconds in named.items()}
+    step = step_of(wanted)
+    step._within["elementwise silu"] = [1e-12]
+    found = replace(alone, in_step=calibrate._in_step(rates, tiny, step))
+    assert "elementwise silu" not in found.in_step
+    usual = (1e-3 - calibrate._work(rates, tiny)) / launched(tiny.counts)
+    for name, place in found.in_step.items():
+        counts = Counts(Counter(kind for kind in step.kinds if sort(kind) == name))
+        assert found.step_seconds(counts, 64) + usual * launched(counts) == pytest.approx(wanted[name], rel=0.01), (
+            name,
+            place,
+        )
+
+
+def test_a_step_is_predicted_to_take_what_it_took():
+    """As a whole, after its parts; a step is never much faster than its pieces."""
+    step = step_of({})
+    rates = Measured("here", {name: Curve(((1.0, 1e12),)) for name in FREE}, 1e-6, {"product mm": InStep(1e-5, 1.3)})
+    found = replace(rates, slowdown=calibrate._slowdown(rates, step, 1.0))
     assert found.slowdown > 1
-    assert found.step_seconds(counts, tiny.tokens) == pytest.approx(1.0)
-    assert calibrate._slowdown(step, replace(rates, curves={name: Curve(((1.0, 1.0),)) for name in curves})) == 0.6
+    assert found.step_seconds(step.counts, step.tokens) == pytest.approx(1.0)
+    slow = replace(rates, curves={name: Curve(((1.0, 1.0),)) for name in rates.curves})
+    assert calibrate._slowdown(slow, step, 1.0) == 0.6

@@ -3,7 +3,7 @@
 import pytest
 
 from twinlora.plan.devices import find
-from twinlora.plan.speed import Curve, Measured, stated
+from twinlora.plan.speed import Curve, InStep, Measured, launched, sort, stated
 from twinlora.plan.work import Counts, Kind
 
 MM = Kind("product", "mm", "bfloat16", 2 * 1024**3, 4 * 1024**2, 2 * 1024**2)
@@ -36,9 +36,24 @@ def test_an_operation_has_its_own_curve_if_it_was_measured():
     assert Measured("", curves, 0).call_seconds(MM, 1) == pytest.approx(MM.flops / 5e11)
     assert Measured("", curves, 0).call_seconds(NF4, 1) == pytest.approx(NF4.flops / 1e12)
     curves["nf4 product bfloat16"] = Curve(((1.0, 4e11),))
-    assert Measured("", curves, 0).call_seconds(INT8, 1) == pytest.approx(INT8.flops / 4e11), "kept before it had one"
-    curves["int8 product bfloat16"] = Curve(((1.0, 3e11),))
-    assert Measured("", curves, 0).call_seconds(INT8, 1) == pytest.approx(INT8.flops / 3e11)
+    assert Measured("", curves, 0).call_seconds(NF4, 1) == pytest.approx(NF4.flops / 4e11)
+    curves["nf4 product nf4_linear bfloat16"] = Curve(((1.0, 3e11),))
+    assert Measured("", curves, 0).call_seconds(NF4, 1) == pytest.approx(NF4.flops / 3e11)
+
+
+def test_a_call_takes_in_a_step_what_its_sort_does_there():
+    curves = {"product bfloat16": Curve(((1.0, 1e12),)), "elementwise": Curve(((1.0, 1e9),))}
+    rates = Measured("here", curves, 1e-6, {"product mm": InStep(2e-6, 1.5)}, slowdown=1.1, factor=2.0)
+    assert rates.call_seconds(MM, 1) == pytest.approx(2 * (1.1 * (1.5 * MM.flops / 1e12 + 2e-6) + 1e-6))
+    assert rates.call_seconds(ADD, 1) == pytest.approx(2 * (1.1 * 12e-6 + 1e-6)), "as it is alone"
+
+
+def test_narrow_products_are_a_sort_of_their_own():
+    narrow = Kind("product", "mm", "bfloat16", 2 * 1024 * 1024 * 16, 2 * 1024 * 1024 + 32768, 32768)
+    assert [sort(MM), sort(narrow)] == ["product mm", "product mm narrow"]
+    assert sort(INT8) != sort(Kind("nf3 product", "blockwise_linear", "bfloat16", 1, 1, 1))
+    lists = Kind("optimiser", "_fused_adamw_", "float32", 1, 1, 1)
+    assert launched(Counts({MM: 3, lists: 5})) == 3
 
 
 def test_stated_peaks_are_a_roofline():

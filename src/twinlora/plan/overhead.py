@@ -75,15 +75,15 @@ def _product_bytes() -> int:
 
 def _measure() -> Overhead:
     """A process with everything imported, after a step of a tiny model, less what that has on the heap."""
-    from twinlora.plan.probe import TINY, step_of
+    from twinlora.plan.probe import TINY, Step
     from twinlora.train import loop  # noqa: F401  # what a run imports
 
     glibc = platform.libc_ver()[0] == "glibc"
     before = machine.heap_bytes() if glibc else 0
-    step = step_of(TINY, torch.device("cpu"))
-    step()
+    step = Step(TINY, torch.device("cpu"), torch.bfloat16)
     gc.collect()
     libraries = machine.rss_bytes() - ((machine.heap_bytes() - before) if glibc else 0)
+    del step  # not before its memory was seen
     return Overhead(libraries, _product_bytes())
 
 

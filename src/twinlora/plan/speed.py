@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from twinlora.plan.devices import Device
@@ -18,8 +18,9 @@ from twinlora.plan.devices import Device
 if TYPE_CHECKING:
     from twinlora.plan.work import Counts, Kind
 
-__all__ = ["Curve", "Measured", "Rates", "Stated", "computes", "launches", "stated"]
+__all__ = ["Curve", "InStep", "Measured", "Rates", "Stated", "computes", "launched", "launches", "sort", "stated"]
 
+_NARROW = 64  # operations a byte; fewer are bound by their operands
 _ARITHMETIC = ("product", "attention")  # kinds of work whose name has one of these do flops, the others move bytes
 
 
@@ -31,6 +32,18 @@ def computes(name: str) -> bool:
 def launches(kind: Kind) -> int:
     """Whether such a call pays a call's overhead: of lists of tensors (`_fused_…`) each tensor is counted, not paid."""
     return not kind.op.startswith(("_foreach_", "_fused_"))
+
+
+def launched(counts: Counts) -> int:
+    """Calls of a step that pay a call's overhead."""
+    return sum(calls * launches(kind) for kind, calls in counts.calls_of.items())
+
+
+def sort(kind: Kind) -> str:
+    """The calls that a step changes alike: kind and operation, and of products whether they are as narrow as an
+    adapter's."""
+    narrow = kind.name == "product" and kind.flops < _NARROW * (kind.read + kind.written)
+    return f"{kind.name} {kind.op}{' narrow' if narrow else ''}"
 
 
 @dataclass(frozen=True)
@@ -72,25 +85,35 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class InStep:
+    """What a call takes in a step: `fixed` seconds more than others beside its work, and its work `ratio` times as long
+    as alone. Threads have gone to sleep between two calls there, and operands lie elsewhere."""
+
+    fixed: float = 0.0
+    ratio: float = 1.0
+
+
+@dataclass(frozen=True)
 class Measured(Rates):
     """Curves by kind of work, seconds that every call takes beside its work, and how much slower work is in a step.
 
-    Arithmetic: flop/s over the operations for each byte; the rest: bytes/s over a call's bytes. A curve is named by kind,
-    operation and type (`product addmm_ bfloat16`), by an operation (`attention_backward`), by kind and type
+    Arithmetic: flop/s over the operations for each byte; the rest: bytes/s over a call's bytes. A curve is named by
+    kind, operation and type (`product addmm_ bfloat16`), by an operation (`attention_backward`), by kind and type
     (`product bfloat16`), or by the kind alone.
     """
 
     source: str
     curves: Mapping[str, Curve]
     overhead: float
+    in_step: Mapping[str, InStep] = field(
+        default_factory=dict
+    )  # by `sort`; a step's calls are like those alone where none is
     slowdown: float = 1.0  # a step's work over the same work, call by call
     factor: float = 1.0  # what past runs took, over what was predicted (score.py)
 
     def curve(self, kind: Kind) -> Curve:
         """The most particular one there is."""
         names = [f"{kind.name} {kind.op} {kind.dtype}", kind.op, f"{kind.name} {kind.dtype}", kind.name]
-        if kind.name in ("int8 product", "nf3 product"):  # rates that were kept before these were measured
-            names.append(f"nf4 product {kind.dtype}")
         for name in names:
             if name in self.curves:
                 return self.curves[name]
@@ -103,7 +126,9 @@ class Measured(Rates):
             work = kind.flops / curve.at(kind.flops / max(size, 1)) if kind.flops else 0.0
         else:
             work = size / curve.at(size) if size else 0.0
-        return self.factor * (self.slowdown * work + self.overhead * launches(kind))
+        place = self.in_step.get(sort(kind), InStep())
+        inside = place.ratio * work + place.fixed * launches(kind)
+        return self.factor * (self.slowdown * inside + self.overhead * launches(kind))
 
 
 @dataclass(frozen=True)
