@@ -5,7 +5,8 @@
 For each model, method and choice of recomputing, the rates are measured anew: products, attention, copies, steps of two
 small models of its own, nothing of any cell. The cells are predicted from their configuration and these rates. They run in
 a process of their own that loads the checkpoint as training does, and are timed between the turns of the calibration, since
-a rented machine's speed changes within minutes: the median of a cell's steps, of which the first one or two do not count.
+a rented machine's speed changes within minutes: the median of a cell's steps, of which the first one or two do not count,
+nor those of the first seconds after the calibration had the machine: its caches are then full of other things.
 Run it on a quiet machine, with all of its cores.
 """
 
@@ -26,6 +27,7 @@ import harness  # puts src on the path
 import plan_memory
 
 _SECONDS, _LEAST, _MOST = 4.0, 2, 30  # of steps of a cell that count, after each turn of the calibration
+_WARM = 4.0  # seconds of steps that do not count, after each turn of the calibration
 _LONG = 6.0  # seconds from which on a step counts after one before it, and one a turn will do
 
 
@@ -45,13 +47,14 @@ def measure(connection: Any, directory: str, cells: list[Any]) -> None:
             step()
     connection.send(None)
     while connection.recv():
+        timed(steps[0], 1, _WARM)
         connection.send([timed(step, 1 if slow else _LEAST) for step, slow in zip(steps, long, strict=True)])
 
 
-def timed(step: Callable[[], None], least: int) -> list[float]:
+def timed(step: Callable[[], None], least: int, at_least: float = _SECONDS) -> list[float]:
     """Seconds of some steps, at least so many."""
     seconds: list[float] = []
-    end = time.perf_counter() + _SECONDS
+    end = time.perf_counter() + at_least
     while len(seconds) < least or (time.perf_counter() < end and len(seconds) < _MOST):
         start = time.perf_counter()
         step()

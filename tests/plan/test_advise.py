@@ -95,6 +95,26 @@ def test_time_past_a_border_flips_the_choice():
         assert at(made, 80).method == method
 
 
+def test_for_speed_a_less_simple_way_must_be_a_tenth_faster():
+    for factor, method in ((0.89, "qlora"), (0.91, "lora")):
+        made = ways(8e9, slower={"qlora": factor, "hybrid": 2, "int8": 2})
+        assert at(made, 80, "speed").method == method
+
+
+def test_full_is_chosen_where_it_is_a_tenth_faster_and_never_to_switch_tasks():
+    for factor, method in ((0.89, "full"), (0.91, "lora")):
+        made = ways(1e9, slower={"full": factor})
+        assert at(made, 80).method == method
+        assert at(made, 80, "many-tasks").method == "lora"
+
+
+def test_what_is_deployed_on_the_edge_has_4_5_bits_at_most():
+    for bits, method in ((4.5, "hybrid"), (4.51, "lora")):
+        made = [way.with_bits(bits) if way.method == "hybrid" else way for way in ways(8e9, lacking=("qlora",))]
+        choice = at(made, 80, "edge")
+        assert choice.method == method
+
+
 def test_expected_quality_past_a_border_flips_the_choice():
     for points, method in ((-0.49, "qlora"), (-0.51, "lora")):
         made = ways(8e9, slower={"qlora": 0.5, "hybrid": 0.9, "int8": 0.9})

@@ -29,6 +29,19 @@ def test_what_nf4_costs_a_small_model_is_what_the_result_says():
     assert round(100 * statistics.mean(lora), 1) == 63.8
 
 
+def test_what_a_mix_costs_a_small_model_is_what_the_result_says():
+    ways = json.loads((RESULTS / "hybrid.json").read_text())["ways"]
+    rows = {
+        name: [statistics.mean(row) for row in zip(*(run["rows"] for run in ways[name]["runs"].values()), strict=True)]
+        for name in ("16bit", "4", "nf4-64-dq256")
+    }
+    mean, low, high = paired_interval(rows["4"], rows["16bit"])
+    source = expected("hybrid", SMALL - 1).source
+    assert f"{mean:+.3f} ({low:+.3f} to {high:+.3f}) at 4.0 bits" in source
+    assert f"NF4 {paired_interval(rows['nf4-64-dq256'], rows['16bit'])[0]:+.3f}" in source
+    assert ways["4"]["bits_per_linear_weight"] == pytest.approx(4.0, abs=0.01)
+
+
 def test_what_papers_measured_on_large_models():
     t5 = {  # arXiv 2305.14314, table 3: Rouge-L of T5 80M, 250M, 780M, 3B, 11B
         "full": (40.1, 42.1, 48.0, 54.3, 62.0), "lora": (40.5, 42.6, 47.1, 55.4, 60.7),

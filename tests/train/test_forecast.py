@@ -19,6 +19,10 @@ from twinlora.plan.overhead import Overhead
 from twinlora.train import memory, rehearsal
 from twinlora.train.loop import train
 
+LINEARS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
 PLANNED = {"plan": "auto", "max_steps": 2}  # one workload, so that its steps are simulated once
 
 
@@ -102,6 +106,15 @@ def test_what_is_given_stays_as_it_is(tiny, data_file, tmp_path):
     train(options(tiny, data_file, tmp_path / "r", **given))
     chosen = document(tmp_path / "r")["options"]
     assert (chosen["method"], chosen["gradient_checkpointing"]) == ("qlora", "on")
+
+
+def test_a_hybrid_is_planned_as_its_file_of_layers_says(tiny, data_file, tmp_path):
+    layers = [f"model.layers.{i}.{linear}" for i in range(2) for linear in LINEARS]
+    for kind, bits in (("int8-64", "8.5"), ("nf3-64-dq256", "3.1")):
+        file, run = tmp_path / f"{kind}.json", tmp_path / kind
+        file.write_text(json.dumps(dict.fromkeys(layers, kind)))
+        train(options(tiny, data_file, run, **PLANNED | {"method": "hybrid", "layer_precision": file}))
+        assert any(f"hybrid at {bits} bits" in note for note in document(run)["notes"] if note.startswith("plan: "))
 
 
 def test_what_fits_nowhere_is_said_before_a_weight_is_loaded(tiny, data_file, tmp_path, monkeypatch):

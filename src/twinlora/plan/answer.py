@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,12 +127,13 @@ def plan(
     checkpointing: bool | None = None,
     bits: float | None = None,
     weights: int | None = None,
+    precision: Mapping[str, str] | None = None,
     fused: bool = True,
     held: int = 0,
 ) -> Plan:
     """Plan as `options` say, for a `workload` if there is one already; `only` one method, with `checkpointing` alone or
-    without (None: either), a hybrid of so many `bits` or bytes of `weights`, the model with its stock blocks (not
-    `fused`). `held`: bytes that the process which will train has already.
+    without (None: either), a hybrid of so many `bits`, bytes of `weights` or whose layers have this `precision`, the
+    model with its stock blocks (not `fused`). `held`: bytes that the process which will train has already.
 
     Raises InputError; StorageError for rates that are damaged.
     """
@@ -166,7 +167,9 @@ def plan(
         made = [way.with_checkpointing(checkpointing) for way in made]
     if bits is not None:
         made = [way.with_bits(bits) for way in made]
-    elif weights is not None:
+    elif precision is not None:
+        weights = maker.weight_bytes(precision)
+    if weights is not None:
         made = [way.with_weights(weights) for way in made]
     if planned.train_as is None:
         notes.append(f"no command: {planned.origin} is nothing to train from; give a directory or a hub id for one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from twinlora import machine
+from twinlora.adapters.precision import read_layers
 from twinlora.config import PlanOptions, TrainOptions, parse_size
 from twinlora.errors import ConfigError
 from twinlora.plan.answer import plan
@@ -35,6 +36,7 @@ def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> Trai
         checkpointing={"on": True, "off": False, "auto": None}[options.gradient_checkpointing],
         bits=options.bits,
         weights=None if options.memory is None else parse_size(options.memory),
+        precision=None if options.layer_precision is None else read_layers(options.layer_precision),
         fused=options.fused,
         held=machine.rss_bytes(),
     )

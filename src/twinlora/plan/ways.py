@@ -182,12 +182,19 @@ class Ways:
         candidates = tuple(better if candidate is row.setting else candidate for candidate in row.way.candidates)
         return dataclasses.replace(row.way, candidates=candidates)
 
-    def _simulated(self, method: str, checkpointing: bool, limit: int) -> Simulated:
+    def weight_bytes(self, precision: Mapping[str, str]) -> int:
+        """Of the weights of a hybrid whose layers have these formats."""
+        found = self._simulated("hybrid", True, self.limits[-1], precision).by_cause
+        return found["weights"] + found["quantisation constants"]
+
+    def _simulated(
+        self, method: str, checkpointing: bool, limit: int, precision: Mapping[str, str] | None = None
+    ) -> Simulated:
         given, packed = self.conditions, self.workload.packed
         cell = cell_for(
             self.workload.largest(limit), given.options, method=method, checkpointing=checkpointing,
             dtype=given.dtype, target=given.target, packed=packed, block_size=given.options.block_size,
-            double_quant=given.options.double_quant, fused=given.fused,
+            double_quant=given.options.double_quant, fused=given.fused, precision=precision,
         )  # fmt: skip
         found = simulated(self.config, cell)
         self._cells.add(repr(cell))
