@@ -187,12 +187,12 @@ def test_what_calls_take_in_a_step_is_found_from_two():
     """Fixed seconds and a ratio, whatever they are within the limits; and the best there is beyond them."""
     for fixed, ratio in ((3e-5, 1.2), (0.0, 0.8), (1e-4, 1.0)):
         points = [(calls, alone, calls * fixed + ratio * alone) for calls, alone in ((100, 0.01), (40, 0.1))]
-        found = calibrate.fit(points)
+        found = calibrate._fit(points)
         assert (found.fixed, found.ratio) == (pytest.approx(fixed, abs=2e-6), pytest.approx(ratio, abs=0.02))
-        one = calibrate.fit(points[:1])
+        one = calibrate._fit(points[:1])
         assert 100 * one.fixed + 0.01 * one.ratio == pytest.approx(points[0][2])
-    assert calibrate.fit([(10, 1.0, 5.0)]) == InStep(pytest.approx(0.3), 2.0)
-    assert calibrate.fit([(10, 1.0, 0.1)]) == InStep(0.0, 0.6)
+    assert calibrate._fit([(10, 1.0, 5.0)]) == InStep(pytest.approx(0.3), 2.0)
+    assert calibrate._fit([(10, 1.0, 0.1)]) == InStep(0.0, 0.6)
 
 
 def test_a_sort_of_calls_takes_in_a_step_what_it_took():

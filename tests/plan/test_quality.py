@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from twinlora.evaluate.stats import paired_interval
+from twinlora.evaluate.stats import paired_interval, ratio_interval
 from twinlora.numerics import ops
 from twinlora.plan.quality import FORMATS, SMALL, expected, rounding
 
@@ -31,14 +31,19 @@ def test_what_nf4_costs_a_small_model_is_what_the_result_says():
 
 def test_what_a_mix_costs_a_small_model_is_what_the_result_says():
     ways = json.loads((RESULTS / "hybrid.json").read_text())["ways"]
-    rows = {
-        name: [statistics.mean(row) for row in zip(*(run["rows"] for run in ways[name]["runs"].values()), strict=True)]
-        for name in ("16bit", "4", "nf4-64-dq256")
-    }
-    mean, low, high = paired_interval(rows["4"], rows["16bit"])
+    base = ways["16bit"]["runs"]
+
+    def difference(name):
+        runs = ways[name]["runs"]
+        tokens, rows = next(iter(runs.values()))["loss_tokens"], []
+        for of in (runs, base):
+            rows.append([statistics.mean(row) for row in zip(*(of[seed]["loss_rows"] for seed in runs), strict=True)])
+        return ratio_interval([ours - theirs for ours, theirs in zip(*rows, strict=True)], tokens)
+
+    mean, low, high = difference("4")
     source = expected("hybrid", SMALL - 1).source
     assert f"{mean:+.3f} ({low:+.3f} to {high:+.3f}) at 4.0 bits" in source
-    assert f"NF4 {paired_interval(rows['nf4-64-dq256'], rows['16bit'])[0]:+.3f}" in source
+    assert f"NF4 {difference('nf4-64-dq256')[0]:+.3f}" in source
     assert ways["4"]["bits_per_linear_weight"] == pytest.approx(4.0, abs=0.01)
 
 

@@ -96,9 +96,8 @@ def _work(rates: Measured, step: probe.Step) -> float:
 
 def _in_step(rates: Measured, tiny: probe.Step, *steps: probe.Step) -> dict[str, InStep]:
     """What calls take in steps, by sort, of those that a step spends time with."""
-    usual = (sum(tiny.within.values()) - _work(rates, tiny)) / launched(
-        tiny.counts
-    )  # the part of overhead within a call
+    # The part of the overhead that passes within a call.
+    usual = (sum(tiny.within.values()) - _work(rates, tiny)) / launched(tiny.counts)
     found: dict[str, list[tuple[int, float, float]]] = {}
     for step in steps:
         whole = sum(step.within.values())
@@ -107,11 +106,11 @@ def _in_step(rates: Measured, tiny: probe.Step, *steps: probe.Step) -> dict[str,
             calls, alone = launched(counts), replace(rates, overhead=0.0).step_seconds(counts, step.tokens)
             if calls and alone and inside > _SHARE * whole:
                 found.setdefault(name, []).append((calls, alone, inside))
-    places = {name: fit(points) for name, points in found.items()}
+    places = {name: _fit(points) for name, points in found.items()}
     return {name: replace(place, fixed=place.fixed - usual) for name, place in places.items()}
 
 
-def fit(points: Sequence[tuple[int, float, float]]) -> InStep:
+def _fit(points: Sequence[tuple[int, float, float]]) -> InStep:
     """Of calls, their seconds alone and in a step: what each takes more, and how many times as long its work.
 
     The ratio, within limits, that leaves the least error, as shares; of equal ones that with the least beside the work.
