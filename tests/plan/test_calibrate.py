@@ -168,6 +168,7 @@ def test_a_step_does_what_is_counted():
     ran = Counts(Counter(step.kinds))
     assert ran.flops == pytest.approx(step.counts.flops, rel=0.01)
     assert launched(ran) == pytest.approx(launched(step.counts), rel=0.01)
+    assert {sort(kind) for kind in ran.calls_of} == {sort(kind) for kind in step.counts.calls_of}, "by the same names"
 
 
 def test_a_probe_has_layers_of_every_format():

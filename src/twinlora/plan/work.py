@@ -19,6 +19,7 @@ _QUANTISED = {
     "nf4_linear": 0, "nf4_linear_transposed": 0, "nf4_linear_add_": 1, "nf4_linear_transposed_add_": 1,
     "blockwise_linear": 0, "blockwise_linear_transposed": 0,
 }  # fmt: skip
+_PART_OF = {"linear": "dense_linears"}  # a ledger sees ops without a kernel by their parts
 _OTHER_FORMATS = {8: "int8 product", 3: "nf3 product"}  # by the bits of a blockwise format
 _NORMS = {"rms_norm", "rms_norm_backward", "native_layer_norm", "native_layer_norm_backward"}
 _LOSS = {"cross_entropy_", "_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward"}
@@ -119,7 +120,8 @@ def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Iterable[
     read = sum(map(_bytes, inputs))
     if kind == "embedding":
         read = sum(map(_bytes, written))
-    yield Kind(kind, name, _dtype(inputs, first), flops, read, sum(map(_bytes, written))), 1
+    op = _PART_OF.get(name, name)
+    yield Kind(kind, op, _dtype(inputs, first), flops, read, sum(map(_bytes, written))), 1
 
 
 def _of_lists(name: str, func: Any, args: tuple[Any, ...], outputs: list[Tensor]) -> Iterator[tuple[Kind, int]]:
