@@ -41,8 +41,8 @@ _LITTLE = _LARGE | {
     # A loss and no score, so no points.
     "hybrid": Expectation(
         None,
-        "benchmarks/results/hybrid.json: SmolLM2-135M, held-out loss +0.004 (-0.000 to +0.008) at 4.0 bits, NF4 +0.006; "
-        "no score measured",
+        "benchmarks/results/hybrid.json: SmolLM2-135M, held-out loss +0.004 (-0.000 to +0.008) at 4.0 bits, NF4 +0.006"
+        "; no score measured",
     ),
 }
 
