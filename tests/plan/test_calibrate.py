@@ -21,6 +21,18 @@ from twinlora.reporter import Reporter
 CPU = torch.device("cpu")
 
 
+@cache
+def tiny_step():
+    return probe.Step(probe.TINY, CPU, torch.float32)
+
+
+def step_of(within):
+    """A step of the tiny model, of which that time passes within each sort of operations."""
+    step = copy(tiny_step())
+    step._within = {name: [seconds] for name, seconds in within.items()}
+    return step
+
+
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """Every piece once, and each takes a millisecond; a call's own overhead a microsecond, in a step, too,
@@ -33,8 +45,8 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(calibrate, "_in_step", lambda rates, *steps: {})
     monkeypatch.setattr(calibrate, "_slowdown", lambda rates, step, seconds: 1.0)
     monkeypatch.setattr(calibrate, "_TINY_STEPS", 1)
-    monkeypatch.setattr(probe, "SMALL", probe.TINY)
-    monkeypatch.setattr(probe, "WIDE", probe.TINY)
+    made = tiny_step()
+    monkeypatch.setattr(probe, "Step", lambda *_: copy(made))
     monkeypatch.setattr(machine, "last_cache_bytes", lambda: 0)
     return tmp_path / "twinlora" / "rates.json"
 
@@ -143,18 +155,6 @@ def test_of_all_turns_the_median_counts(quick, monkeypatch):
 
     monkeypatch.setattr(calibrate, "_time", time)
     assert calibrate.measure(CPU, Reporter()).curves[curve] == once
-
-
-@cache
-def tiny_step():
-    return probe.Step(probe.TINY, CPU, torch.float32)
-
-
-def step_of(within):
-    """A step of the tiny model, of which that time passes within each sort of operations."""
-    step = copy(tiny_step())
-    step._within = {name: [seconds] for name, seconds in within.items()}
-    return step
 
 
 FREE = {name: Curve(((1.0, 1e30),)) for name in ("elementwise", "product float32")}
