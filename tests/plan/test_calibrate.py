@@ -47,6 +47,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(calibrate, "_TINY_STEPS", 1)
     made = tiny_step()
     monkeypatch.setattr(probe, "Step", lambda *_: copy(made))
+    monkeypatch.setattr(calibrate, "pick_dtype", lambda *_: (torch.float32, None))
     monkeypatch.setattr(machine, "last_cache_bytes", lambda: 0)
     return tmp_path / "twinlora" / "rates.json"
 
@@ -128,10 +129,14 @@ def test_rates_are_kept_under_the_hardwares_name(quick):
 def test_damaged_rates_are_an_error_and_not_a_guess(quick):
     calibrate.calibrate(CPU, Reporter())
     kept = json.loads(quick.read_text())
-    for broken in ({"source": "x"}, [], {"source": "x", "overhead": 1, "slowdown": 1, "curves": {"copy": [[1]]}}):
+    damaged = {"source": "x", "overhead": 1, "slowdown": 1, "in_step": {}, "curves": {"copy": [[1]]}}
+    for broken in ({"source": "x"}, [], damaged):
         quick.write_text(json.dumps(dict.fromkeys(kept, broken)))
         with pytest.raises(StorageError, match="--calibrate"):
             calibrate.load(calibrate.hardware(CPU))
+    earlier = {key: value for key, value in next(iter(kept.values())).items() if key != "in_step"}
+    quick.write_text(json.dumps(dict.fromkeys(kept, earlier)))
+    assert calibrate.load(calibrate.hardware(CPU)) is None, "measured by an earlier version"
     quick.write_text("no json")
     assert calibrate.load(calibrate.hardware(CPU)) is None
 

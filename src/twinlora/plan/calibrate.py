@@ -221,10 +221,11 @@ def store(rates: Measured, name: str) -> None:
 
 
 def load(name: str) -> Measured | None:
-    """The rates kept under the hardware's name, None if there are none. Raises StorageError if they are damaged."""
+    """The rates kept under the hardware's name, None if there are none of this version. Raises StorageError if they are
+    damaged."""
     entry = _kept().get(name)
-    if entry is None:
-        return None
+    if entry is None or (isinstance(entry, dict) and "curves" in entry and "in_step" not in entry):
+        return None  # the latter are an earlier version's, which did not look within steps
     try:
         curves = {
             curve: Curve(tuple((float(x), float(y)) for x, y in points)) for curve, points in entry["curves"].items()
