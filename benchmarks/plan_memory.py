@@ -238,15 +238,11 @@ def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
 
 def write_billion(directory: Path) -> None:
     """A random llama of 1B parameters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.initialization import no_init_weights
+    from transformers import LlamaConfig
 
-    with no_init_weights():
-        model = LlamaForCausalLM._from_config(LlamaConfig(**BILLION), dtype=torch.bfloat16)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.02)
-    model.tie_weights()
-    model.save_pretrained(directory)
+    from twinlora.plan.probe import random_llama
+
+    random_llama(LlamaConfig(**BILLION), torch.bfloat16).save_pretrained(directory)
 
 
 def arguments(description: str | None) -> argparse.Namespace:

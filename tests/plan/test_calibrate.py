@@ -23,7 +23,9 @@ CPU = torch.device("cpu")
 
 @cache
 def tiny_step():
-    return probe.Step(probe.TINY, CPU, torch.float32)
+    step = probe.Step(probe.TINY, CPU, torch.float32)
+    step.look_within()
+    return step
 
 
 def step_of(within):
@@ -170,6 +172,7 @@ def test_a_step_does_what_is_counted():
     if not cpu.paths() or not cpu.has_blocks():
         pytest.skip("this processor has no kernels between the products")
     step = probe.Step(probe.TINY, CPU, torch.bfloat16)
+    step.look_within()
     ran = Counts(Counter(step.kinds))
     assert ran.flops == pytest.approx(step.counts.flops, rel=0.01)
     assert launched(ran) == pytest.approx(launched(step.counts), rel=0.01)

@@ -187,6 +187,7 @@ def _product(x: Tensor, matrix: Tensor) -> Tensor:
     rows = x.numel() // max(k, 1)
     if rows not in _ROWS_OF_ONE_THREAD or n not in _COLUMNS_OF_ONE_THREAD or not _parts_columns(x, matrix):
         return x @ matrix
+    _hand_over_product()
     y = x.new_empty(*x.shape[:-1], n)
     x = x.contiguous()
     _library().multiply_columns(x.data_ptr(), matrix.data_ptr(), y.data_ptr(), rows, k, n, matrix.stride(), _threads())
@@ -197,17 +198,16 @@ def _parts_columns(x: Tensor, matrix: Tensor) -> bool:
     """Whether each thread gets columns of its own: oneDNN 3.12 takes one thread for many a product on AMX where it has
     two (where it has more it takes all), since it holds two cores that share an operand for slower than one."""
     bfloat16 = x.dtype == matrix.dtype == torch.bfloat16
-    return bfloat16 and _threads() == 2 and path() == "amx-bf16" and _torch_product()
+    return bfloat16 and _threads() == 2 and path() == "amx-bf16"
 
 
 @cache
-def _torch_product() -> bool:
+def _hand_over_product() -> None:
     """Hand torch's product over to the extension, which does not link to torch."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     names = ("aoti_torch_create_tensor_from_blob", "aoti_torch_cpu_mm_out", "aoti_torch_delete_tensor_object")
     addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
     _library().set_product(*addresses, library.aoti_torch_dtype_bfloat16(), library.aoti_torch_device_type_cpu())
-    return True
 
 
 def nf4_linear(

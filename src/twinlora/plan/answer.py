@@ -165,11 +165,11 @@ def plan(
     made = maker.make(wanted)
     if checkpointing is not None:
         made = [way.with_checkpointing(checkpointing) for way in made]
+    if precision is not None:
+        weights = maker.weight_bytes(precision)
     if bits is not None:
         made = [way.with_bits(bits) for way in made]
-    elif precision is not None:
-        weights = maker.weight_bytes(precision)
-    if weights is not None:
+    elif weights is not None:
         made = [way.with_weights(weights) for way in made]
     if planned.train_as is None:
         notes.append(f"no command: {planned.origin} is nothing to train from; give a directory or a hub id for one")

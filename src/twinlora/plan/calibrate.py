@@ -56,6 +56,7 @@ def measure(device: torch.device, reporter: Reporter) -> Measured:
     timed = list(pieces(Pool(device)))
     kinds: list[list[work.Kind]] = []
     dtype, _ = pick_dtype("auto", device)
+    looks_within = device.type == "cpu"  # elsewhere a call is over before its work is
     tiny, small, wide = (probe.Step(each, device, dtype) for each in (probe.TINY, probe.SMALL, probe.WIDE))
     dispatches: list[float] = []
     times: list[list[float]] = [[] for _ in timed]
@@ -72,8 +73,9 @@ def measure(device: torch.device, reporter: Reporter) -> Measured:
             reporter.progress("calibrating", turn * len(timed) + number + 1, TURNS * len(timed), curve)
         for step, found in steps.items():
             found.append(_time(step.run, device, _STEPS_SECONDS))
-        for step in (*[tiny] * _TINY_STEPS, small, wide, wide):
-            step.look_within()
+        if looks_within:
+            for step in (*[tiny] * _TINY_STEPS, small, wide, wide):
+                step.look_within()
     dispatch = statistics.median(dispatches)
     points: dict[str, list[tuple[float, float]]] = {}
     for (curve, _), calls, seconds in zip(timed, kinds, map(statistics.median, times), strict=True):
@@ -84,7 +86,7 @@ def measure(device: torch.device, reporter: Reporter) -> Measured:
     whole = {step: statistics.median(found) for step, found in steps.items()}
     overhead = max(dispatch, (whole[tiny] - _work(rates, tiny)) / launched(tiny.counts))
     rates = replace(rates, overhead=overhead)
-    if device.type == "cpu":  # elsewhere a call is over before its work is
+    if looks_within:
         rates = replace(rates, in_step=_in_step(rates, tiny, small, wide))
     return replace(rates, slowdown=_slowdown(rates, small, whole[small]))
 
@@ -98,13 +100,15 @@ def _in_step(rates: Measured, tiny: probe.Step, *steps: probe.Step) -> dict[str,
     """What calls take in steps, by sort, of those that a step spends time with."""
     # The part of the overhead that passes within a call.
     usual = (sum(tiny.within.values()) - _work(rates, tiny)) / launched(tiny.counts)
+    works = replace(rates, overhead=0.0)
     found: dict[str, list[tuple[int, float, float]]] = {}
     for step in steps:
-        whole = sum(step.within.values())
-        for name, inside in step.within.items():
+        within = step.within
+        least = _SHARE * sum(within.values())
+        for name, inside in within.items():
             counts = work.Counts(Counter(kind for kind in step.kinds if sort(kind) == name))
-            calls, alone = launched(counts), replace(rates, overhead=0.0).step_seconds(counts, step.tokens)
-            if calls and alone and inside > _SHARE * whole:
+            calls, alone = launched(counts), works.step_seconds(counts, step.tokens)
+            if calls and alone and inside > least:
                 found.setdefault(name, []).append((calls, alone, inside))
     places = {name: _fit(points) for name, points in found.items()}
     return {name: replace(place, fixed=place.fixed - usual) for name, place in places.items()}

@@ -29,7 +29,7 @@ from twinlora.plan.speed import sort
 from twinlora.train.optim import MasterAdamW
 from twinlora.train.step import train_step
 
-__all__ = ["SMALL", "TINY", "WIDE", "Probe", "Step", "Watch"]
+__all__ = ["SMALL", "TINY", "WIDE", "Probe", "Step", "Watch", "random_llama"]
 
 _LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
@@ -103,11 +103,13 @@ class Watch(TorchDispatchMode):
         return out
 
 
-def _random(config: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
+def random_llama(config: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A model of random weights, made in `dtype`."""
     with no_init_weights():
         model = LlamaForCausalLM._from_config(config, dtype=dtype)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
+    model.tie_weights()  # which is part of the initialisation that was left out
     return model
 
 
@@ -119,7 +121,7 @@ class Step:
         self._probe, self._device, self._dtype = probe, device, dtype
         self.tokens = probe.tokens
         with tempfile.TemporaryDirectory() as directory:
-            _random(probe.config, dtype).save_pretrained(directory)
+            random_llama(probe.config, dtype).save_pretrained(directory)
             self._model = load_model(resolve(directory), quantize=probe.precision(), dtype=dtype, device=device)
         attach(self._model, LoraConfig(rank=probe.rank))
         swap.replace_blocks(self._model.train())
@@ -127,9 +129,7 @@ class Step:
         row = Example([5] * probe.tokens, [False] + [True] * (probe.tokens - 1), "")
         self._batch = make_batch([row], probe.tokens, packed=True, device=device)
         self.run()
-        with Watch() as watch:
-            self.run()
-        self.kinds = watch.kinds
+        self.kinds: list[work.Kind] = []
         self._within: dict[str, list[float]] = {}
 
     @cached_property
@@ -148,9 +148,10 @@ class Step:
         done.loss.item()
 
     def look_within(self) -> None:
-        """Run it once with its operations timed, one of several times."""
+        """Run it once with its operations seen and timed, one of several times."""
         with Watch() as watch:
             self.run()
+        self.kinds = watch.kinds
         for name, seconds in watch.seconds.items():
             self._within.setdefault(name, []).append(seconds)
 

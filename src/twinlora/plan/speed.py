@@ -105,9 +105,8 @@ class Measured(Rates):
     source: str
     curves: Mapping[str, Curve]
     overhead: float
-    in_step: Mapping[str, InStep] = field(
-        default_factory=dict
-    )  # by `sort`; a step's calls are like those alone where none is
+    # By `sort`; calls that are not in it take what they take alone.
+    in_step: Mapping[str, InStep] = field(default_factory=dict)
     slowdown: float = 1.0  # a step's work over the same work, call by call
     factor: float = 1.0  # what past runs took, over what was predicted (score.py)
 
