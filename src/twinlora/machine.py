@@ -23,8 +23,8 @@ import twinlora
 T = TypeVar("T")
 
 __all__ = [
-    "apart", "available_bytes", "describe", "heap_bytes", "keep_freed_memory", "last_cache_bytes", "mapped",
-    "peak_device_bytes", "peak_rss_bytes", "product_rates", "reset_peaks", "rss_bytes", "spare_bytes",
+    "apart", "available_bytes", "describe", "heap_bytes", "keep_freed_memory", "mapped", "peak_device_bytes",
+    "peak_rss_bytes", "product_rates", "reset_peaks", "rss_bytes", "spare_bytes",
 ]  # fmt: skip
 
 
@@ -65,15 +65,6 @@ def available_bytes() -> int:
             files = re.search(r"^(?:total_)?inactive_file (\d+)$", held, re.MULTILINE)
             free = min(free, max(0, int(most) - int(taken) + (int(files[1]) if files else 0)))
     return free
-
-
-def last_cache_bytes() -> int:
-    """Size of the processor's last-level cache; 0 where the system does not say."""
-    sizes = []
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        if match := re.fullmatch(r"(\d+)([KMG]?)", file.read_text().strip()):
-            sizes.append(int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]])
-    return max(sizes, default=0)
 
 
 def keep_freed_memory() -> None:

@@ -1,119 +1,139 @@
-"""Rates from pieces whose time is given, kept and read again."""
+"""Rates from steps whose calls take a given time, kept and read again."""
 
-import itertools
 import json
-from collections import Counter
-from copy import copy
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
-from twinlora import machine
 from twinlora.errors import StorageError
-from twinlora.numerics import cpu
-from twinlora.plan import calibrate, pieces, probe
-from twinlora.plan.speed import Curve, InStep, Measured, computes, launched, sort
-from twinlora.plan.work import Counts
+from twinlora.plan import calibrate, probe
+from twinlora.plan.speed import Cost, Measured, computes, names
 from twinlora.reporter import Reporter
 
 CPU = torch.device("cpu")
+FORMATS = replace(probe.TINY, formats=probe.MIXED.formats, batches=((64,), (8, 24), (160,)))
 
 
 @cache
-def tiny_step():
-    step = probe.Step(probe.TINY, CPU, torch.float32)
-    step.look_within()
-    return step
-
-
-def step_of(within):
-    """A step of the tiny model, of which that time passes within each sort of operations."""
-    step = copy(tiny_step())
-    step._within = {name: [seconds] for name, seconds in within.items()}
-    return step
+def steps():
+    """Of small models, looked into once."""
+    found = [step for each in (probe.TINY, FORMATS) for step in probe.steps(each, CPU, torch.float32)]
+    for step in found:
+        step.look_within()
+    return found
 
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """Every piece once, and each takes a millisecond; a call's own overhead a microsecond, in a step, too,
-    and nothing is slower there."""
+    """Steps that were run before; the directory that rates are kept in."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(calibrate, "TURNS", 1)
-    monkeypatch.setattr(calibrate, "_time", lambda call, device, at_least=0.0: 1e-3)
-    monkeypatch.setattr(calibrate, "_dispatch", lambda device: 1e-6)
-    monkeypatch.setattr(calibrate, "_work", lambda rates, step: 1e-3)  # all of a step's time
-    monkeypatch.setattr(calibrate, "_in_step", lambda rates, *steps: {})
-    monkeypatch.setattr(calibrate, "_slowdown", lambda rates, step, seconds: 1.0)
-    monkeypatch.setattr(calibrate, "_TINY_STEPS", 1)
-    made = tiny_step()
-    monkeypatch.setattr(probe, "Step", lambda *_: copy(made))
+    monkeypatch.setattr(calibrate, "_MODELS", (probe.TINY, FORMATS))
+    monkeypatch.setattr(calibrate, "_SECONDS", 0.01)
     monkeypatch.setattr(calibrate, "pick_dtype", lambda *_: (torch.float32, None))
-    monkeypatch.setattr(machine, "last_cache_bytes", lambda: 0)
+    made = {probe.TINY: steps()[:1], FORMATS: steps()[1:]}
+    monkeypatch.setattr(probe, "steps", lambda each, *_: made[each])
     return tmp_path / "twinlora" / "rates.json"
 
 
-def test_a_piece_is_predicted_to_take_what_it_took(quick, monkeypatch):
-    """Counts and rates speak of the same work, kind by kind."""
-    products = ("product bfloat16", "product dense_linears bfloat16", "product addmm_ bfloat16", "nf4 product bfloat16")
-    names = (*products, "attention", "attention_backward", "copy", "norm", "optimiser")
-    all_pieces = list(pieces.pieces(pieces.Pool(CPU)))
-    for name in names:
-        curve, make = next(piece for piece in all_pieces if piece[0] == name)
-        call = make()
-        monkeypatch.setattr(calibrate, "pieces", lambda pool, curve=curve, call=call: iter([(curve, lambda: call)]))
-        rates = calibrate.measure(CPU, Reporter())
-        with torch.no_grad():
-            kinds = calibrate._main(calibrate._count(call))
-        counts = Counts({kind: kinds.count(kind) for kind in kinds})
-        assert rates.step_seconds(counts, 1) == pytest.approx(1e-3, rel=0.02), name
+@pytest.fixture
+def timed(quick, monkeypatch):
+    """Gives every call the seconds that its cost says, and every step what that makes in all and some more."""
+
+    def give(costs, overhead=0.0, slowdown=1.0):
+        truth = Measured("here", costs, overhead, slowdown)
+        within = replace(truth, overhead=0.0, slowdown=1.0)
+
+        def seconds_of(step):
+            return {kinds: sum(within.call_seconds(kind, 1) for kind in kinds) for kinds in step.calls}
+
+        monkeypatch.setattr(probe.Step, "seconds_of", property(seconds_of))
+        monkeypatch.setattr(probe.Step, "run", lambda step: truth.step_seconds(step.counts, step.tokens))
+        return truth
+
+    return give
 
 
-def test_operands_of_a_piece_lie_apart_and_those_of_the_next_elsewhere(monkeypatch):
-    monkeypatch.setattr(pieces, "_POOL", 8 << 20)
-    monkeypatch.setattr(machine, "last_cache_bytes", lambda: 3 << 20)
-    pool = pieces.Pool(CPU)
-    assert len(pool._bytes) == 12 << 20
-    cut = [pool.cut(1000, 100) for _ in range(3)] + [pool.cut(1000, 100, dtype=torch.float32)]
-    assert [len(each) for each in cut] == [15, 15, 15, 7]
-    places = sorted((view.data_ptr(), view.nbytes) for each in cut for view in each)
-    assert all(at + size <= after for (at, size), (after, _) in itertools.pairwise(places))
-    assert all(view.isfinite().all() for each in cut for view in each)
-    assert places[0][0] in {view.data_ptr() for view in pool.cut(1000, 100)}, "from the start again"
+ALL = {"product float32": Cost(2e-5, 1e-10, 1e-9), "elementwise": Cost(1e-5, 0.0, 2e-9)}
 
 
-def test_results_of_calls_go_to_other_memory(monkeypatch):
-    monkeypatch.setattr(pieces, "_POOL", 4 * 8 * 4000)
-    monkeypatch.setattr(machine, "last_cache_bytes", lambda: 0)
-    places = []
-
-    def call(turn):
-        made = torch.empty(1000)
-        places.append(made.data_ptr())
-        return made
-
-    calibrate._time(call, CPU, 0.001)
-    kept = places[1:]  # the first call of all is not timed
-    assert len(kept) > 20
-    assert all(len(set(kept[i : i + 8])) == 8 for i in range(len(kept) - 8))
+def test_costs_are_found_from_calls(timed):
+    truth = timed(ALL)
+    found = calibrate.measure(CPU, Reporter())
+    assert found.overhead == pytest.approx(0, abs=1e-9)
+    assert found.slowdown == pytest.approx(1, abs=1e-3)
+    for name in ("product mm narrow float32", "nf4 product nf4_linear_transposed float32", "int8 product float32"):
+        cost, wanted = found.costs[name], ALL["product float32"]
+        assert (cost.call, cost.flop) == (pytest.approx(wanted.call, rel=0.2), pytest.approx(wanted.flop, rel=0.2))
+    cost = found.costs["elementwise add"]
+    assert (cost.call, cost.byte) == (pytest.approx(1e-5, rel=0.01), pytest.approx(2e-9, rel=0.01))
+    for step in steps():
+        assert found.step_seconds(step.counts, 1) == pytest.approx(truth.step_seconds(step.counts, 1), rel=0.02)
 
 
-def test_every_kind_of_work_has_a_curve(quick):
+def test_what_passes_around_calls_is_told_from_what_slows_them(timed):
+    for overhead, slowdown in ((3e-5, 1.0), (0.0, 1.2), (2e-5, 0.8)):
+        timed(ALL, overhead, slowdown)
+        found = calibrate.measure(CPU, Reporter())
+        assert found.overhead == pytest.approx(overhead, abs=2e-6)
+        assert found.slowdown == pytest.approx(slowdown, rel=0.03)
+
+
+def test_the_least_that_explains_the_times_counts_and_nothing_is_negative():
+    choices = ((0,), (1,), (0, 1))
+    assert calibrate._solve([((1, 10), 30.0), ((1, 20), 60.0)], choices) == [0.0, pytest.approx(3.0)]
+    assert calibrate._solve([((1, 10), 5.0), ((1, 90), 5.0)], choices) == [pytest.approx(5.0), 0.0]
+    assert calibrate._solve([((1, 10), 25.0), ((1, 20), 45.0)], choices) == pytest.approx([5.0, 2.0])
+    falling = calibrate._solve([((1, 10), 20.0), ((1, 20), 10.0)], choices)
+    assert min(falling) == 0
+    assert max(falling) > 0
+    assert calibrate._solve([((1, 0), 5.0)], choices) == [pytest.approx(5.0), 0.0]
+
+
+def test_errors_count_as_shares_of_the_time():
+    """A call of a second does not drown those of a millisecond."""
+    (found,) = calibrate._solve([*[((1,), 1e-3)] * 3, ((1000,), 1.5)], ((0,),))
+    assert found == pytest.approx(1.1e-3, rel=0.03)
+
+
+def test_every_call_of_a_plan_has_a_cost(quick):
+    """In every format; by its operation, or as the sort of work that it is."""
     rates = calibrate.measure(CPU, Reporter())
-    wanted = {
-        f"{kind} {dtype}"
-        for kind in ("product", "product dense_linears", "nf4 product", "int8 product", "nf3 product")
-        for dtype in ("bfloat16", "float32")
-    }
-    wanted |= {"attention", "attention_backward", "copy", "elementwise", "norm", "loss", "optimiser", "swiglu"}
-    assert wanted <= set(rates.curves)
-    for name, curve in rates.curves.items():
-        sizes = [size for size, _ in curve.points]
-        assert sizes == sorted(sizes)
-        assert all(rate > 0 for _, rate in curve.points)
-        assert computes(name) == ("product" in name or "attention" in name)
-    assert {tuple(round(s) for s, _ in rates.curves[n].points) for n in ("copy",)}
+    wanted = {f"{kind} float32" for kind in ("product", "nf4 product", "int8 product", "nf3 product")}
+    assert wanted | {"copy", "elementwise", "norm", "loss", "optimiser", "embedding"} <= set(rates.costs)
+    for step in steps():
+        assert all(names(kind)[1] in rates.costs for kind in step.counts.calls_of)
+    for name, cost in rates.costs.items():
+        assert min(cost.call, cost.flop, cost.byte) >= 0
+        assert max(cost.call, cost.flop, cost.byte) > 0
+        assert computes(name) or cost.flop == 0
+
+
+def test_another_type_of_arithmetic_is_measured_too(quick, monkeypatch):
+    asked = []
+    made = probe.steps
+    monkeypatch.setattr(calibrate, "pick_dtype", lambda *_: (torch.bfloat16, None))
+
+    def observed(each, device, dtype):
+        asked.append(dtype)
+        return made(FORMATS if each is probe.PLAIN else each, device, dtype)
+
+    monkeypatch.setattr(probe, "steps", observed)
+    calibrate.measure(CPU, Reporter())
+    assert asked == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+def test_steps_take_turns(quick):
+    """A machine that is slow for seconds is slow for one turn of a step."""
+    shown = []
+
+    class Seen(Reporter):
+        def progress(self, stage, number, total, text=""):
+            shown.append((stage, number, total))
+
+    calibrate.measure(CPU, Seen())
+    assert shown == [("calibrating", n, 4 * calibrate.TURNS) for n in range(1, 4 * calibrate.TURNS + 1)]
 
 
 def test_rates_are_kept_under_the_hardwares_name(quick):
@@ -131,108 +151,13 @@ def test_rates_are_kept_under_the_hardwares_name(quick):
 def test_damaged_rates_are_an_error_and_not_a_guess(quick):
     calibrate.calibrate(CPU, Reporter())
     kept = json.loads(quick.read_text())
-    damaged = {"source": "x", "overhead": 1, "slowdown": 1, "in_step": {}, "curves": {"copy": [[1]]}}
+    damaged = {"source": "x", "overhead": 1, "slowdown": 1, "costs": {"copy": [1, 2, 3, 4]}}
     for broken in ({"source": "x"}, [], damaged):
         quick.write_text(json.dumps(dict.fromkeys(kept, broken)))
         with pytest.raises(StorageError, match="--calibrate"):
             calibrate.load(calibrate.hardware(CPU))
-    earlier = {key: value for key, value in next(iter(kept.values())).items() if key != "in_step"}
+    earlier = {"source": "x", "overhead": 1, "slowdown": 1, "curves": {"copy": [[1, 1]]}, "in_step": {}}
     quick.write_text(json.dumps(dict.fromkeys(kept, earlier)))
     assert calibrate.load(calibrate.hardware(CPU)) is None, "measured by an earlier version"
     quick.write_text("no json")
     assert calibrate.load(calibrate.hardware(CPU)) is None
-
-
-def test_a_call_takes_what_half_of_them_exceed(monkeypatch):
-    clock = itertools.accumulate([0.0, 0.0, 5.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 5.0, 0.0])
-    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: next(clock))
-    assert calibrate._time(lambda turn: None, CPU) == 1
-
-
-def test_of_all_turns_the_median_counts(quick, monkeypatch):
-    """A machine that is slow in one turn of three, or fast, is not believed."""
-    monkeypatch.setattr(calibrate, "TURNS", 3)
-    curve, make = next(piece for piece in pieces.pieces(pieces.Pool(CPU)) if piece[0] == "product bfloat16")
-    monkeypatch.setattr(calibrate, "pieces", lambda pool: iter([(curve, make)]))
-    once = calibrate.measure(CPU, Reporter()).curves[curve]
-    turns = iter([9.0, 1.0, 0.1])
-
-    def time(call, device, at_least=None):
-        return 1e-3 if at_least else 1e-3 * next(turns)
-
-    monkeypatch.setattr(calibrate, "_time", time)
-    assert calibrate.measure(CPU, Reporter()).curves[curve] == once
-
-
-FREE = {name: Curve(((1.0, 1e30),)) for name in ("elementwise", "product float32")}
-
-
-def test_a_step_does_what_is_counted():
-    """With a kernel for every operation, those that run are those that a plan counts."""
-    if not cpu.paths() or not cpu.has_blocks():
-        pytest.skip("this processor has no kernels between the products")
-    step = probe.Step(probe.TINY, CPU, torch.bfloat16)
-    step.look_within()
-    ran = Counts(Counter(step.kinds))
-    assert ran.flops == pytest.approx(step.counts.flops, rel=0.01)
-    assert launched(ran) == pytest.approx(launched(step.counts), rel=0.01)
-    waited = {"elementwise _local_scalar_dense"}  # for the loss
-    assert {sort(kind) for kind in ran.calls_of} - waited == {sort(kind) for kind in step.counts.calls_of}
-
-
-def test_a_probe_has_layers_of_every_format():
-    made = probe.SMALL.precision()
-    assert probe.TINY.precision() is None
-    assert len(made) == 16 * 7
-    assert [made[f"model.layers.{i}.mlp.up_proj"] for i in (0, 1, 2, 3, 4)] == [*probe.SMALL.formats, "16bit"]
-    step = probe.Step(replace(probe.TINY, formats=probe.SMALL.formats), CPU, torch.float32)
-    step.look_within()
-    assert {"product dense_linears narrow", "nf4 product nf4_linears", "int8 product blockwise_linear"} <= set(
-        step.within
-    )
-    assert {"nf3 product blockwise_linear_transposed", "product mm narrow", "norm rms_norm"} <= set(step.within)
-
-
-def test_what_calls_take_in_a_step_is_found_from_two():
-    """Fixed seconds and a ratio, whatever they are within the limits; and the best there is beyond them."""
-    for fixed, ratio in ((3e-5, 1.2), (0.0, 0.8), (1e-4, 1.0)):
-        points = [(calls, alone, calls * fixed + ratio * alone) for calls, alone in ((100, 0.01), (40, 0.1))]
-        found = calibrate._fit(points)
-        assert (found.fixed, found.ratio) == (pytest.approx(fixed, abs=2e-6), pytest.approx(ratio, abs=0.02))
-        one = calibrate._fit(points[:1])
-        assert 100 * one.fixed + 0.01 * one.ratio == pytest.approx(points[0][2])
-    assert calibrate._fit([(10, 1.0, 5.0)]) == InStep(pytest.approx(0.3), 2.0)
-    assert calibrate._fit([(10, 1.0, 0.1)]) == InStep(0.0, 0.6)
-
-
-def test_a_sort_of_calls_takes_in_a_step_what_it_took():
-    """Rates that know it predict that time again; sorts that take next to nothing say nothing."""
-    rates = Measured("here", {name: Curve(((1.0, 1e9),)) for name in FREE}, 1e-5)
-    tiny = step_of({"elementwise mul": 1e-3})
-    alone = replace(rates, overhead=0.0)
-    named = {}
-    for kind in tiny.kinds:
-        named[sort(kind)] = named.get(sort(kind), 0.0) + alone.call_seconds(kind, 64)
-    wanted = {name: 1.5 * seconds for name, seconds in named.items()}
-    step = step_of(wanted)
-    step._within["elementwise silu"] = [1e-12]
-    found = replace(alone, in_step=calibrate._in_step(rates, tiny, step))
-    assert "elementwise silu" not in found.in_step
-    usual = (1e-3 - calibrate._work(rates, tiny)) / launched(tiny.counts)
-    for name, place in found.in_step.items():
-        counts = Counts(Counter(kind for kind in step.kinds if sort(kind) == name))
-        assert found.step_seconds(counts, 64) + usual * launched(counts) == pytest.approx(wanted[name], rel=0.01), (
-            name,
-            place,
-        )
-
-
-def test_a_step_is_predicted_to_take_what_it_took():
-    """As a whole, after its parts; a step is never much faster than its pieces."""
-    step = step_of({})
-    rates = Measured("here", {name: Curve(((1.0, 1e12),)) for name in FREE}, 1e-6, {"product mm": InStep(1e-5, 1.3)})
-    found = replace(rates, slowdown=calibrate._slowdown(rates, step, 1.0))
-    assert found.slowdown > 1
-    assert found.step_seconds(step.counts, step.tokens) == pytest.approx(1.0)
-    slow = replace(rates, curves={name: Curve(((1.0, 1.0),)) for name in rates.curves})
-    assert calibrate._slowdown(slow, step, 1.0) == 0.6

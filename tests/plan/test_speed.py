@@ -3,55 +3,48 @@
 import pytest
 
 from twinlora.plan.devices import find
-from twinlora.plan.speed import Curve, InStep, Measured, launched, sort, stated
+from twinlora.plan.speed import Cost, Measured, launched, names, stated
 from twinlora.plan.work import Counts, Kind
 
 MM = Kind("product", "mm", "bfloat16", 2 * 1024**3, 4 * 1024**2, 2 * 1024**2)
-INT8 = Kind("int8 product", "blockwise_linear", "bfloat16", 2 * 1024**3, 4 * 1024**2, 2 * 1024**2)
 NF4 = Kind("nf4 product", "nf4_linear", "bfloat16", 2 * 1024**3, 3 * 1024**2, 2 * 1024**2)
 ADD = Kind("elementwise", "add", "float32", 1000, 8000, 4000)
 
 
-def test_a_curve_goes_through_its_points_and_ends_flat():
-    curve = Curve(((1.0, 10.0), (100.0, 1000.0)))
-    assert [curve.at(x) for x in (0.1, 1, 10, 100, 1e6)] == pytest.approx([10, 10, 100, 1000, 1000])
-
-
 def test_measured_rates_add_work_and_overhead():
-    curves = {"product bfloat16": Curve(((1.0, 1e12),)), "elementwise": Curve(((1.0, 1e9),))}
-    rates = Measured("here", curves, overhead=1e-6)
+    costs = {"product bfloat16": Cost(3e-6, 1e-12, 1e-11), "elementwise": Cost(byte=1e-9)}
+    rates = Measured("here", costs, overhead=1e-6)
+    product = 3e-6 + MM.flops * 1e-12 + 6 * 1024**2 * 1e-11
+    assert rates.call_seconds(MM, 1) == pytest.approx(product + 1e-6)
     seconds = rates.step_seconds(Counts({MM: 3, ADD: 10}), 1024)
-    assert seconds == pytest.approx(3 * (MM.flops / 1e12 + 1e-6) + 10 * (12000 / 1e9 + 1e-6))
-    slower = Measured("here", curves, overhead=1e-6, slowdown=1.5).step_seconds(Counts({MM: 3, ADD: 10}), 1024)
+    assert seconds == pytest.approx(3 * product + 10 * 12e-6 + 13e-6)
+    slower = Measured("here", costs, overhead=1e-6, slowdown=1.5).step_seconds(Counts({MM: 3, ADD: 10}), 1024)
     assert slower == pytest.approx(1.5 * (seconds - 13e-6) + 13e-6), "work is slowed, what is around it is not"
+    assert Measured("here", costs, 1e-6, factor=2.0).step_seconds(Counts({MM: 3, ADD: 10}), 1) == 2 * seconds
     assert sum(rates.seconds_by_kind(Counts({MM: 3, ADD: 10}), 1024).values()) == pytest.approx(seconds)
 
 
-def test_an_operation_has_its_own_curve_if_it_was_measured():
-    curves = {
-        "product float32": Curve(((1.0, 1e12),)),
-        "mm": Curve(((1.0, 5e11),)),
-        "elementwise": Curve(((1.0, 1e9),)),
-    }
-    assert Measured("", curves, 0).call_seconds(MM, 1) == pytest.approx(MM.flops / 5e11)
-    assert Measured("", curves, 0).call_seconds(NF4, 1) == pytest.approx(NF4.flops / 1e12)
-    curves["nf4 product bfloat16"] = Curve(((1.0, 4e11),))
-    assert Measured("", curves, 0).call_seconds(NF4, 1) == pytest.approx(NF4.flops / 4e11)
-    curves["nf4 product nf4_linear bfloat16"] = Curve(((1.0, 3e11),))
-    assert Measured("", curves, 0).call_seconds(NF4, 1) == pytest.approx(NF4.flops / 3e11)
+def test_the_cost_of_the_calls_most_alike_counts():
+    costs = {"product float32": Cost(1.0), "elementwise": Cost(2.0)}
+    assert Measured("", costs).cost(MM) == Measured("", costs).cost(NF4) == Cost(1.0)
+    assert Measured("", costs).cost(ADD) == Cost(2.0)
+    for name in ("nf4 product bfloat16", "nf4 product nf4_linear bfloat16"):
+        costs[name] = Cost(3.0 + len(costs))
+        assert Measured("", costs).cost(NF4) == costs[name]
+        assert Measured("", costs).cost(MM) == Cost(1.0)
+    with pytest.raises(KeyError, match="product mm"):
+        Measured("", {"elementwise": Cost()}).cost(MM)
 
 
-def test_a_call_takes_in_a_step_what_its_sort_does_there():
-    curves = {"product bfloat16": Curve(((1.0, 1e12),)), "elementwise": Curve(((1.0, 1e9),))}
-    rates = Measured("here", curves, 1e-6, {"product mm": InStep(2e-6, 1.5)}, slowdown=1.1, factor=2.0)
-    assert rates.call_seconds(MM, 1) == pytest.approx(2 * (1.1 * (1.5 * MM.flops / 1e12 + 2e-6) + 1e-6))
-    assert rates.call_seconds(ADD, 1) == pytest.approx(2 * (1.1 * 12e-6 + 1e-6)), "as it is alone"
-
-
-def test_narrow_products_are_a_sort_of_their_own():
+def test_narrow_products_and_every_type_have_names_of_their_own():
     narrow = Kind("product", "mm", "bfloat16", 2 * 1024 * 1024 * 16, 2 * 1024 * 1024 + 32768, 32768)
-    assert [sort(MM), sort(narrow)] == ["product mm", "product mm narrow"]
-    assert sort(INT8) != sort(Kind("nf3 product", "blockwise_linear", "bfloat16", 1, 1, 1))
+    assert names(MM) == ("product mm bfloat16", "product bfloat16")
+    assert names(narrow) == ("product mm narrow bfloat16", "product bfloat16")
+    assert names(ADD) == ("elementwise add", "elementwise")
+    assert names(Kind("nf3 product", "blockwise_linear", "float32", 1, 1, 1)) == (
+        "nf3 product blockwise_linear float32",
+        "nf3 product float32",
+    )
     lists = Kind("optimiser", "_fused_adamw_", "float32", 1, 1, 1)
     assert launched(Counts({MM: 3, lists: 5})) == 3
 

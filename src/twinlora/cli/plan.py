@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -52,14 +53,15 @@ def _calibrate(options: PlanOptions) -> None:
         reporter.close()
     name = calibrate.hardware(device)
     if options.json_output and not options.model:
-        curves = {curve: found.points for curve, found in rates.curves.items()}
-        print_json({"hardware": name, "source": rates.source, "overhead_seconds": rates.overhead, "curves": curves})
+        costs = {call: asdict(cost) for call, cost in rates.costs.items()}
+        print_json({"hardware": name, "source": rates.source, "overhead_seconds": rates.overhead, "costs": costs})
         return
-    reporter.note(f"rates of {name} are kept; {rates.overhead * 1e6:.1f} µs a call, best rates:")
-    for curve, found in rates.curves.items():
-        best = max(rate for _, rate in found.points)
-        unit = "GFLOP/s" if computes(curve) else "GB/s"
-        reporter.note(f"  {curve:<30} {best / 1e9:8,.0f} {unit}")
+    reporter.note(f"rates of {name} are kept; {rates.overhead * 1e6:.1f} µs around a call; in large ones:")
+    for call, cost in rates.costs.items():
+        if cost.flop:
+            reporter.note(f"  {call:<50} {1e-9 / cost.flop:8,.0f} GFLOP/s")
+        elif cost.byte and (computes(call) or call == "copy"):
+            reporter.note(f"  {call:<50} {1e-9 / cost.byte:8,.0f} GB/s")
 
 
 def _past_runs(options: PlanOptions, reporter: Reporter) -> list[Past]:

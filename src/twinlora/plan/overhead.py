@@ -75,12 +75,12 @@ def _product_bytes() -> int:
 
 def _measure() -> Overhead:
     """A process with everything imported, after a step of a tiny model, less what that has on the heap."""
-    from twinlora.plan.probe import TINY, Step
+    from twinlora.plan.probe import TINY, steps
     from twinlora.train import loop  # noqa: F401  # what a run imports
 
     glibc = platform.libc_ver()[0] == "glibc"
     before = machine.heap_bytes() if glibc else 0
-    step = Step(TINY, torch.device("cpu"), torch.bfloat16)
+    step = list(steps(TINY, torch.device("cpu"), torch.bfloat16))
     gc.collect()
     libraries = machine.rss_bytes() - ((machine.heap_bytes() - before) if glibc else 0)
     del step  # not before its memory was seen

@@ -1,12 +1,12 @@
-"""A training step of a small model with random weights, really run, for what calls timed alone do not show."""
+"""Training steps of small models with random weights, really run and watched: what a machine's rates come from."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,13 +23,12 @@ from twinlora.data.template import Example
 from twinlora.model import swap
 from twinlora.model.load import load_model, resolve
 from twinlora.numerics.formats import DENSE
-from twinlora.plan import work
 from twinlora.plan.simulate import Cell, simulate
-from twinlora.plan.speed import sort
+from twinlora.plan.work import Counts, Kind, of
 from twinlora.train.optim import MasterAdamW
 from twinlora.train.step import train_step
 
-__all__ = ["SMALL", "TINY", "WIDE", "Probe", "Step", "Watch", "random_llama"]
+__all__ = ["FULL", "MIXED", "PLAIN", "TINY", "WIDE", "Probe", "Step", "Watch", "random_llama", "steps"]
 
 _LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
@@ -39,12 +38,12 @@ _LINEARS = (
 
 @dataclass(frozen=True)
 class Probe:
-    """A model, and the tokens of the one row of its batch; LoRA of that rank over layers that have these formats in
-    turn."""
+    """A model, whose layers have these formats in turn, and the rows of its batches; LoRA of that rank, or without one
+    all weights are trained."""
 
     config: LlamaConfig
-    tokens: int
-    rank: int
+    batches: tuple[tuple[int, ...], ...]
+    rank: int | None = 16
     formats: tuple[str, ...] = (DENSE,)
 
     def precision(self) -> Mapping[str, str] | None:
@@ -55,51 +54,43 @@ class Probe:
         return {f"model.layers.{i}.{linear}": kinds[i % len(kinds)] for i in layers for linear in _LINEARS}
 
 
-# One takes little but the time around its calls; of the other two a call's operands are as large as in a model of 100 M
-# and in one of 1,000 M parameters.
-TINY = Probe(
-    LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2, vocab_size=320),
-    64,
-    4,
+def _llama(hidden: int, intermediate: int, layers: int, heads: int, shared: int, vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=shared, vocab_size=vocabulary,
+    )  # fmt: skip
+
+
+# One takes little but the time around its calls; of the others a call's operands are as large as in a model of 100 M and
+# in one of 1,000 M parameters, for few tokens and for many, in short rows and in long ones.
+TINY = Probe(_llama(128, 256, 4, 2, 2, 320), ((64,),), 4)
+MIXED = Probe(
+    _llama(768, 2048, 8, 12, 4, 8192),
+    ((512,), (48, 80) * 6, (1536,)),
+    formats=(DENSE, "nf4-64-dq256", "int8-64", "nf3-64-dq256"),
 )
-SMALL = Probe(
-    LlamaConfig(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=12, num_key_value_heads=4,
-        vocab_size=8192,
-    ),
-    512,
-    16,
-    (DENSE, "nf4-64-dq256", "int8-64", "nf3-64-dq256"),
-)  # fmt: skip
-WIDE = Probe(
-    LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=8192,
-    ),
-    512,
-    16,
-    (DENSE, "nf4-64-dq256"),
-)  # fmt: skip
+WIDE = Probe(_llama(2048, 8192, 2, 32, 8, 8192), ((320,),), formats=(DENSE, "nf4-64-dq256"))
+FULL = Probe(_llama(1024, 3072, 2, 16, 4, 8192), ((384,),), None)
+# In the other type of arithmetic.
+PLAIN = Probe(_llama(512, 1536, 4, 8, 4, 4096), ((128,),), formats=MIXED.formats)
 
 
 class Watch(TorchDispatchMode):
-    """The operations that are done while it is entered: their kinds, and the seconds within each sort of them."""
+    """The calls that are made while it is entered: what each counts as, and its seconds until `wait` returns."""
 
-    def __init__(self) -> None:
+    def __init__(self, wait: Callable[[], object] = lambda: None) -> None:
         super().__init__()
-        self.kinds: list[work.Kind] = []
-        self.seconds: dict[str, float] = {}
+        self._wait = wait
+        self.calls: list[tuple[tuple[Kind, ...], float]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         start = time.perf_counter()
         out = func(*args, **(kwargs or {}))
+        self._wait()
         seconds = time.perf_counter() - start
         made = out if isinstance(out, (tuple, list)) else (out,)
-        found = [kind for kind, calls in work.of(func, args, kwargs or {}, made) for _ in range(calls)]
-        if found:
-            name = sort(found[0])
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-            self.kinds += found
+        if kinds := tuple(kind for kind, calls in of(func, args, kwargs or {}, made) for _ in range(calls)):
+            self.calls.append((kinds, seconds))
         return out
 
 
@@ -114,48 +105,63 @@ def random_llama(config: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 class Step:
-    """A step of a probe: what it does as a plan counts it, its operations as they run (a plan counts those that the
-    reference computes by their parts), and the seconds that pass within them."""
+    """A step of a probe: what it does as a plan counts it, and the calls that it makes, each with the seconds it took."""
 
-    def __init__(self, probe: Probe, device: torch.device, dtype: torch.dtype) -> None:
-        self._probe, self._device, self._dtype = probe, device, dtype
-        self.tokens = probe.tokens
-        with tempfile.TemporaryDirectory() as directory:
-            random_llama(probe.config, dtype).save_pretrained(directory)
-            self._model = load_model(resolve(directory), quantize=probe.precision(), dtype=dtype, device=device)
-        attach(self._model, LoraConfig(rank=probe.rank))
-        swap.replace_blocks(self._model.train())
-        self._optimizer = MasterAdamW(trainable_parameters(self._model), OptimizerOptions())
-        row = Example([5] * probe.tokens, [False] + [True] * (probe.tokens - 1), "")
-        self._batch = make_batch([row], probe.tokens, packed=True, device=device)
-        self.run()
-        self.kinds: list[work.Kind] = []
-        self._within: dict[str, list[float]] = {}
+    def __init__(self, cell: Cell, config: LlamaConfig, train: Callable[[], object], device: torch.device) -> None:
+        self._cell, self._config, self._train = cell, config, train
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.tokens = sum(cell.lengths)
+        self.calls: list[tuple[Kind, ...]] = []  # of a step
+        self._seconds: dict[tuple[Kind, ...], list[float]] = {}
 
     @cached_property
-    def counts(self) -> work.Counts:
+    def counts(self) -> Counts:
         """What a plan counts."""
-        precision = self._probe.precision()
-        cell = Cell(
-            method="hybrid" if precision else "lora", precision=precision or {}, rank=self._probe.rank,
-            lengths=(self.tokens,), dtype=self._dtype, target="cuda" if self._device.type == "cuda" else "cpu",
-        )  # fmt: skip
-        return simulate(self._probe.config, cell).counts
+        return simulate(self._config, self._cell).counts
 
-    def run(self, _: int = 0) -> None:
-        """Train a step, and wait until it is done."""
-        done = train_step(self._model, self._batch, self._optimizer, lr=1e-5, max_grad_norm=1.0, plain_head=True)
-        done.loss.item()
+    def run(self) -> float:
+        """Train a step, and wait until it is done: seconds."""
+        start = time.perf_counter()
+        self._train()
+        self._wait()
+        return time.perf_counter() - start
 
     def look_within(self) -> None:
-        """Run it once with its operations seen and timed, one of several times."""
-        with Watch() as watch:
-            self.run()
-        self.kinds = watch.kinds
-        for name, seconds in watch.seconds.items():
-            self._within.setdefault(name, []).append(seconds)
+        """Run it once with its calls seen and timed, one of several times."""
+        with Watch(self._wait) as watch:
+            self._train()
+        self.calls = [kinds for kinds, _ in watch.calls]
+        for kinds, seconds in watch.calls:
+            self._seconds.setdefault(kinds, []).append(seconds)
 
     @property
-    def within(self) -> dict[str, float]:
-        """Seconds within each sort of operations: the median of those times."""
-        return {name: statistics.median(times) for name, times in self._within.items()}
+    def seconds_of(self) -> dict[tuple[Kind, ...], float]:
+        """Seconds of every call there is, as it was seen half of the time at least."""
+        return {kinds: statistics.median(seconds) for kinds, seconds in self._seconds.items()}
+
+
+def steps(probe: Probe, device: torch.device, dtype: torch.dtype) -> Iterator[Step]:
+    """The steps of a probe's model, one for each batch; all of them have been run."""
+    precision = probe.precision()
+    with tempfile.TemporaryDirectory() as directory:
+        random_llama(probe.config, dtype).save_pretrained(directory)
+        model = load_model(resolve(directory), quantize=precision, dtype=dtype, device=device)
+    if probe.rank is None:
+        model.requires_grad_(True)
+        cell = Cell(method="full")
+    else:
+        attach(model, LoraConfig(rank=probe.rank))
+        cell = Cell(method="hybrid" if precision else "lora", precision=precision or {}, rank=probe.rank)
+    swap.replace_blocks(model.train())
+    optimizer = MasterAdamW(trainable_parameters(model), OptimizerOptions())
+    for lengths in probe.batches:
+        rows = [Example([5] * length, [False] + [True] * (length - 1), "") for length in lengths]
+        batch = make_batch(rows, sum(lengths), packed=True, device=device)
+
+        def train(batch: Any = batch) -> None:
+            train_step(model, batch, optimizer, lr=1e-5, max_grad_norm=1.0, plain_head=True).loss.item()
+
+        target = "cuda" if device.type == "cuda" else "cpu"
+        made = Step(replace(cell, lengths=lengths, dtype=dtype, target=target), probe.config, train, device)
+        made.run()
+        yield made

@@ -1,16 +1,13 @@
-"""How long a step takes: a roofline over its counted operations (work.py) and the rates of a device.
+"""How long a step takes: its counted operations (work.py) at the rates of a device.
 
-Rates are measured on this machine (calibrate.py) or follow from the maker's peaks (devices.py). Products are limited by
-arithmetic or, with few operations a byte, by memory; everything else moves bytes.
+Rates are measured on this machine (calibrate.py) or follow from the maker's peaks (devices.py).
 """
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from twinlora.plan.devices import Device
@@ -18,7 +15,7 @@ from twinlora.plan.devices import Device
 if TYPE_CHECKING:
     from twinlora.plan.work import Counts, Kind
 
-__all__ = ["Curve", "InStep", "Measured", "Rates", "Stated", "computes", "launched", "launches", "sort", "stated"]
+__all__ = ["Cost", "Measured", "Rates", "Stated", "computes", "launched", "launches", "names", "stated"]
 
 _NARROW = 64  # operations a byte; fewer are bound by their operands
 _ARITHMETIC = ("product", "attention")  # kinds of work whose name has one of these do flops, the others move bytes
@@ -39,28 +36,25 @@ def launched(counts: Counts) -> int:
     return sum(calls * launches(kind) for kind, calls in counts.calls_of.items())
 
 
-def sort(kind: Kind) -> str:
-    """The calls that a step changes alike: kind and operation, and of products whether they are as narrow as an
-    adapter's."""
+def names(kind: Kind) -> tuple[str, ...]:
+    """What calls like this one are called, the most alike first: by operation, and of products with a weight of 16 bits
+    whether they are as narrow as an adapter's; by the kind of work. Of arithmetic its type is part of the name."""
     narrow = kind.name == "product" and kind.flops < _NARROW * (kind.read + kind.written)
-    return f"{kind.name} {kind.op}{' narrow' if narrow else ''}"
+    dtype = f" {kind.dtype}" if computes(kind.name) else ""
+    return f"{kind.name} {kind.op}{' narrow' if narrow else ''}{dtype}", f"{kind.name}{dtype}"
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A rate that depends on a size: points (size, rate) by ascending size, both above 0."""
+class Cost:
+    """Seconds that a call takes: some whatever its size, some for each floating-point operation, some for each byte."""
 
-    points: tuple[tuple[float, float], ...]
+    call: float = 0.0
+    flop: float = 0.0
+    byte: float = 0.0
 
-    def at(self, size: float) -> float:
-        """Linear between the points' logarithms; outside of them that of the nearest point."""
-        sizes = [point[0] for point in self.points]
-        right = bisect_right(sizes, size)
-        if right in (0, len(sizes)):
-            return self.points[max(0, right - 1)][1]
-        (x0, y0), (x1, y1) = self.points[right - 1 : right + 1]
-        share = (math.log(size) - math.log(x0)) / (math.log(x1) - math.log(x0))
-        return math.exp((1 - share) * math.log(y0) + share * math.log(y1))
+    def seconds(self, kind: Kind) -> float:
+        """Of one such call."""
+        return self.call + self.flop * kind.flops + self.byte * (kind.read + kind.written)
 
 
 class Rates:
@@ -85,54 +79,33 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class InStep:
-    """What a call takes in a step: `fixed` seconds more than others beside its work, and its work `ratio` times as long
-    as alone. Threads have gone to sleep between two calls there, and operands lie elsewhere."""
-
-    fixed: float = 0.0
-    ratio: float = 1.0
-
-
-@dataclass(frozen=True)
 class Measured(Rates):
-    """Curves by kind of work, seconds that every call takes beside its work, and how much slower work is in a step.
+    """What calls cost by their sort and type, seconds that pass around every call, and factors for the whole.
 
-    Arithmetic: flop/s over the operations for each byte; the rest: bytes/s over a call's bytes. A curve is named by
-    kind, operation and type (`product addmm_ bfloat16`), by an operation (`attention_backward`), by kind and type
-    (`product bfloat16`), or by the kind alone.
+    A cost has one of a call's `names`, of which the most particular counts.
     """
 
     source: str
-    curves: Mapping[str, Curve]
-    overhead: float
-    # By `sort`; calls that are not in it take what they take alone.
-    in_step: Mapping[str, InStep] = field(default_factory=dict)
-    slowdown: float = 1.0  # a step's work over the same work, call by call
+    costs: Mapping[str, Cost]
+    overhead: float = 0.0
+    slowdown: float = 1.0  # a step's work over that of its calls, as they were timed
     factor: float = 1.0  # what past runs took, over what was predicted (score.py)
 
-    def curve(self, kind: Kind) -> Curve:
-        """The most particular one there is."""
-        names = [f"{kind.name} {kind.op} {kind.dtype}", kind.op, f"{kind.name} {kind.dtype}", kind.name]
-        for name in names:
-            if name in self.curves:
-                return self.curves[name]
-        return self.curves["product float32" if computes(kind.name) else "elementwise"]
+    def cost(self, kind: Kind) -> Cost:
+        """Of such calls. Raises KeyError if nothing like them was measured."""
+        for name in (*names(kind), "product float32" if computes(kind.name) else "elementwise"):
+            if name in self.costs:
+                return self.costs[name]
+        raise KeyError(f"{kind.name} {kind.op}: nothing like it was measured")
 
     def call_seconds(self, kind: Kind, tokens: int) -> float:
         """See Rates."""
-        size, curve = kind.read + kind.written, self.curve(kind)
-        if computes(kind.name):
-            work = kind.flops / curve.at(kind.flops / max(size, 1)) if kind.flops else 0.0
-        else:
-            work = size / curve.at(size) if size else 0.0
-        place = self.in_step.get(sort(kind), InStep())
-        inside = place.ratio * work + place.fixed * launches(kind)
-        return self.factor * (self.slowdown * inside + self.overhead * launches(kind))
+        return self.factor * (self.slowdown * self.cost(kind).seconds(kind) + self.overhead * launches(kind))
 
 
 @dataclass(frozen=True)
 class Stated(Rates):
-    """From a maker's peaks: arithmetic and memory traffic at the share of their peaks that is reached in practice.
+    """A roofline from a maker's peaks: arithmetic and memory traffic at the share of them that is reached in practice.
 
     A product with a quantised weight takes more: for each weight half a byte is read, and two are written and read,
     while `tokens` rows are multiplied with it.
