@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ CPU = torch.device("cpu")
 FORMATS = replace(probe.TINY, formats=probe.MIXED.formats, batches=((64,), (8, 24), (160,)))
 
 
-@cache
+@pytest.fixture(scope="module")
 def steps():
     """Of small models, looked into once."""
     found = [step for each in (probe.TINY, FORMATS) for step in probe.steps(each, CPU, torch.float32)]
@@ -26,14 +25,13 @@ def steps():
 
 
 @pytest.fixture
-def quick(monkeypatch, tmp_path):
+def quick(monkeypatch, tmp_path, steps):
     """Steps that were run before; the directory that rates are kept in."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibrate, "_MODELS", (probe.TINY, FORMATS))
     monkeypatch.setattr(calibrate, "_SECONDS", 0.01)
     monkeypatch.setattr(calibrate, "pick_dtype", lambda *_: (torch.float32, None))
-    made = {probe.TINY: steps()[:1], FORMATS: steps()[1:]}
-    monkeypatch.setattr(probe, "steps", lambda each, *_: made[each])
+    monkeypatch.setattr(probe, "steps", lambda each, *_: steps[:1] if each is probe.TINY else steps[1:])
     return tmp_path / "twinlora" / "rates.json"
 
 
@@ -58,17 +56,17 @@ def timed(quick, monkeypatch):
 ALL = {"product float32": Cost(2e-5, 1e-10, 1e-9), "elementwise": Cost(1e-5, 0.0, 2e-9)}
 
 
-def test_costs_are_found_from_calls(timed):
+def test_costs_are_found_from_calls(timed, steps):
     truth = timed(ALL)
     found = calibrate.measure(CPU, Reporter())
     assert found.overhead == pytest.approx(0, abs=1e-9)
-    assert found.slowdown == pytest.approx(1, abs=1e-3)
+    assert found.slowdown == pytest.approx(1, rel=0.01)
     for name in ("product mm narrow float32", "nf4 product nf4_linear_transposed float32", "int8 product float32"):
         cost, wanted = found.costs[name], ALL["product float32"]
         assert (cost.call, cost.flop) == (pytest.approx(wanted.call, rel=0.2), pytest.approx(wanted.flop, rel=0.2))
     cost = found.costs["elementwise add"]
     assert (cost.call, cost.byte) == (pytest.approx(1e-5, rel=0.01), pytest.approx(2e-9, rel=0.01))
-    for step in steps():
+    for step in steps:
         assert found.step_seconds(step.counts, 1) == pytest.approx(truth.step_seconds(step.counts, 1), rel=0.02)
 
 
@@ -94,15 +92,15 @@ def test_the_least_that_explains_the_times_counts_and_nothing_is_negative():
 def test_errors_count_as_shares_of_the_time():
     """A call of a second does not drown those of a millisecond."""
     (found,) = calibrate._solve([*[((1,), 1e-3)] * 3, ((1000,), 1.5)], ((0,),))
-    assert found == pytest.approx(1.1e-3, rel=0.03)
+    assert found == pytest.approx(1.06e-3, rel=0.01)
 
 
-def test_every_call_of_a_plan_has_a_cost(quick):
+def test_every_call_of_a_plan_has_a_cost(quick, steps):
     """In every format; by its operation, or as the sort of work that it is."""
     rates = calibrate.measure(CPU, Reporter())
     wanted = {f"{kind} float32" for kind in ("product", "nf4 product", "int8 product", "nf3 product")}
     assert wanted | {"copy", "elementwise", "norm", "loss", "optimiser", "embedding"} <= set(rates.costs)
-    for step in steps():
+    for step in steps:
         assert all(names(kind)[1] in rates.costs for kind in step.counts.calls_of)
     for name, cost in rates.costs.items():
         assert min(cost.call, cost.flop, cost.byte) >= 0

@@ -58,7 +58,7 @@ def test_every_batch_is_a_step_of_its_tokens():
 
 
 def test_without_a_rank_all_weights_are_trained():
-    assert max(len(kinds) for kinds in made(probe.TINY, rank=None).calls) == 4 * 9 + 2, "parameters of one update"
+    assert max(len(kinds) for kinds in made(probe.TINY, rank=None).calls) == 4 * 9 + 3, "parameters of one update"
     assert max(len(kinds) for kinds in made(probe.TINY).calls) == 4 * 7 * 2
 
 

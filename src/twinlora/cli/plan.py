@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from twinlora.plan.score import Past
 
 _FITS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+_SORTS = re.compile(r"(\w+ )?product \w+|attention \w+|copy")  # of calls, whatever their operation
 _LABEL = 9  # columns
 _NARROWEST = 80  # columns that the tables need
 
@@ -42,7 +44,6 @@ def _calibrate(options: PlanOptions) -> None:
     from twinlora.model.load import pick_device
     from twinlora.plan import calibrate
     from twinlora.plan.devices import DEVICES
-    from twinlora.plan.speed import computes
 
     if options.device in DEVICES:
         raise ConfigError(f"--calibrate measures this machine, not {options.device!r}: leave one of them out")
@@ -53,15 +54,14 @@ def _calibrate(options: PlanOptions) -> None:
         reporter.close()
     name = calibrate.hardware(device)
     if options.json_output and not options.model:
-        costs = {call: asdict(cost) for call, cost in rates.costs.items()}
-        print_json({"hardware": name, "source": rates.source, "overhead_seconds": rates.overhead, "costs": costs})
+        found = {"hardware": name, "source": rates.source, "overhead_seconds": rates.overhead}
+        print_json(found | {"cost_seconds": {call: asdict(cost) for call, cost in rates.costs.items()}})
         return
-    reporter.note(f"rates of {name} are kept; {rates.overhead * 1e6:.1f} µs around a call; in large ones:")
+    reporter.note(f"rates of {name} are kept; {rates.overhead * 1e6:.1f} µs around a call; large ones:")
     for call, cost in rates.costs.items():
-        if cost.flop:
-            reporter.note(f"  {call:<50} {1e-9 / cost.flop:8,.0f} GFLOP/s")
-        elif cost.byte and (computes(call) or call == "copy"):
-            reporter.note(f"  {call:<50} {1e-9 / cost.byte:8,.0f} GB/s")
+        if _SORTS.fullmatch(call) and (cost.flop or cost.byte):
+            seconds, unit = (cost.flop, "GFLOP/s") if cost.flop else (cost.byte, "GB/s")
+            reporter.note(f"  {call:<22} {1e-9 / seconds:8,.0f} {unit}")
 
 
 def _past_runs(options: PlanOptions, reporter: Reporter) -> list[Past]:

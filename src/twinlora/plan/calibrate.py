@@ -1,9 +1,9 @@
 """The rates of this machine, measured in under a minute within training steps of models of its own.
 
-Nothing of a cell that is predicted later is measured. A call takes longer in a step than alone (threads sleep between two
-calls, operands lie elsewhere), so that it is timed there, over rows and weights of several sizes; what it did is counted
-by the same code that counts a plan's step (work.py): rates and counts cannot drift apart. Steps take turns, and of a
-call's times the median counts: a machine that others use is slow for seconds at a time.
+Nothing of a cell that is predicted later is measured. A call takes longer in a step than alone (threads sleep between
+two calls, operands lie elsewhere), so that it is timed there, over rows and weights of several sizes; what it did is
+counted by the same code that counts a plan's step (work.py): rates and counts cannot drift apart. Steps take turns, and
+of a call's times the median counts: a machine that others use is slow for seconds at a time.
 """
 
 from __future__ import annotations

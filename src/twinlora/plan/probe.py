@@ -21,9 +21,10 @@ from twinlora.config import OptimizerOptions
 from twinlora.data.packing import make_batch
 from twinlora.data.template import Example
 from twinlora.model import swap
-from twinlora.model.load import load_model, resolve
+from twinlora.model.load import load_model, quiet, resolve
 from twinlora.numerics.formats import DENSE
 from twinlora.plan.simulate import Cell, simulate
+from twinlora.plan.targets import TargetName
 from twinlora.plan.work import Counts, Kind, of
 from twinlora.train.optim import MasterAdamW
 from twinlora.train.step import train_step
@@ -61,8 +62,8 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int, shared: int,
     )  # fmt: skip
 
 
-# One takes little but the time around its calls; of the others a call's operands are as large as in a model of 100 M and
-# in one of 1,000 M parameters, for few tokens and for many, in short rows and in long ones.
+# One takes little but the time around its calls; of the others a call's operands are as large as in a model of 100 M
+# and in one of 1,000 M parameters, for few tokens and for many, in short rows and in long ones.
 TINY = Probe(_llama(128, 256, 4, 2, 2, 320), ((64,),), 4)
 MIXED = Probe(
     _llama(768, 2048, 8, 12, 4, 8192),
@@ -105,7 +106,7 @@ def random_llama(config: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 class Step:
-    """A step of a probe: what it does as a plan counts it, and the calls that it makes, each with the seconds it took."""
+    """A step of a probe: what it does as a plan counts it, and the calls that it makes, with the seconds they took."""
 
     def __init__(self, cell: Cell, config: LlamaConfig, train: Callable[[], object], device: torch.device) -> None:
         self._cell, self._config, self._train = cell, config, train
@@ -144,7 +145,7 @@ def steps(probe: Probe, device: torch.device, dtype: torch.dtype) -> Iterator[St
     """The steps of a probe's model, one for each batch; all of them have been run."""
     precision = probe.precision()
     with tempfile.TemporaryDirectory() as directory:
-        random_llama(probe.config, dtype).save_pretrained(directory)
+        quiet(random_llama(probe.config, dtype).save_pretrained, save_directory=directory)
         model = load_model(resolve(directory), quantize=precision, dtype=dtype, device=device)
     if probe.rank is None:
         model.requires_grad_(True)
@@ -161,7 +162,7 @@ def steps(probe: Probe, device: torch.device, dtype: torch.dtype) -> Iterator[St
         def train(batch: Any = batch) -> None:
             train_step(model, batch, optimizer, lr=1e-5, max_grad_norm=1.0, plain_head=True).loss.item()
 
-        target = "cuda" if device.type == "cuda" else "cpu"
+        target: TargetName = "cuda" if device.type == "cuda" else "cpu"
         made = Step(replace(cell, lengths=lengths, dtype=dtype, target=target), probe.config, train, device)
         made.run()
         yield made
