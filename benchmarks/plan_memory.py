@@ -209,7 +209,7 @@ def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
     resident = predicted.peak_bytes + predicted.fragmentation + overhead().compiled(predicted.products)
     expected = {"step": predicted.peak_bytes, "rss": resident}
     free = machine._proc_kib("/proc/meminfo", "MemAvailable")
-    if 1.2 * expected["rss"] > free:
+    if 1.08 * expected["rss"] > free:
         print(f"{label} skipped: needs {expected['rss'] / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", flush=True)
         return {}
     context = multiprocessing.get_context("spawn")

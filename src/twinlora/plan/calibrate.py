@@ -83,7 +83,7 @@ def costs(watched: Iterable[probe.Step]) -> dict[str, Cost]:
 
 
 def _solve(cases: Sequence[tuple[Sequence[float], float]], choices: Sequence[tuple[int, ...]]) -> list[float]:
-    """Seconds of each size that add up to those of the cases, with the least errors as shares of these.
+    """What each size of the cases is worth in seconds, with the least errors as shares of those they took.
 
     `choices` are the sizes that may count, the least that explain as much; none counts for less than nothing.
     """

@@ -137,7 +137,7 @@ class Step:
 
     @property
     def seconds_of(self) -> dict[tuple[Kind, ...], float]:
-        """Seconds of every call there is, as it was seen half of the time at least."""
+        """Of every call that there is, the median of its seconds."""
         return {kinds: statistics.median(seconds) for kinds, seconds in self._seconds.items()}
 
 
