@@ -87,6 +87,7 @@ def test_the_least_that_explains_the_times_counts_and_nothing_is_negative():
     assert min(falling) == 0
     assert max(falling) > 0
     assert calibrate._solve([((1, 0), 5.0)], choices) == [pytest.approx(5.0), 0.0]
+    assert calibrate._solve([((1, 10), 5.0)], choices[1:]) == [0.0, pytest.approx(0.5)]
 
 
 def test_errors_count_as_shares_of_the_time():
