@@ -53,19 +53,19 @@ def timed(quick, monkeypatch):
     return give
 
 
-ALL = {"product float32": Cost(2e-5, 1e-10, 1e-9), "elementwise": Cost(1e-5, 0.0, 2e-9)}
+ALL = {"product float32": Cost(2e-6, 1e-9, 1e-9), "elementwise": Cost(1e-6, 0.0, 2e-8)}
 
 
 def test_costs_are_found_from_calls(timed, steps):
     truth = timed(ALL)
     found = calibrate.measure(CPU, Reporter())
-    assert found.overhead == pytest.approx(0, abs=1e-9)
+    assert found.overhead == pytest.approx(0, abs=1e-6)
     assert found.slowdown == pytest.approx(1, rel=0.01)
     for name in ("product mm narrow float32", "nf4 product nf4_linear_transposed float32", "int8 product float32"):
         cost, wanted = found.costs[name], ALL["product float32"]
         assert (cost.call, cost.flop) == (pytest.approx(wanted.call, rel=0.2), pytest.approx(wanted.flop, rel=0.2))
     cost = found.costs["elementwise add"]
-    assert (cost.call, cost.byte) == (pytest.approx(1e-5, rel=0.01), pytest.approx(2e-9, rel=0.01))
+    assert (cost.call, cost.byte) == (pytest.approx(1e-6, rel=0.05), pytest.approx(2e-8, rel=0.05))
     for step in steps:
         assert found.step_seconds(step.counts, 1) == pytest.approx(truth.step_seconds(step.counts, 1), rel=0.02)
 

@@ -63,8 +63,9 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int, shared: int,
 
 
 TINY = Probe(_llama(128, 256, 4, 2, 2, 320), ((64,),), 4)
-# A call's operands are as large as in a model of 100 M and in one of 1,000 M parameters, for few tokens and for many, in
-# short rows and in long ones.
+
+# A call's operands are as large as in a model of 100 M and in one of 1,000 M parameters, for few tokens and for many,
+# in short rows and in long ones.
 MIXED = Probe(
     _llama(768, 2048, 8, 12, 4, 8192),
     ((512,), (48, 80) * 6, (1536,)),
