@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, replace
 from datetime import UTC, datetime
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,14 @@ __all__ = ["TURNS", "calibrate", "hardware", "load", "measure", "store"]
 
 TURNS = 3
 _SECONDS = 0.4  # of a turn, for each step at least
+_FEW = 3  # sizes of an operation
 _SAME = 0.001  # of the time of calls: errors that differ by less are one
 # Not the tiny one, whose calls leave in the caches what passes around them: 14 µs there, 40 to 60 in larger models.
 _MODELS = (probe.MIXED, probe.WIDE, probe.FULL)
 # What a cost may consist of, by its parts' places: of work that moves bytes, and of arithmetic.
-_PARTS = ((2,), (0,), (0, 2)), ((1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2))
+_PARTS = ((0,), (2,), (0, 2)), ((1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2))
+
+_Case = tuple[tuple[float, ...], float]  # sizes, and the seconds that they took
 
 
 def calibrate(device: torch.device, reporter: Reporter) -> Measured:
@@ -74,16 +78,26 @@ def measure(device: torch.device, reporter: Reporter) -> Measured:
 
 def costs(watched: Iterable[probe.Step]) -> dict[str, Cost]:
     """What calls cost by their names, from those of steps."""
-    found: dict[str, list[tuple[tuple[int, ...], float]]] = {}
+    operations: dict[tuple[str, str], list[_Case]] = {}
     for step in watched:
         for kinds, seconds in step.seconds_of.items():
             sizes = (len(kinds), sum(kind.flops for kind in kinds), sum(kind.read + kind.written for kind in kinds))
-            for name in names(kinds[0]):
-                found.setdefault(name, []).append((sizes, seconds))
-    return {name: Cost(*_solve(calls, _PARTS[computes(name)])) for name, calls in found.items()}
+            operations.setdefault(names(kinds[0]), []).append((sizes, seconds))
+    sorts: dict[str, list[_Case]] = {}
+    for (_, sort), calls in operations.items():
+        sorts.setdefault(sort, []).extend(calls)
+    found = {sort: Cost(*_solve(calls, _PARTS[computes(sort)])) for sort, calls in sorts.items()}
+    for (operation, sort), calls in operations.items():
+        if len({sizes for sizes, _ in calls}) < _FEW:  # too few to tell its parts: as many times the sort's cost
+            parts = astuple(found[sort])
+            (times,) = _solve([((sum(map(mul, parts, sizes)),), seconds) for sizes, seconds in calls], ((0,),))
+            found[operation] = Cost(*(times * part for part in parts))
+        else:
+            found[operation] = Cost(*_solve(calls, _PARTS[computes(operation)]))
+    return found
 
 
-def _solve(cases: Sequence[tuple[Sequence[float], float]], choices: Sequence[tuple[int, ...]]) -> list[float]:
+def _solve(cases: Sequence[_Case], choices: Sequence[tuple[int, ...]]) -> list[float]:
     """What each size of the cases is worth in seconds, with the least errors as shares of those they took.
 
     `choices` are the sizes that may count, the least that explain as much; none counts for less than nothing.

@@ -36,7 +36,7 @@ def launched(counts: Counts) -> int:
     return sum(calls * launches(kind) for kind, calls in counts.calls_of.items())
 
 
-def names(kind: Kind) -> tuple[str, ...]:
+def names(kind: Kind) -> tuple[str, str]:
     """What calls like this one are called, the most alike first: by operation, and of products with a weight of 16 bits
     whether they are as narrow as an adapter's; by the kind of work. Of arithmetic its type is part of the name."""
     narrow = kind.name == "product" and kind.flops < _NARROW * (kind.read + kind.written)
