@@ -8,7 +8,7 @@ import torch
 
 from twinlora.errors import StorageError
 from twinlora.plan import calibrate, probe
-from twinlora.plan.speed import Cost, Measured, computes, names
+from twinlora.plan.speed import Cost, Measured, computes, launches, names
 from twinlora.reporter import Reporter
 
 CPU = torch.device("cpu")
@@ -61,9 +61,11 @@ def test_costs_are_found_from_calls(timed, steps):
     found = calibrate.measure(CPU, Reporter())
     assert found.overhead == pytest.approx(0, abs=1e-6)
     assert found.slowdown == pytest.approx(1, rel=0.01)
-    within = replace(truth, overhead=0.0)
-    for kind in {kind for step in steps for kind in step.counts.calls_of}:
-        assert found.cost(kind).seconds(kind) == pytest.approx(within.call_seconds(kind, 1), rel=0.2), kind
+    for step in steps:
+        for kind, calls in step.counts.calls_of.items():
+            wanted = truth.call_seconds(kind, 1)
+            if calls * wanted > 0.01 * truth.step_seconds(step.counts, 1) and launches(kind):  # lists are seen whole
+                assert found.cost(kind).seconds(kind) == pytest.approx(wanted, rel=0.05), kind
     for step in steps:
         assert found.step_seconds(step.counts, 1) == pytest.approx(truth.step_seconds(step.counts, 1), rel=0.02)
 
