@@ -1,6 +1,7 @@
 """Rates from steps whose calls take a given time, kept and read again."""
 
 import json
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from twinlora.errors import StorageError
 from twinlora.plan import calibrate, probe
 from twinlora.plan.speed import Cost, Measured, computes, launches, names
+from twinlora.plan.work import Kind
 from twinlora.reporter import Reporter
 
 CPU = torch.device("cpu")
@@ -88,6 +90,19 @@ def test_the_least_that_explains_the_times_counts_and_nothing_is_negative():
     assert max(falling) > 0
     assert calibrate._solve([((1, 0), 5.0)], choices) == [pytest.approx(5.0), 0.0]
     assert calibrate._solve([((1, 10), 5.0)], choices[1:]) == [0.0, pytest.approx(0.5)]
+
+
+def test_an_operation_of_one_size_costs_as_its_sort_does(steps):
+    """So many times: of one call nobody can say what each of its bytes takes."""
+    adds = [Kind("elementwise", "add", "float32", 0, size, 0) for size in (10**4, 10**5, 10**6)]
+    tiny = Kind("elementwise", "cos", "float32", 0, 10**5, 0)
+    step = copy(steps[0])
+    step._seconds = {(kind,): [1e-5 + 1e-9 * kind.read] for kind in adds} | {(tiny,): [2 * (1e-5 + 1e-9 * 10**5)]}
+    found = calibrate.costs([step])
+    assert found["elementwise add"] == Cost(pytest.approx(1e-5), 0.0, pytest.approx(1e-9))
+    sort, cos = found["elementwise"], found["elementwise cos"]
+    assert cos.seconds(tiny) == pytest.approx(2.2e-4)
+    assert cos.call / cos.byte == pytest.approx(sort.call / sort.byte)
 
 
 def test_errors_count_as_shares_of_the_time():
