@@ -25,6 +25,7 @@ from twinlora.plan import build, simulate
 from twinlora.plan.fold import Fold
 from twinlora.plan.ledger import CAUSES
 from twinlora.plan.simulate import Cell
+from twinlora.plan.targets import Target
 from twinlora.train.optim import MasterAdamW
 from twinlora.train.step import train_step
 
@@ -316,3 +317,17 @@ def test_the_products_are_the_same_on_either_base(target):
     products = [sum(size for name, size in each.items() if "product" in name) for each in flops]
     assert products[0] == products[1]
     assert flops[1]["nf4 product bfloat16"] > 0
+
+
+def test_nothing_is_asked_of_kernels_before_the_step(monkeypatch):
+    """It would be forgotten, and for a large weight it takes minutes to find."""
+    asked, workspace = [], Target.workspace
+
+    def observed(self, func, args, kwargs, made):
+        asked.append(func._schema.name.rpartition("::")[2])
+        return workspace(self, func, args, kwargs, made)
+
+    monkeypatch.setattr(Target, "workspace", observed)
+    simulate.simulate(llama(2), Cell(method="int8", rank=4, lengths=(32,), target="cuda"))
+    assert "blockwise_linear" in asked
+    assert not [name for name in asked if "quantize" in name and "dequantize" not in name]

@@ -111,10 +111,11 @@ class Ledger(TorchDispatchMode):
         for tensor in made:
             if isinstance(tensor, Tensor):
                 self._add(tensor)
-        passing, kept = self.target.workspace(func, args, kwargs, made)
-        for name, size in kept.items():
-            self.kept[name] = max(size, self.kept.get(name, 0))
-        self._see(passing)
+        if self.segment[0] != "build":  # start() would forget it, and to find that of a large weight takes minutes
+            passing, kept = self.target.workspace(func, args, kwargs, made)
+            for name, size in kept.items():
+                self.kept[name] = max(size, self.kept.get(name, 0))
+            self._see(passing)
         if (shape := self.target.compiles(func, args)) is not None:
             self.products.add(shape)
             self._log(0, self._log(_SCRATCH))
