@@ -53,6 +53,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self, target: Target) -> None:
         super().__init__()
         self.target = target
+        self.sees_workspace = True  # to find that of what quantises a large weight takes minutes
         self.segment: Segment = ("build", None)
         self.cause: Cause = "weights"
         self.live: dict[str, int] = dict.fromkeys(CAUSES, 0)
@@ -111,7 +112,7 @@ class Ledger(TorchDispatchMode):
         for tensor in made:
             if isinstance(tensor, Tensor):
                 self._add(tensor)
-        if self.segment[0] != "build":  # start() would forget it, and to find that of a large weight takes minutes
+        if self.sees_workspace:
             passing, kept = self.target.workspace(func, args, kwargs, made)
             for name, size in kept.items():
                 self.kept[name] = max(size, self.kept.get(name, 0))

@@ -194,6 +194,7 @@ def _shortened(lora: LoraConfig | None, layers: int) -> LoraConfig | None:
 
 def _run(config: PretrainedConfig, cell: Cell, proof: Proof, layers: int, period: int, whole: int) -> _Run:
     ledger = Ledger(Target(cell.target))
+    ledger.sees_workspace = False  # before the step, where all but what is alive is forgotten
     lora = _shortened(cell.lora, layers) if layers < whole else cell.lora
     with simulating(cell.target), FakeTensorMode(allow_non_fake_inputs=True), ledger:
         model, parameters = build(
@@ -215,6 +216,7 @@ def _run(config: PretrainedConfig, cell: Cell, proof: Proof, layers: int, period
         with ledger.within(("batch", None), "activations"):
             batch = _batch(cell, packed=cell.packing and proof.packed)
         ledger.start()
+        ledger.sees_workspace = True
         alive = ledger.total
         train_step(model, batch, optimizer, lr=1e-4, max_grad_norm=1.0, plain_head=proof.plain_head)
     first, again = ledger.work.get(0, {}), ledger.work.get(1, {})
