@@ -69,7 +69,8 @@ class Ledger(TorchDispatchMode):
         self._places: dict[int, Place] = {}  # of gradients
 
     def start(self) -> None:
-        """Forget peaks, work and events so far, not what is alive."""
+        """Forget peaks, work and events so far, not what is alive; from here on workspace counts."""
+        self.sees_workspace = True
         self.peaks, self.work, self.kept, self.log = {}, {}, {}, []
 
     @contextlib.contextmanager

@@ -216,7 +216,6 @@ def _run(config: PretrainedConfig, cell: Cell, proof: Proof, layers: int, period
         with ledger.within(("batch", None), "activations"):
             batch = _batch(cell, packed=cell.packing and proof.packed)
         ledger.start()
-        ledger.sees_workspace = True
         alive = ledger.total
         train_step(model, batch, optimizer, lr=1e-4, max_grad_norm=1.0, plain_head=proof.plain_head)
     first, again = ledger.work.get(0, {}), ledger.work.get(1, {})
