@@ -41,8 +41,8 @@ def quick(monkeypatch, tmp_path, steps):
 def timed(quick, monkeypatch):
     """Gives every call the seconds that its cost says, and every step what that makes in all and some more."""
 
-    def give(costs, overhead=0.0, slowdown=1.0):
-        truth = Measured("here", costs, overhead, slowdown)
+    def give(sorts, overhead=0.0, slowdown=1.0):
+        truth = Measured("here", sorts, {}, overhead, slowdown)
         within = replace(truth, overhead=0.0, slowdown=1.0)
 
         def seconds_of(step):
@@ -98,9 +98,9 @@ def test_an_operation_of_one_size_costs_as_its_sort_does(steps):
     tiny = Kind("elementwise", "cos", "float32", 0, 10**5, 0)
     step = copy(steps[0])
     step._seconds = {(kind,): [1e-5 + 1e-9 * kind.read] for kind in adds} | {(tiny,): [2 * (1e-5 + 1e-9 * 10**5)]}
-    found = calibrate.costs([step])
-    assert found["elementwise add"] == Cost(pytest.approx(1e-5), 0.0, pytest.approx(1e-9))
-    sort, cos = found["elementwise"], found["elementwise cos"]
+    sorts, operations = calibrate.costs([step])
+    assert operations["elementwise add"] == Cost(pytest.approx(1e-5), 0.0, pytest.approx(1e-9))
+    sort, cos = sorts["elementwise"], operations["elementwise cos"]
     assert cos.seconds(tiny) == pytest.approx(2.2e-4)
     assert cos.call / cos.byte == pytest.approx(sort.call / sort.byte)
 
@@ -115,10 +115,10 @@ def test_every_call_of_a_plan_has_a_cost(quick, steps):
     """In every format; by its operation, or as the sort of work that it is."""
     rates = calibrate.measure(CPU, Reporter())
     wanted = {f"{kind} float32" for kind in ("product", "nf4 product", "int8 product", "nf3 product")}
-    assert wanted | {"copy", "elementwise", "norm", "loss", "optimiser", "embedding"} <= set(rates.costs)
+    assert wanted | {"copy", "elementwise", "norm", "loss", "optimiser", "embedding"} <= set(rates.sorts)
     for step in steps:
-        assert all(names(kind)[1] in rates.costs for kind in step.counts.calls_of)
-    for name, cost in rates.costs.items():
+        assert all(names(kind)[1] in rates.sorts for kind in step.counts.calls_of)
+    for name, cost in {**rates.sorts, **rates.operations}.items():
         assert min(cost.call, cost.flop, cost.byte) >= 0
         assert max(cost.call, cost.flop, cost.byte) > 0
         assert computes(name) or cost.flop == 0
@@ -165,13 +165,13 @@ def test_rates_are_kept_under_the_hardwares_name(quick):
 def test_damaged_rates_are_an_error_and_not_a_guess(quick):
     calibrate.calibrate(CPU, Reporter())
     kept = json.loads(quick.read_text())
-    damaged = {"source": "x", "overhead": 1, "slowdown": 1, "costs": {"copy": [1, 2, 3, 4]}}
+    damaged = {"source": "x", "overhead": 1, "slowdown": 1, "sorts": {"copy": [1, 2, 3, 4]}, "operations": {}}
     for broken in ({"source": "x"}, [], damaged):
         quick.write_text(json.dumps(dict.fromkeys(kept, broken)))
         with pytest.raises(StorageError, match="--calibrate"):
             calibrate.load(calibrate.hardware(CPU))
-    earlier = {"source": "x", "overhead": 1, "slowdown": 1, "curves": {"copy": [[1, 1]]}, "in_step": {}}
-    quick.write_text(json.dumps(dict.fromkeys(kept, earlier)))
-    assert calibrate.load(calibrate.hardware(CPU)) is None, "measured by an earlier version"
+    for earlier in ({"curves": {"copy": [[1, 1]]}, "in_step": {}}, {"costs": {"copy": [0, 0, 1]}}):
+        quick.write_text(json.dumps(dict.fromkeys(kept, {"source": "x", "overhead": 1, "slowdown": 1} | earlier)))
+        assert calibrate.load(calibrate.hardware(CPU)) is None, "measured by an earlier version"
     quick.write_text("no json")
     assert calibrate.load(calibrate.hardware(CPU)) is None

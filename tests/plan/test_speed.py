@@ -13,27 +13,29 @@ ADD = Kind("elementwise", "add", "float32", 1000, 8000, 4000)
 
 def test_measured_rates_add_work_and_overhead():
     costs = {"product bfloat16": Cost(3e-6, 1e-12, 1e-11), "elementwise": Cost(byte=1e-9)}
-    rates = Measured("here", costs, overhead=1e-6)
+    rates = Measured("here", costs, {}, overhead=1e-6)
     product = 3e-6 + MM.flops * 1e-12 + 6 * 1024**2 * 1e-11
     assert rates.call_seconds(MM, 1) == pytest.approx(product + 1e-6)
     seconds = rates.step_seconds(Counts({MM: 3, ADD: 10}), 1024)
     assert seconds == pytest.approx(3 * product + 10 * 12e-6 + 13e-6)
-    slower = Measured("here", costs, overhead=1e-6, slowdown=1.5).step_seconds(Counts({MM: 3, ADD: 10}), 1024)
+    slower = Measured("here", costs, {}, overhead=1e-6, slowdown=1.5).step_seconds(Counts({MM: 3, ADD: 10}), 1024)
     assert slower == pytest.approx(1.5 * (seconds - 13e-6) + 13e-6), "work is slowed, what is around it is not"
-    assert Measured("here", costs, 1e-6, factor=2.0).step_seconds(Counts({MM: 3, ADD: 10}), 1) == 2 * seconds
+    assert Measured("here", costs, {}, 1e-6, factor=2.0).step_seconds(Counts({MM: 3, ADD: 10}), 1) == 2 * seconds
     assert sum(rates.seconds_by_kind(Counts({MM: 3, ADD: 10}), 1024).values()) == pytest.approx(seconds)
 
 
 def test_the_cost_of_the_calls_most_alike_counts():
-    costs = {"product float32": Cost(1.0), "elementwise": Cost(2.0)}
-    assert Measured("", costs).cost(MM) == Measured("", costs).cost(NF4) == Cost(1.0)
-    assert Measured("", costs).cost(ADD) == Cost(2.0)
-    for name in ("nf4 product bfloat16", "nf4 product nf4_linear bfloat16"):
-        costs[name] = Cost(3.0 + len(costs))
-        assert Measured("", costs).cost(NF4) == costs[name]
-        assert Measured("", costs).cost(MM) == Cost(1.0)
+    sorts, operations = {"product float32": Cost(1.0), "elementwise": Cost(2.0)}, {}
+    rates = Measured("", sorts, operations)
+    assert rates.cost(MM) == rates.cost(NF4) == Cost(1.0)
+    assert rates.cost(ADD) == Cost(2.0)
+    sorts["nf4 product bfloat16"] = Cost(3.0)
+    assert rates.cost(NF4) == Cost(3.0)
+    operations["nf4 product nf4_linear bfloat16"] = Cost(4.0)
+    assert rates.cost(NF4) == Cost(4.0)
+    assert rates.cost(MM) == Cost(1.0)
     with pytest.raises(KeyError, match="product mm"):
-        Measured("", {"elementwise": Cost()}).cost(MM)
+        Measured("", {"elementwise": Cost()}, {}).cost(MM)
 
 
 def test_narrow_products_and_every_type_have_names_of_their_own():

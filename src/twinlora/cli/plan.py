@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from twinlora.plan.score import Past
 
 _FITS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
-_SORTS = re.compile(r"(\w+ )?product \w+|attention \w+|copy")  # of calls, whatever their operation
 _LABEL = 9  # columns
 _NARROWEST = 80  # columns that the tables need
 
@@ -44,6 +42,7 @@ def _calibrate(options: PlanOptions) -> None:
     from twinlora.model.load import pick_device
     from twinlora.plan import calibrate
     from twinlora.plan.devices import DEVICES
+    from twinlora.plan.speed import computes
 
     if options.device in DEVICES:
         raise ConfigError(f"--calibrate measures this machine, not {options.device!r}: leave one of them out")
@@ -55,11 +54,12 @@ def _calibrate(options: PlanOptions) -> None:
     name = calibrate.hardware(device)
     if options.json_output and not options.model:
         found = {"hardware": name, "source": rates.source, "overhead_seconds": rates.overhead}
-        print_json(found | {"cost_seconds": {call: asdict(cost) for call, cost in rates.costs.items()}})
+        every = {**rates.sorts, **rates.operations}
+        print_json(found | {"cost_seconds": {call: asdict(cost) for call, cost in every.items()}})
         return
     reporter.note(f"rates of {name} are kept; {rates.overhead * 1e6:.1f} µs around a call; large ones:")
-    for call, cost in rates.costs.items():
-        if _SORTS.fullmatch(call) and (cost.flop or cost.byte):
+    for call, cost in rates.sorts.items():
+        if (computes(call) or call == "copy") and (cost.flop or cost.byte):
             seconds, unit = (cost.flop, "GFLOP/s") if cost.flop else (cost.byte, "GB/s")
             reporter.note(f"  {call:<22} {1e-9 / seconds:8,.0f} {unit}")
 

@@ -67,7 +67,7 @@ def measure(device: torch.device, reporter: Reporter) -> Measured:
                 step.look_within()
             reporter.progress("calibrating", turn * len(watched) + number + 1, TURNS * len(watched))
     when = datetime.now(UTC).isoformat(sep=" ", timespec="minutes")
-    rates = Measured(f"measured on this machine, {when}", costs(watched))
+    rates = Measured(f"measured on this machine, {when}", *costs(watched))
     steps = [
         ((launched(step.counts), rates.step_seconds(step.counts, step.tokens)), statistics.median(found))
         for step, found in zip(watched, seconds, strict=True)
@@ -76,25 +76,26 @@ def measure(device: torch.device, reporter: Reporter) -> Measured:
     return replace(rates, overhead=overhead, slowdown=slowdown)
 
 
-def costs(watched: Iterable[probe.Step]) -> dict[str, Cost]:
-    """What calls cost by their names, from those of steps."""
-    operations: dict[tuple[str, str], list[_Case]] = {}
+def costs(watched: Iterable[probe.Step]) -> tuple[dict[str, Cost], dict[str, Cost]]:
+    """What calls cost by their sort of work and by their operation, from those of steps."""
+    calls_of: dict[tuple[str, str], list[_Case]] = {}
     for step in watched:
         for kinds, seconds in step.seconds_of.items():
             sizes = (len(kinds), sum(kind.flops for kind in kinds), sum(kind.read + kind.written for kind in kinds))
-            operations.setdefault(names(kinds[0]), []).append((sizes, seconds))
-    sorts: dict[str, list[_Case]] = {}
-    for (_, sort), calls in operations.items():
-        sorts.setdefault(sort, []).extend(calls)
-    found = {sort: Cost(*_solve(calls, _PARTS[computes(sort)])) for sort, calls in sorts.items()}
-    for (operation, sort), calls in operations.items():
+            calls_of.setdefault(names(kinds[0]), []).append((sizes, seconds))
+    of_sorts: dict[str, list[_Case]] = {}
+    for (_, sort), calls in calls_of.items():
+        of_sorts.setdefault(sort, []).extend(calls)
+    sorts = {sort: Cost(*_solve(calls, _PARTS[computes(sort)])) for sort, calls in of_sorts.items()}
+    operations = {}
+    for (operation, sort), calls in calls_of.items():
         if len({sizes for sizes, _ in calls}) < _FEW:  # too few to tell its parts: as many times the sort's cost
-            parts = astuple(found[sort])
+            parts = astuple(sorts[sort])
             (times,) = _solve([((sum(map(mul, parts, sizes)),), seconds) for sizes, seconds in calls], ((0,),))
-            found[operation] = Cost(*(times * part for part in parts))
+            operations[operation] = Cost(*(times * part for part in parts))
         else:
-            found[operation] = Cost(*_solve(calls, _PARTS[computes(operation)]))
-    return found
+            operations[operation] = Cost(*_solve(calls, _PARTS[computes(operation)]))
+    return sorts, operations
 
 
 def _solve(cases: Sequence[_Case], choices: Sequence[tuple[int, ...]]) -> list[float]:
@@ -139,8 +140,9 @@ def _kept() -> dict[str, Any]:
 
 def store(rates: Measured, name: str) -> None:
     """Keep `rates` in the cache directory under the hardware's name. Raises StorageError."""
-    entry = {"source": rates.source, "overhead": rates.overhead, "slowdown": rates.slowdown}
-    entry["costs"] = {call: astuple(cost) for call, cost in rates.costs.items()}
+    entry: dict[str, Any] = {"source": rates.source, "overhead": rates.overhead, "slowdown": rates.slowdown}
+    found = {"sorts": rates.sorts, "operations": rates.operations}
+    entry |= {key: {call: astuple(cost) for call, cost in of.items()} for key, of in found.items()}
     atomic.write_json(_file(), _kept() | {name: entry})
 
 
@@ -148,10 +150,12 @@ def load(name: str) -> Measured | None:
     """The rates kept under the hardware's name, None if there are none of this version. Raises StorageError if they are
     damaged."""
     entry = _kept().get(name)
-    if entry is None or (isinstance(entry, dict) and "curves" in entry):
-        return None  # the latter are an earlier version's, which timed calls alone
+    if entry is None or (isinstance(entry, dict) and ("curves" in entry or "costs" in entry)):
+        return None  # the latter are earlier versions'
     try:
-        costs = {call: Cost(*map(float, parts)) for call, parts in entry["costs"].items()}
-        return Measured(str(entry["source"]), costs, float(entry["overhead"]), float(entry["slowdown"]))
+        sorts, operations = (
+            {call: Cost(*map(float, parts)) for call, parts in entry[key].items()} for key in ("sorts", "operations")
+        )
+        return Measured(str(entry["source"]), sorts, operations, float(entry["overhead"]), float(entry["slowdown"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StorageError(f"{_file()}: {name}: not rates ({error}); run twinlora plan --calibrate again") from None

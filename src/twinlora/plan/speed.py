@@ -80,23 +80,25 @@ class Rates:
 
 @dataclass(frozen=True)
 class Measured(Rates):
-    """What calls cost by their sort and type, seconds that pass around every call, and factors for the whole.
-
-    A cost has one of a call's `names`, of which the most particular counts.
+    """What calls cost by their operation and by their sort of work (the two `names`), of which the former counts where
+    it is known; seconds that pass around every call, and factors for the whole.
     """
 
     source: str
-    costs: Mapping[str, Cost]
+    sorts: Mapping[str, Cost]
+    operations: Mapping[str, Cost]
     overhead: float = 0.0
     slowdown: float = 1.0  # a step's work over that of its calls, as they were timed
     factor: float = 1.0  # what past runs took, over what was predicted (score.py)
 
     def cost(self, kind: Kind) -> Cost:
         """Of such calls. Raises KeyError if nothing like them was measured."""
-        for name in (*names(kind), "product float32" if computes(kind.name) else "elementwise"):
-            if name in self.costs:
-                return self.costs[name]
-        raise KeyError(f"{kind.name} {kind.op}: nothing like it was measured")
+        operation, sort = names(kind)
+        other = "product float32" if computes(kind.name) else "elementwise"
+        found = self.operations.get(operation) or self.sorts.get(sort) or self.sorts.get(other)
+        if found is None:
+            raise KeyError(f"{kind.name} {kind.op}: nothing like it was measured")
+        return found
 
     def call_seconds(self, kind: Kind, tokens: int) -> float:
         """See Rates."""
