@@ -1,6 +1,7 @@
 """Predicted against measured memory of a training step on a CPU.
 
     python benchmarks/plan_memory.py --model DIR [--scratch DIR] [--output benchmarks/results/plan_memory.json]
+    python benchmarks/plan_memory.py … --measured FILE…    # predict what earlier runs have measured anew
 
 The prediction is `plan.simulate` on the configuration alone. What is measured does not know it: each cell is a process of
 its own that loads the checkpoint as training does, and then
@@ -37,7 +38,7 @@ BILLION = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
     "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 32000, "tie_word_embeddings": True,
 }  # fmt: skip
-
+NAMES = ("model", "method", "shape", "checkpointing")  # of a cell
 
 # Method hybrid: how the linear layers of a block are stored.
 MIX = {
@@ -196,8 +197,8 @@ def cells(methods: list[str], layers: int) -> list[tuple[str, Any]]:
     ]
 
 
-def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
-    """One cell: predicted here, measured in a process of its own."""
+def compare(directory: str, name: str, shape: str, cell: Any, measured: dict[Any, Any]) -> dict[str, Any]:
+    """One cell: predicted here, measured in a process of its own unless it is known."""
     from transformers import AutoConfig
 
     from twinlora import machine
@@ -208,19 +209,21 @@ def compare(directory: str, name: str, shape: str, cell: Any) -> dict[str, Any]:
     predicted = simulate(AutoConfig.from_pretrained(directory), cell)
     resident = predicted.peak_bytes + predicted.fragmentation + overhead().compiled(predicted.products)
     expected = {"step": predicted.peak_bytes, "rss": resident}
-    free = machine._proc_kib("/proc/meminfo", "MemAvailable")
-    if 1.08 * expected["rss"] > free:
-        print(f"{label} skipped: needs {expected['rss'] / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", flush=True)
-        return {}
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=measure, args=(theirs, directory, cell))
-    process.start()
-    theirs.close()
-    found = ours.recv()
-    process.join()
+    row = dict(zip(NAMES, (name, cell.method, shape, cell.checkpointing), strict=True))
+    found = measured.get(tuple(row.values()))
+    if found is None:
+        free = machine._proc_kib("/proc/meminfo", "MemAvailable")
+        if 1.08 * expected["rss"] > free:
+            print(f"{label} skipped: needs {expected['rss'] / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", flush=True)
+            return {}
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=measure, args=(theirs, directory, cell))
+        process.start()
+        theirs.close()
+        found = ours.recv()
+        process.join()
     errors = {key: expected[key] / found[key] - 1 for key in expected}
-    row = {"model": name, "method": cell.method, "shape": shape, "checkpointing": cell.checkpointing}
     row |= {
         "predicted": expected,
         "by_cause": predicted.by_cause,
@@ -245,22 +248,26 @@ def write_billion(directory: Path) -> None:
     random_llama(LlamaConfig(**BILLION), torch.bfloat16).save_pretrained(directory)
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """What is asked on the command line."""
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What may be asked of either benchmark on the command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--methods", default="lora,qlora,hybrid,full")
     parser.add_argument("--only", default="", help="a regular expression that cells' names match, to run a few")
     parser.add_argument("--output", type=Path)
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = arguments(__doc__)
+    parser = arguments(__doc__)
+    parser.add_argument("--measured", type=Path, nargs="+", default=[], help="earlier outputs, not to measure again")
+    args = parser.parse_args()
     from transformers import AutoConfig
 
     torch.set_num_threads(1)
+    known = [cell for file in args.measured for cell in json.loads(file.read_text())["cells"]]
+    measured = {tuple(cell[key] for key in NAMES): cell["measured"] for cell in known}
     models = {Path(args.model).name.removesuffix("-instruct"): args.model}
     if args.scratch:
         write_billion(args.scratch / "llama-1b")
@@ -270,7 +277,7 @@ def main() -> None:
         for name, directory in models.items():
             for shape, cell in cells(args.methods.split(","), AutoConfig.from_pretrained(directory).num_hidden_layers):
                 if re.search(args.only, f"{name} {cell.method} {shape} {cell.checkpointing}"):
-                    document["cells"] += filter(None, [compare(directory, name, shape, cell)])
+                    document["cells"] += filter(None, [compare(directory, name, shape, cell, measured)])
                     if args.output:
                         args.output.write_text(json.dumps(document, indent=1))
     finally:

@@ -141,7 +141,7 @@ def compare(directory: str, name: str, cells: list[tuple[str, Any]]) -> list[dic
 
 
 def main() -> None:
-    args = plan_memory.arguments(__doc__)
+    args = plan_memory.arguments(__doc__).parse_args()
     from transformers import AutoConfig
 
     models = {Path(args.model).name: args.model}

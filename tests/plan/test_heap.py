@@ -28,6 +28,20 @@ def test_holes_that_are_too_small_are_lost():
 
 
 @glibc
+def test_what_stays_from_the_forward_pass_on_keeps_holes_apart():
+    """As where activations are recomputed: each of 30 layers works with many blocks and leaves one."""
+    forward, backward = [], []
+    for layer in range(30):
+        first = 21 * layer
+        forward += [*[MIB] * 20, *(-i for i in range(first, first + 20)), MIB // 4]
+    for layer in range(30):
+        first = 21 * 30 + 20 * layer
+        backward += [*[MIB] * 20, *(-i for i in range(first, first + 20)), -(21 * (29 - layer) + 20)]
+    events = forward + backward
+    assert heap.extent(events, len(forward)) > 1.05 * heap.extent(events)
+
+
+@glibc
 def test_equal_steps_extend_it_equally():
     events = [MIB, 3 * MIB, 0, 2 * MIB, MIB, -1, -3, -2]
     assert heap.extent(events) == heap.extent(events)

@@ -165,7 +165,7 @@ def _fragmentation(runs: list[_Run], plan: Fold, peak: int) -> int:
     """Bytes that this machine's heap takes for the step beyond its peak."""
     small, large = runs[0], runs[-1]
     alive = small.alive + plan.times * (large.alive - small.alive)
-    heap = extent(unfolded(large.log, plan.period, max(0, plan.times - 1)))
+    heap = extent(*unfolded(large.log, plan.period, max(0, plan.times - 1)))
     return max(0, heap - (peak - alive))
 
 
