@@ -1,7 +1,7 @@
 """Predicted against measured memory of a training step on a CPU.
 
     python benchmarks/plan_memory.py --model DIR [--scratch DIR] [--output benchmarks/results/plan_memory.json]
-    python benchmarks/plan_memory.py … --measured FILE…    # predict what earlier runs have measured anew
+    python benchmarks/plan_memory.py … --measured FILE…    # predict anew what earlier runs have measured
 
 The prediction is `plan.simulate` on the configuration alone. What is measured does not know it: each cell is a process of
 its own that loads the checkpoint as training does, and then
@@ -12,6 +12,9 @@ its own that loads the checkpoint as training does, and then
 - `rss`: the largest resident set of another step (VmHWM), less the resident set before the model was loaded, when the
   libraries had run a step of a tiny model. Its prediction adds the products that oneDNN compiles (plan/overhead.py) and what the
   heap loses to holes (plan/heap.py).
+
+Where small objects lie in the heap is chance, and `rss` differs by some per cent from process to process: of a cell that
+several earlier runs have measured the median counts.
 
 Models: the one given, and with --scratch a random llama of 1B parameters, written there and removed at the end. One thread.
 A cell that the machine's free memory does not hold is skipped, and said so.
@@ -26,6 +29,7 @@ import json
 import multiprocessing
 import re
 import shutil
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -197,8 +201,20 @@ def cells(methods: list[str], layers: int) -> list[tuple[str, Any]]:
     ]
 
 
+def apart(directory: str, cell: Any) -> dict[str, Any]:
+    """What a process of its own measures of a cell."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=measure, args=(theirs, directory, cell))
+    process.start()
+    theirs.close()
+    found: dict[str, Any] = ours.recv()
+    process.join()
+    return found
+
+
 def compare(directory: str, name: str, shape: str, cell: Any, measured: dict[Any, Any]) -> dict[str, Any]:
-    """One cell: predicted here, measured in a process of its own unless it is known."""
+    """One cell: predicted here, measured in a process of its own unless earlier ones have."""
     from transformers import AutoConfig
 
     from twinlora import machine
@@ -210,19 +226,16 @@ def compare(directory: str, name: str, shape: str, cell: Any, measured: dict[Any
     resident = predicted.peak_bytes + predicted.fragmentation + overhead().compiled(predicted.products)
     expected = {"step": predicted.peak_bytes, "rss": resident}
     row = dict(zip(NAMES, (name, cell.method, shape, cell.checkpointing), strict=True))
-    found = measured.get(tuple(row.values()))
-    if found is None:
+    earlier = measured.get(tuple(row.values()))
+    if earlier:
+        sizes = [every["rss"] for every in earlier]
+        found = earlier[-1] | {"rss": statistics.median(sizes), "processes": sizes}
+    else:
         free = machine._proc_kib("/proc/meminfo", "MemAvailable")
         if 1.08 * expected["rss"] > free:
             print(f"{label} skipped: needs {expected['rss'] / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", flush=True)
             return {}
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=measure, args=(theirs, directory, cell))
-        process.start()
-        theirs.close()
-        found = ours.recv()
-        process.join()
+        found = apart(directory, cell)
     errors = {key: expected[key] / found[key] - 1 for key in expected}
     row |= {
         "predicted": expected,
@@ -266,8 +279,10 @@ def main() -> None:
     from transformers import AutoConfig
 
     torch.set_num_threads(1)
-    known = [cell for file in args.measured for cell in json.loads(file.read_text())["cells"]]
-    measured = {tuple(cell[key] for key in NAMES): cell["measured"] for cell in known}
+    measured: dict[Any, list[dict[str, Any]]] = {}
+    for file in args.measured:
+        for cell in json.loads(file.read_text())["cells"]:
+            measured.setdefault(tuple(cell[key] for key in NAMES), []).append(cell["measured"])
     models = {Path(args.model).name.removesuffix("-instruct"): args.model}
     if args.scratch:
         write_billion(args.scratch / "llama-1b")
