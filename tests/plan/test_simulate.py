@@ -108,7 +108,7 @@ def _changes(profile: torch.profiler.profile) -> list[int]:
 @pytest.fixture(autouse=True)
 def _without_heap(monkeypatch):
     """This machine's heap takes seconds and differs from process to process; test_heap.py has it."""
-    monkeypatch.setattr(simulate, "extent", lambda events: sum(size for size in events if size > 0))
+    monkeypatch.setattr(simulate, "extent", lambda events, forward: sum(size for size in events if size > 0))
 
 
 @pytest.fixture(scope="module")
