@@ -15,29 +15,32 @@ as bring the heaps of 43 measured steps closest. Where each lies is chance, so t
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
+import os
 import platform
 import random
 import statistics
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
 
 from twinlora.errors import BackendError
 
 __all__ = ["extent"]
 
-_DRAWS, _STEPS = 4, 2  # the heap of the second step is that of all later ones
+_DRAWS, _STEPS = 12, 2  # the heap of the second step is that of all later ones
 _ALIGNMENT = 64  # of torch's CPU allocator
 _DESCRIPTORS = (96, 176)  # torch's StorageImpl and TensorImpl, which live as long as the block does
-# Of the other small objects: how many come with a block, their bytes, and in how many blocks' time they go.
+# Of the other small objects: how many come with a block; of a hundred, their bytes, and after how many blocks they go.
 _PASSING = 10
-_SIZES, _SIZE_WEIGHTS = (16, 32, 48, 96, 176, 768, 2144), (30, 34, 6, 5, 4, 16, 5)
-_LIVES, _LIFE_WEIGHTS = (0, 1, 10, 300), (72, 20, 4, 4)
-# Those that stay until the step ends: how many come with a block of the forward pass, and their bytes.
+_SIZES = (16,) * 30 + (32,) * 34 + (48,) * 6 + (96,) * 5 + (176,) * 4 + (768,) * 16 + (2144,) * 5
+_LIVES = (0,) * 72 + (1,) * 20 + (10,) * 4 + (300,) * 4
+# Of those that stay until the step ends: how many come with a block of the forward pass; of ten, their bytes.
 _STAYING = 0.15
-_STAYING_SIZES, _STAYING_WEIGHTS = (16, 24, 32, 104), (30, 40, 20, 10)
+_STAYING_SIZES = (16,) * 3 + (24,) * 4 + (32,) * 2 + (104,)
 
 
 def extent(events: Sequence[int], forward: int = 0) -> int:
@@ -49,17 +52,11 @@ def extent(events: Sequence[int], forward: int = 0) -> int:
     """
     if platform.libc_ver()[0] != "glibc" or not events:
         return 0
-    document = json.dumps(list(events))
-
-    def measured(draw: int) -> int:
-        command = [sys.executable, "-m", __name__, str(forward), str(draw)]
-        done = subprocess.run(command, input=document, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise BackendError(f"the heap of a step could not be measured:\n{done.stderr[-2000:]}")
-        return int(done.stdout)
-
-    with ThreadPoolExecutor() as pool:
-        return round(statistics.mean(pool.map(measured, range(_DRAWS))))
+    command = [sys.executable, "-m", __name__, str(forward), str(_DRAWS)]
+    done = subprocess.run(command, input=json.dumps(list(events)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BackendError(f"the heap of a step could not be measured:\n{done.stderr[-2000:]}")
+    return round(statistics.mean(map(int, done.stdout.split())))
 
 
 class _Heap:
@@ -94,9 +91,9 @@ def _extent(events: Sequence[int], forward: int, draw: int) -> int:
     """Bytes by which steps of these events extend this process's heap."""
     chance = random.Random(draw)
     calls = _STEPS * _PASSING * sum(event > 0 for event in events)
-    sizes = iter(chance.choices(_SIZES, _SIZE_WEIGHTS, k=calls))
-    lives = iter(chance.choices(_LIVES, _LIFE_WEIGHTS, k=calls))
+    passing = zip(chance.choices(_SIZES, k=calls), chance.choices(_LIVES, k=calls), strict=True)
     heap = _Heap()
+    malloc, free = heap.malloc, heap.free
     start, time = heap.end(), 0
     due: dict[int, list[int]] = {}
     for _ in range(_STEPS):
@@ -108,16 +105,15 @@ def _extent(events: Sequence[int], forward: int, draw: int) -> int:
                 continue
             time += 1
             _release(heap, due.pop(time, []))
-            for _ in range(_PASSING):
-                address, life = heap.malloc(next(sizes)), next(lives)
+            for size, life in itertools.islice(passing, _PASSING):
+                address = malloc(size)
                 if life:
                     due.setdefault(time + life, []).append(address)
                 else:
-                    heap.free(address)
+                    free(address)
             if number < forward and chance.random() < _STAYING:
-                (size,) = chance.choices(_STAYING_SIZES, _STAYING_WEIGHTS)
-                staying.append(heap.malloc(size))
-            held.append([heap.block(event), *map(heap.malloc, _DESCRIPTORS)])
+                staying.append(malloc(chance.choice(_STAYING_SIZES)))
+            held.append([heap.block(event), *map(malloc, _DESCRIPTORS)])
         _release(heap, staying)
     return heap.end() - start
 
@@ -128,8 +124,39 @@ def _release(heap: _Heap, addresses: list[int]) -> None:
     addresses.clear()
 
 
-if __name__ == "__main__":
+def _print_extents(events: Sequence[int], forward: int, draws: int) -> None:
+    """A line for each draw, in a process each, since a heap is extended once; at a time as many as there are cores."""
+    running: set[int] = set()
+    for draw in range(draws):
+        if len(running) == (os.cpu_count() or 1):
+            _wait(running)
+        if not (child := os.fork()):
+            _print_extent(events, forward, draw)
+        running.add(child)
+    while running:
+        _wait(running)
+
+
+def _wait(running: set[int]) -> None:
+    """For one of these processes to end; if it failed, so does this one."""
+    child, status = os.wait()
+    running.remove(child)
+    if status:
+        sys.exit(1)
+
+
+def _print_extent(events: Sequence[int], forward: int, draw: int) -> NoReturn:
+    """The body of a draw's process."""
     try:
-        print(_extent(json.load(sys.stdin), *map(int, sys.argv[1:])))
+        found = _extent(events, forward, draw)
     except MemoryError:
-        print(0)
+        found = 0
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os.write(1, f"{found}\n".encode())  # at once, beside others
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _print_extents(json.load(sys.stdin), *map(int, sys.argv[1:]))
