@@ -101,6 +101,23 @@ def test_gradient_checkpointing_changes_memory_alone(tokenizer, tmp_path):
     assert peaks[0] < 0.5 * peaks[1], peaks
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_layers_without_an_adapter_are_recomputed_too(tiny, data_file, tmp_path, method):
+    """Their input gradients come from their weights alone, which the backward pass may ask for once."""
+    from twinlora.data.packing import make_batch
+
+    gradients = []
+    for recompute in ("on", "off"):
+        given = options(
+            tiny, data_file, tmp_path / "r", method=method, target=["q_proj"], gradient_checkpointing=recompute
+        )
+        inputs, made = _prepared(given)
+        _step(made, make_batch(inputs.examples, 4096, packed=True))
+        gradients.append(_gradients(made))
+    assert gradients[0]
+    assert all(torch.equal(found, gradients[1][name]) for name, found in gradients[0].items())
+
+
 def test_recomputed_layers_keep_nothing_of_their_mlp(tiny, data_file, tmp_path):
     """Gate and up are the widest activations: between forward and backward pass none of them may live."""
     import gc

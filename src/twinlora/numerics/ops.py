@@ -243,8 +243,8 @@ def _gradient_by(transposed: Any) -> Any:
     """The input gradient of a product, which is the product with the transposed weight."""
 
     def gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx = transposed(dy, *ctx.saved_tensors, *ctx.layout)
-        return dx, *(None,) * (len(ctx.saved_tensors) + len(ctx.layout))
+        weight = (*ctx.saved_tensors, *ctx.layout)  # of what is recomputed, saved tensors can be had once
+        return transposed(dy, *weight), *(None,) * len(weight)
 
     return gradient
 
