@@ -1,5 +1,8 @@
 """Memory of a process, and who gives it back."""
 
+import platform
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -54,3 +57,17 @@ def test_work_apart_leaves_no_thread():
     threads = threading.active_count()
     assert machine.apart(lambda: threading.current_thread() is not threading.main_thread())
     assert threading.active_count() == threads
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap is glibc's")
+def test_what_a_run_has_left_free_does_not_occupy():
+    """A second run in one process takes it first: it was predicted to need half as much again."""
+    code = (
+        "import torch; from twinlora import machine; machine.keep_freed_memory(); "
+        "before = machine.occupied_bytes(); x = torch.ones(1 << 26); full = machine.occupied_bytes(); del x; "
+        "print(full - before, machine.occupied_bytes() - before, machine.rss_bytes() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    taken, left, resident = map(int, done.stdout.split())
+    assert taken > 0.9 * (1 << 28)
+    assert abs(left) < 0.1 * (1 << 28) < resident

@@ -23,8 +23,8 @@ import twinlora
 T = TypeVar("T")
 
 __all__ = [
-    "apart", "available_bytes", "describe", "heap_bytes", "keep_freed_memory", "mapped", "peak_device_bytes",
-    "peak_rss_bytes", "product_rates", "reset_peaks", "rss_bytes", "spare_bytes",
+    "apart", "available_bytes", "describe", "heap_bytes", "keep_freed_memory", "mapped", "occupied_bytes",
+    "peak_device_bytes", "peak_rss_bytes", "product_rates", "reset_peaks", "rss_bytes", "spare_bytes",
 ]  # fmt: skip
 
 
@@ -141,17 +141,28 @@ class _Heap(ctypes.Structure):
     )  # fmt: skip
 
 
-def heap_bytes() -> int:
-    """Bytes that glibc has handed out to this thread and by mappings. Only where the C library is glibc."""
+def _heap() -> _Heap:
     c = ctypes.CDLL(None)
     c.mallinfo2.restype = _Heap
-    info = c.mallinfo2()
+    info: _Heap = c.mallinfo2()
+    return info
+
+
+def heap_bytes() -> int:
+    """Bytes that glibc has handed out to this thread and by mappings. Only where the C library is glibc."""
+    info = _heap()
     return int(info.uordblks + info.hblkhd)
 
 
 def rss_bytes() -> int:
     """Resident set of this process now; 0 where the system does not say."""
     return _proc_kib("/proc/self/status", "VmRSS")
+
+
+def occupied_bytes() -> int:
+    """The resident set without what glibc keeps of freed memory, which whatever comes next takes first."""
+    kept = int(_heap().fordblks) if platform.libc_ver()[0] == "glibc" else 0
+    return max(0, rss_bytes() - kept)
 
 
 def peak_rss_bytes(pid: int | None = None) -> int:
