@@ -47,7 +47,8 @@ def stand_in(tmp_path, monkeypatch):
         (tmp_path / "site").mkdir(exist_ok=True)
         (tmp_path / "site" / f"{name}.py").write_text(STAND_INS[name])
         monkeypatch.syspath_prepend(tmp_path / "site")
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setitem(sys.modules, name, None)  # so that the stand-in is taken out again
+        del sys.modules[name]
         for variable in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "TRACKIO_PROJECT"):
             monkeypatch.delenv(variable, raising=False)
         import importlib
