@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,11 @@ class Notes(Reporter):
 
     def note(self, text: str) -> None:
         self.lines.append(text)
+
+
+def printed(code: str) -> str:
+    """What a Python process of its own prints when it runs this."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def chat(user: str, answer: str, system: str = "Be brief.") -> dict:

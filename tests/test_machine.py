@@ -1,13 +1,12 @@
 """Memory of a process, and who gives it back."""
 
 import platform
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
 
+from tests.conftest import printed
 from twinlora import machine
 
 MIB = 1 << 20
@@ -67,7 +66,6 @@ def test_what_a_run_has_left_free_does_not_occupy():
         "before = machine.occupied_bytes(); x = torch.ones(1 << 26); full = machine.occupied_bytes(); del x; "
         "print(full - before, machine.occupied_bytes() - before, machine.rss_bytes() - before)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    taken, left, resident = map(int, done.stdout.split())
+    taken, left, resident = map(int, printed(code).split())
     assert taken > 0.9 * (1 << 28)
     assert abs(left) < 0.1 * (1 << 28) < resident

@@ -1,13 +1,12 @@
 """The compiled backend against the reference: the same bits on every path, with one thread and with two."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.conftest import printed
 from twinlora.errors import BackendError
 from twinlora.numerics import cpu, ops, reference
 from twinlora.numerics.formats import Int8Format, NF3Format, NF4Format
@@ -197,8 +196,7 @@ def test_the_threads_are_those_of_torch():
         "import re; maps = open('/proc/self/maps').read()\n"
         "print(cpu.runtime(), len(set(re.findall(r'\\S*/lib(?:gomp|omp|iomp5)\\S*', maps))))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    name, count = done.stdout.split()
+    name, count = printed(code).split()
     assert name
     assert count == "1", "a second OpenMP runtime was loaded"
 

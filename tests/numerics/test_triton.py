@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from tests.conftest import printed
 from twinlora.numerics import ops, reference, triton
 from twinlora.numerics.formats import Int8Format, NF3Format, NF4Format
 from twinlora.numerics.nf4 import BLOCK_SIZES, codebook, midpoints
@@ -325,8 +326,7 @@ def test_every_op_is_registered_and_none_imports_triton():
         "assert 'triton' not in sys.modules\n"
         "print(all(torch._C._dispatch_has_kernel_for_dispatch_key('twinlora::' + n, 'CUDA') for n in triton.OPS))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
+    assert printed(code) == "True"
     assert ops.backend("cuda") == "cuda (triton)"
 
 

@@ -1,11 +1,10 @@
 """How far blocks extend a heap, by calls to this machine's C library."""
 
 import platform
-import subprocess
-import sys
 
 import pytest
 
+from tests.conftest import printed
 from twinlora.errors import BackendError
 from twinlora.plan import heap
 
@@ -54,21 +53,17 @@ def test_no_memory_is_touched():
         "import resource; from twinlora.plan import heap; "
         f"heap.extent([{MIB << 10}, 0]); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    assert int(run(code)) < 1 << 18, "kB: a quarter of the block's GiB"
-
-
-def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert int(printed(code)) < 1 << 18, "kB: a quarter of the block's GiB"
 
 
 def test_the_process_that_makes_the_calls_is_without_torch():
-    assert run("import sys, twinlora.plan.heap; print('torch' in sys.modules)") == "False"
+    assert printed("import sys, twinlora.plan.heap; print('torch' in sys.modules)") == "False"
 
 
 @glibc
 def test_memory_that_is_not_promised_counts_nothing():
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({512 * MIB}, {512 * MIB}))"
-    assert run(f"{limit}; from twinlora.plan import heap; print(heap.extent([{MIB << 10}]))") == "0"
+    assert printed(f"{limit}; from twinlora.plan import heap; print(heap.extent([{MIB << 10}]))") == "0"
 
 
 def test_no_events_and_other_c_libraries_count_nothing(monkeypatch):
