@@ -11,7 +11,7 @@ its own that loads the checkpoint as training does, and then
   after calls at the cell's shapes);
 - `rss`: the largest resident set of another step (VmHWM), less the resident set before the model was loaded, when the
   libraries had run a step of a tiny model. Its prediction adds the products that oneDNN compiles (plan/overhead.py) and what the
-  heap loses to holes (plan/heap.py).
+  pool of large tensors loses to holes (numerics/pool.py).
 
 Where small objects lie in the heap is chance, and `rss` differs by some per cent from process to process: of a cell that
 several earlier runs have measured the median counts.
@@ -171,7 +171,7 @@ def measure(connection: Any, directory: str, cell: Any) -> None:
         precision = mix(2) if cell.precision else {}
         stepper(resolve(tiny), dataclasses.replace(cell, lengths=(64,), rank=4, precision=precision))()
     gc.collect()
-    before = machine.rss_bytes()
+    before = machine.occupied_bytes()
     step = stepper(resolve(directory), cell)
     step()
     gc.collect()

@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 
 import twinlora
+from twinlora.numerics import pool
 
 T = TypeVar("T")
 
@@ -70,8 +71,10 @@ def available_bytes() -> int:
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed: a step frees and asks for the same sizes again, and fresh pages cost time.
 
-    For this process, and only where the C library is glibc; the peak stays what it was.
+    For this process, and only where the C library is glibc. Large tensors go to the pool, which has no holes too small
+    for one another.
     """
+    pool.install()
     if platform.libc_ver()[0] == "glibc":
         c = ctypes.CDLL(None)
         c.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
@@ -160,9 +163,9 @@ def rss_bytes() -> int:
 
 
 def occupied_bytes() -> int:
-    """The resident set without what glibc keeps of freed memory, which whatever comes next takes first."""
+    """The resident set without what glibc and the pool keep of freed memory, which whatever comes next takes first."""
     kept = int(_heap().fordblks) if platform.libc_ver()[0] == "glibc" else 0
-    return max(0, rss_bytes() - kept)
+    return max(0, rss_bytes() - kept - pool.kept_bytes())
 
 
 def peak_rss_bytes(pid: int | None = None) -> int:

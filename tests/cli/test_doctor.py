@@ -64,11 +64,11 @@ def test_the_token_is_never_shown(capsys, monkeypatch):
 
 def test_missing_backend_disk_and_gpu_come_with_what_mends_them(capsys, monkeypatch):
     monkeypatch.setattr(cpu, "_native", None)
-    cpu._library.cache_clear()
+    cpu.extension.cache_clear()
     monkeypatch.setattr(doctor, "_free", lambda path: 10**9)
     monkeypatch.setattr(doctor, "_gpu", lambda: {"devices": [], "torch_cuda": None, "driver": True})
     assert main(["doctor"]) == 0
-    cpu._library.cache_clear()
+    cpu.extension.cache_clear()
     shown = capsys.readouterr().out
     assert "(reference)" in shown
     assert "→ install a C++ compiler, then `pip install --editable .`" in shown

@@ -142,9 +142,9 @@ def test_each_thread_multiplies_with_columns_of_its_own(monkeypatch, threads, sh
     """What oneDNN would give to one of two threads, by torch's C interface: weights as they lie and turned around."""
     monkeypatch.setattr(cpu, "path", lambda: "amx-bf16")
     asked = []
-    native = cpu._library()
+    native = cpu.extension()
     counted = type("Counted", (), {"__getattr__": lambda _, name: asked.append(name) or getattr(native, name)})()
-    monkeypatch.setattr(cpu, "_library", lambda: counted)
+    monkeypatch.setattr(cpu, "extension", lambda: counted)
     w, x = torch.randn(shape).bfloat16(), torch.randn(3, 100, shape[1]).bfloat16()
     for matrix, y in ((w.T, cpu.dense_linears(x, [w])[0]), (w.T, cpu._product(x, w.T.contiguous()))):
         truth = x.double() @ matrix.double()

@@ -33,7 +33,7 @@ except ImportError:
     _native = None
 
 __all__ = [
-    "FEW_LORA_ROWS", "OPS", "add_lora", "attention_work", "has_blocks", "lora_entry", "multiply_adapted", "path",
+    "FEW_LORA_ROWS", "OPS", "add_lora", "attention_work", "extension", "has_blocks", "lora_entry", "multiply_adapted", "path",
     "paths", "runtime", "step_tokens", "use_path",
 ]  # fmt: skip
 
@@ -57,7 +57,7 @@ _NO_WINDOW = 1 << 40  # more keys than there are
 
 
 @cache
-def _library() -> Any:
+def extension() -> Any:
     """The extension with its tables set, or None if the package was installed without it.
 
     Raises BackendError if its sources lie here and are others than it was built from.
@@ -81,27 +81,27 @@ def _require_current(native: ModuleType, sources: Path) -> None:
 
 def paths() -> list[str]:
     """Instruction-set paths that this processor has, the best first; empty without the extension."""
-    return list(_library().paths()) if _library() else []
+    return list(extension().paths()) if extension() else []
 
 
 def use_path(name: str) -> None:
     """Compute on this path from now on (the best is chosen at start). Raises ValueError for one that is not here."""
-    _library().use_path(name)
+    extension().use_path(name)
 
 
 def has_blocks() -> bool:
     """Whether the path in use has the kernels between the products: bfloat16, with AVX512-BF16."""
-    return bool(_library().has_blocks())
+    return bool(extension().has_blocks())
 
 
 def path() -> str:
     """The path in use."""
-    return str(_library().path())
+    return str(extension().path())
 
 
 def runtime() -> str:
     """File name of the OpenMP runtime whose threads are used; empty if there is none, then one thread computes."""
-    return str(_library().runtime())
+    return str(extension().runtime())
 
 
 def nf4_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ def nf4_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     count = flat.numel()
     packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
     scales = torch.empty(-(-count // block_size), dtype=torch.float32)
-    _library().quantize(
+    extension().quantize(
         flat.data_ptr(), _TYPES[flat.dtype], count, block_size, packed.data_ptr(), scales.data_ptr(), _threads()
     )
     return packed, scales
@@ -123,7 +123,7 @@ def scales_quantize(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Te
     offset = absmax.mean()  # torch's own order of summation: the same bits as the reference
     codes = torch.empty(count, dtype=torch.uint8)
     nested = torch.empty(-(-count // block_size), dtype=torch.float32)
-    _library().quantize_scales(
+    extension().quantize_scales(
         absmax.data_ptr(), offset.item(), count, block_size, codes.data_ptr(), nested.data_ptr(), _threads()
     )
     return codes, nested, offset
@@ -150,7 +150,7 @@ def _decode(
 ) -> None:
     """Write the weight into `out`, whose shape and type say how much and as what."""
     where = _pointers(packed, scales, ns, no, nested_block)
-    _library().dequantize(*where, out.numel(), block, bits, _TYPES[out.dtype], out.data_ptr(), _threads())
+    extension().dequantize(*where, out.numel(), block, bits, _TYPES[out.dtype], out.data_ptr(), _threads())
 
 
 def _pointers(
@@ -190,7 +190,7 @@ def _product(x: Tensor, matrix: Tensor) -> Tensor:
     _hand_over_product()
     y = x.new_empty(*x.shape[:-1], n)
     x = x.contiguous()
-    _library().multiply_columns(x.data_ptr(), matrix.data_ptr(), y.data_ptr(), rows, k, n, matrix.stride(), _threads())
+    extension().multiply_columns(x.data_ptr(), matrix.data_ptr(), y.data_ptr(), rows, k, n, matrix.stride(), _threads())
     return y
 
 
@@ -207,7 +207,7 @@ def _hand_over_product() -> None:
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     names = ("aoti_torch_create_tensor_from_blob", "aoti_torch_cpu_mm_out", "aoti_torch_delete_tensor_object")
     addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
-    _library().set_product(*addresses, library.aoti_torch_dtype_bfloat16(), library.aoti_torch_device_type_cpu())
+    extension().set_product(*addresses, library.aoti_torch_dtype_bfloat16(), library.aoti_torch_device_type_cpu())
 
 
 def nf4_linear(
@@ -246,7 +246,7 @@ def _multiply_rows(
         (*_pointers(packed, scales, ns, no, nested_block), n, y.data_ptr())
         for (packed, scales, ns, no), n, y in zip(weights, rows, ys, strict=True)
     ]
-    _library().multiply_rows(x.data_ptr(), described, x.numel() // k, k, block, _threads())
+    extension().multiply_rows(x.data_ptr(), described, x.numel() // k, k, block, _threads())
     return ys
 
 
@@ -301,7 +301,7 @@ def _multiply_dense(
         layers.append((y.data_ptr(), n, table, size))
         addresses.append(weight.data_ptr())
     at, count = (0, 0) if route is None else (route.data_ptr(), len(route))
-    _library().multiply_dense(x.data_ptr(), addresses, layers, at, count, x.numel() // k, k, _threads())
+    extension().multiply_dense(x.data_ptr(), addresses, layers, at, count, x.numel() // k, k, _threads())
     return ys
 
 
@@ -312,7 +312,7 @@ def _few_dense_rows(x: Tensor, weights: Sequence[Tensor]) -> bool:
     for weight in weights:  # no `all`, which costs a microsecond in every layer
         if weight.dtype != torch.bfloat16 or weight.shape[1] != k or not weight.is_contiguous():
             return False
-    return bool(_library().has_dense())
+    return bool(extension().has_dense())
 
 
 def takes(op: str, *args: Any) -> bool:
@@ -336,7 +336,7 @@ def _attends(q: Tensor, cos: Tensor | None) -> bool:
     """Whether the kernels take it: bfloat16, heads of a multiple of 32, with AVX512-BF16."""
     size = q.shape[-1]
     same = q.dtype == torch.bfloat16 and (cos is None or (cos.dtype == torch.bfloat16 and cos.shape[-1] == size))
-    return same and size % 32 == 0 and size <= 256 and _library().has_blocks()
+    return same and size % 32 == 0 and size <= 256 and extension().has_blocks()
 
 
 def step_tokens(q: Tensor, cos: Tensor | None, keys: Tensor) -> int:
@@ -363,7 +363,7 @@ def attention(
     if not _attends(q, cos):
         return reference_attention.attention(q, k, v, cos, sin, starts, scale, window)
     out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:2], dtype=torch.float32)
-    _attend(partial(_library().attend, False), (q, k, v, cos, sin), (out, lse), (starts,), scale, window)
+    _attend(partial(extension().attend, False), (q, k, v, cos, sin), (out, lse), (starts,), scale, window)
     return out, lse
 
 
@@ -389,7 +389,7 @@ def attention_backward(
         torch.empty(v.shape, dtype=q.dtype),
     )
     rest = (out, lse, dout.contiguous(), *gradients)
-    _attend(partial(_library().attend, True), (q, k, v, cos, sin), rest, (starts,), scale, window)
+    _attend(partial(extension().attend, True), (q, k, v, cos, sin), rest, (starts,), scale, window)
     return gradients
 
 
@@ -401,7 +401,7 @@ def attention_work(
     Of each item of work: sequence, query heads [first, last), queries [first, last), keys. The items do not depend
     on `threads`.
     """
-    items, parts = _library().attention_work(backward, starts, heads, kv_heads, size, window or _NO_WINDOW, threads)
+    items, parts = extension().attention_work(backward, starts, heads, kv_heads, size, window or _NO_WINDOW, threads)
     return items, parts
 
 
@@ -445,7 +445,7 @@ def attention_step(
     assert max(rows) < keys.shape[0]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     where = (rows, lengths, keys.shape[2])
-    _attend(_library().attend_step, (q, k, v, cos, sin), (out, keys, values), where, scale, window)
+    _attend(extension().attend_step, (q, k, v, cos, sin), (out, keys, values), where, scale, window)
     return out
 
 
@@ -454,7 +454,7 @@ def _fits(*tensors: Tensor) -> bool:
     for x in tensors:  # no `all`, which costs a microsecond in every layer
         if x.dtype != torch.bfloat16:
             return False
-    return bool(_library().has_blocks())
+    return bool(extension().has_blocks())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, wide: bool) -> tuple[Tensor, Tensor]:
@@ -465,7 +465,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, wide: bool) -
     y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
     pointers = (y.data_ptr(), rstd.data_ptr())
     rows = rstd.numel()
-    _library().rms_norm(x.data_ptr(), weight.data_ptr(), rows, width, eps, offset, wide, *pointers, _threads())
+    extension().rms_norm(x.data_ptr(), weight.data_ptr(), rows, width, eps, offset, wide, *pointers, _threads())
     return y, rstd
 
 
@@ -476,7 +476,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offse
     tensors = [t.contiguous() for t in (dy, x, weight, rstd)]
     dx = torch.empty_like(tensors[1])
     pointers = [t.data_ptr() for t in tensors]
-    _library().rms_norm_backward(*pointers, rstd.numel(), x.shape[-1], offset, dx.data_ptr(), _threads())
+    extension().rms_norm_backward(*pointers, rstd.numel(), x.shape[-1], offset, dx.data_ptr(), _threads())
     return dx
 
 
@@ -486,7 +486,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return elementwise.swiglu(gate, up)
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    _library().swiglu(gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr(), _threads())
+    extension().swiglu(gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr(), _threads())
     return out
 
 
@@ -497,7 +497,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate), torch.empty_like(up)
     pointers = [t.data_ptr() for t in (dy, gate, up)]
-    _library().swiglu_backward(*pointers, gate.numel(), *(t.data_ptr() for t in out), _threads())
+    extension().swiglu_backward(*pointers, gate.numel(), *(t.data_ptr() for t in out), _threads())
     return out
 
 
@@ -507,7 +507,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
         return elementwise.cross_entropy_(logits, labels)
     labels = labels.contiguous()
     losses = torch.empty(labels.shape, dtype=torch.float32)
-    _library().cross_entropy(logits.data_ptr(), labels.data_ptr(), *logits.shape, losses.data_ptr(), _threads())
+    extension().cross_entropy(logits.data_ptr(), labels.data_ptr(), *logits.shape, losses.data_ptr(), _threads())
     return losses
 
 
@@ -540,7 +540,7 @@ def add_lora(ys: Sequence[Tensor], x: Tensor, tables: Sequence[tuple[int, int]],
         assert y.is_contiguous()
         assert y.dtype == x.dtype == torch.bfloat16
         layers.append((y.data_ptr(), y.shape[-1], *table))
-    _library().grouped_lora(layers, x.data_ptr(), route.data_ptr(), len(route), x.shape[-1], _threads())
+    extension().grouped_lora(layers, x.data_ptr(), route.data_ptr(), len(route), x.shape[-1], _threads())
 
 
 def multiply_adapted(

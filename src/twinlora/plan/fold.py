@@ -60,9 +60,8 @@ def extrapolate(small: Mapping[Any, int], large: Mapping[Any, int], times: int) 
     return {key: small.get(key, 0) + times * (large.get(key, 0) - small.get(key, 0)) for key in {**small, **large}}
 
 
-def unfolded(log: Sequence[Event], period: int, copies: int) -> tuple[list[int], int]:
-    """The events of a model that has one of the middle repetitions `copies` times more than the model of `log`, and how
-    many of them come before the backward pass.
+def unfolded(log: Sequence[Event], period: int, copies: int) -> list[int]:
+    """The events of a model that has one of the middle repetitions `copies` times more than the model of `log`.
 
     A positive number is a block of so many bytes, the others are blocks given back: minus their index in order of
     taking. What was taken before the log began, and scalars, are left out.
@@ -72,17 +71,14 @@ def unfolded(log: Sequence[Event], period: int, copies: int) -> tuple[list[int],
     out: list[int] = []
     index: dict[tuple[int, int], int] = {}  # of blocks that are held, by block and repetition
     count = itertools.count()
-    forward: int | None = None
     for event, copy in repeated.events():
-        if forward is None and event.segment[0] == "backward":
-            forward = len(out)
         key = repeated.block(event, copy)
         if event.size:
             index[key] = next(count)
             out.append(event.size)
         elif key in index:
             out.append(-index.pop(key))
-    return out, len(out) if forward is None else forward
+    return out
 
 
 def _large(log: Sequence[Event]) -> list[Event]:

@@ -26,7 +26,6 @@ Cause = Literal[
     "weights", "quantisation constants", "adapter", "gradients", "optimiser", "activations", "loss head", "workspace"
 ]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
-_SCRATCH = 1 << 18  # bytes that oneDNN takes in a 16-bit product: 60 kB to 0.9 MB of SmolLM2's, by shape
 Place = int | str | None  # a layer's number, or the name of a parameter outside of the layers
 Segment = tuple[str, Place]  # phase, and where in the model it is
 
@@ -120,7 +119,6 @@ class Ledger(TorchDispatchMode):
             self._see(passing)
         if (shape := self.target.compiles(func, args)) is not None:
             self.products.add(shape)
-            self._log(0, self._log(_SCRATCH))
         for kind, calls in work.of(func, args, kwargs, made):
             done = self.work.setdefault(self.part, {})
             done[kind] = done.get(kind, 0) + calls

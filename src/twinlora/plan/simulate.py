@@ -25,13 +25,13 @@ from twinlora.data.template import Example
 from twinlora.errors import ConfigError
 from twinlora.model.linear import QuantLinear
 from twinlora.model.load import weight_bytes
+from twinlora.numerics import pool
 from twinlora.numerics.formats import DENSE, Format, parse
 from twinlora.numerics.target import simulating
 from twinlora.numerics.workspace import WEIGHT
 from twinlora.plan import work
 from twinlora.plan.build import Proof, build, prove, require_family, signatures, with_layers
 from twinlora.plan.fold import Fold, aligned, extrapolate, fold, unfolded
-from twinlora.plan.heap import extent
 from twinlora.plan.ledger import Event, Ledger, Peak, Segment
 from twinlora.plan.observe import Observed, observe
 from twinlora.plan.targets import Target, TargetName
@@ -105,7 +105,7 @@ class Simulated:
     gradient_bytes: int  # of all gradients, which wait while another micro-batch passes
     kernel_bytes: int = 0  # of the workspace, what compiled kernels keep outside of torch's allocator
     products: int = 0  # shapes of 16-bit products, for overhead.py
-    fragmentation: int = 0  # on a CPU what the heap takes beyond the peak (heap.py), which does not include it
+    fragmentation: int = 0  # on a CPU what the pool takes beyond the peak (numerics/pool.py), which does not include it
 
     @property
     def by_cause(self) -> dict[str, int]:
@@ -133,7 +133,7 @@ class _Run:
 
 def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
     """Simulate a step. Raises ModelError for a family that is not tested, AdapterError for a target that matches
-    nothing, ConfigError for a batch or a method that cannot be, BackendError if the heap could not be measured."""
+    nothing, ConfigError for a batch or a method that cannot be."""
     require_family(config)
     proof = prove(config, cell.dtype, cell.lora, fused=cell.fused)
     plan = fold(_layers(config, cell))
@@ -162,11 +162,11 @@ def simulate(config: PretrainedConfig, cell: Cell) -> Simulated:
 
 
 def _fragmentation(runs: list[_Run], plan: Fold, peak: int) -> int:
-    """Bytes that this machine's heap takes for the step beyond its peak."""
+    """Bytes that the pool of this machine's process takes for the step beyond its peak."""
     small, large = runs[0], runs[-1]
     alive = small.alive + plan.times * (large.alive - small.alive)
-    heap = extent(*unfolded(large.log, plan.period, max(0, plan.times - 1)))
-    return max(0, heap - (peak - alive))
+    extent = pool.extent(unfolded(large.log, plan.period, max(0, plan.times - 1)))
+    return max(0, extent - (peak - alive))
 
 
 def _layers(config: PretrainedConfig, cell: Cell) -> list[Any]:

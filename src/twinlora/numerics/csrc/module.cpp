@@ -1,6 +1,7 @@
 // The Python module: checked by numerics/cpu.py, which hands over addresses of contiguous tensors.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -20,6 +21,7 @@
 #include "attention_items.hpp"
 #include "elementwise.hpp"
 #include "lora.hpp"
+#include "pool.hpp"
 #include "portable.hpp"
 #include "threads.hpp"
 #include "torch_product.hpp"
@@ -396,4 +398,7 @@ NB_MODULE(_cpu, m) {
     m.def("swiglu", &swiglu, release());
     m.def("swiglu_backward", &swiglu_backward, release());
     m.def("cross_entropy", &cross_entropy, release());
+    m.def("pool_torch_memory", &pool_torch_memory);
+    m.def("pool_use", [] { return std::pair(pool_use().end, pool_use().taken); });
+    m.def("pool_extent", &pool_extent, release());
 }
