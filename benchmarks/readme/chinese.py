@@ -34,9 +34,9 @@ WORDS = [
     (r"often said of LoRA", "常见的说法"),
     (r"Memory of a training step on a CPU, predicted from the configuration alone, against what was measured: rows of 1 × 512, "
      r"16 short and 2 × 1,024 tokens, with and without recomputing\. step: the most that tensors and kernels hold at a time\. "
-     r"process: what its resident set grows by, gaps in the heap included\. ",
+     r"process: what its resident set grows by, gaps between tensors included\. ",
      "CPU 上一个训练步的内存，只凭配置预测，与实测相比：1 × 512、16 行短文本、2 × 1,024 个 token，各有重算与不重算两种。“步”指张量与内核"
-     "同时占用的最大值；“进程”指常驻内存的增长，包括堆里的空隙。"),
+     "同时占用的最大值；“进程”指常驻内存的增长，包括张量之间的空隙。"),
     (r"\| method \| model \| cells \| step: median error \| largest \| process: median error \| largest \|",
      "| 方法 | 模型 | 组数 | 步：误差中位数 | 最大 | 进程：误差中位数 | 最大 |"),
     (r"Time of the same steps, predicted from rates that this machine took (\d+) s to measure, in turns with "

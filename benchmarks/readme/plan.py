@@ -118,7 +118,7 @@ def plan_memory() -> str:
     setting = (
         "Memory of a training step on a CPU, predicted from the configuration alone, against what was measured: rows of 1 × "
         "512, 16 short and 2 × 1,024 tokens, with and without recomputing. step: the most that tensors and kernels hold at a "
-        "time. process: what its resident set grows by, gaps in the heap included. "
+        "time. process: what its resident set grows by, gaps between tensors included. "
     )
     if not measured("plan_memory"):
         return setting + not_yet("plan_memory.py")

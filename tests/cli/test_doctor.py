@@ -1,4 +1,5 @@
 import json
+import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 
@@ -6,7 +7,7 @@ import pytest
 
 from twinlora.cli import doctor
 from twinlora.cli.main import main
-from twinlora.numerics import cpu
+from twinlora.numerics import cpu, pool
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +76,15 @@ def test_missing_backend_disk_and_gpu_come_with_what_mends_them(capsys, monkeypa
     assert "room on disk: 1.0 GB free (hub cache, " in shown
     assert "→ make CUDA=1" in shown
     assert "none (torch is a CPU build; an NVIDIA driver is here)" in shown
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there can it be had")
+def test_a_limit_on_the_address_space_leaves_torch_without_the_pool(capsys, monkeypatch):
+    monkeypatch.setattr(pool, "install", lambda: False)
+    assert main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["tensor_pool"] is False
+    assert any("pool" in line["what"] and "ulimit" in line["mend"] for line in facts["missing"])
 
 
 @pytest.mark.parametrize("version", [None, "3.6.0"])

@@ -123,6 +123,16 @@ def test_of_a_base_in_4_bits_qlora_alone_is_planned(simulated, tmp_path):
     assert [row.method for row in plan(init="loftq").rows] == ["qlora"]
 
 
+def test_a_cpu_without_the_pool_of_tensors_loses_memory_that_is_not_planned(simulated, monkeypatch):
+    def said(**options):
+        return any("heap loses to holes" in note for note in plan(**options).notes)
+
+    assert not said(device="cpu")
+    monkeypatch.setattr(answer.pool, "install", lambda: False)
+    assert said(device="cpu")
+    assert not said(device="RTX 4090")
+
+
 def test_gb_is_told_from_gib(simulated):
     assert "24 GB are 22.4 GiB" in plan(memory="24GB").notes[0]
     assert plan(memory="24GiB").memory == 24 * GIB

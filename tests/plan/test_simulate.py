@@ -105,12 +105,6 @@ def _changes(profile: torch.profiler.profile) -> list[int]:
     return changes
 
 
-@pytest.fixture(autouse=True)
-def _without_heap(monkeypatch):
-    """This machine's heap takes seconds and differs from process to process; test_heap.py has it."""
-    monkeypatch.setattr(simulate, "extent", lambda events, forward: sum(size for size in events if size > 0))
-
-
 @pytest.fixture(scope="module")
 def medium(tmp_path_factory):
     """A llama of three layers, large enough that every cause shows."""

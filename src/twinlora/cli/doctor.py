@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,13 +47,14 @@ def examine() -> dict[str, Any]:
     """Everything that doctor knows, as JSON. Sizes in bytes, rates in flop/s."""
     from twinlora import machine
     from twinlora.model.load import pick_device
-    from twinlora.numerics import cpu, ops
+    from twinlora.numerics import cpu, ops, pool
 
     device = pick_device("auto")
     facts = machine.describe(device) | {
         "backend": ops.backend(device),
         "cpu_paths": cpu.paths(),
         "openmp": cpu.runtime() if cpu.paths() else None,
+        "tensor_pool": pool.install(),
         "rates": _rates(),
         "gpu": _gpu(),
         "hub": _hub(),
@@ -122,12 +124,16 @@ def _missing(facts: dict[str, Any]) -> list[dict[str, str]]:
     """What stands in the way of full speed or of a run, and what mends it. Optional packages are listed apart."""
     found = []
     if not facts["cpu_paths"]:
-        found.append(("the compiled CPU backend: NF4 is decoded several times slower", "install a C++ compiler, then "
+        found.append(("the compiled CPU backend: NF4 is decoded several times slower, and steps take more memory than "
+                      "planned", "install a C++ compiler, then "
                       "`pip install --editable .` in twinlora's sources"))  # fmt: skip
     elif not facts["openmp"]:
         found.append(
             ("an OpenMP runtime of torch: our kernels run on one thread", "pip install --force-reinstall torch")
         )
+    if facts["cpu_paths"] and not facts["tensor_pool"] and platform.libc_ver()[0] == "glibc":
+        found.append(("a pool for torch's large tensors: a step on the CPU may take half as much memory again",
+                      "ulimit -v unlimited"))  # fmt: skip
     if facts["gpu"]["driver"] and not facts["gpu"]["torch_cuda"]:
         found.append(
             ("a CUDA build of torch: this machine has an NVIDIA driver", "make CUDA=1, or PyTorch's install page")

@@ -33,8 +33,8 @@ except ImportError:
     _native = None
 
 __all__ = [
-    "FEW_LORA_ROWS", "OPS", "add_lora", "attention_work", "extension", "has_blocks", "lora_entry", "multiply_adapted", "path",
-    "paths", "runtime", "step_tokens", "use_path",
+    "FEW_LORA_ROWS", "OPS", "add_lora", "attention_work", "extension", "has_blocks", "lora_entry", "multiply_adapted",
+    "path", "paths", "runtime", "step_tokens", "use_path",
 ]  # fmt: skip
 
 OPS = (

@@ -12,6 +12,7 @@ import torch
 from twinlora import machine
 from twinlora.config import PlanOptions, parse_size
 from twinlora.model.load import pick_device, pick_dtype
+from twinlora.numerics import pool
 from twinlora.plan import calibrate, score
 from twinlora.plan.advise import Change, Choice, changes, choose, rows_for
 from twinlora.plan.claims import checked
@@ -198,6 +199,10 @@ def _memory_notes(options: PlanOptions, device: Device, memory: int, *, here: bo
     lines = [memory_note(options.memory, memory)]
     if memory > 1.02 * device.memory_bytes:
         lines.append(f"{gib(memory)} as given are more than {device.name} {has}: {gib(device.memory_bytes)}")
+    if here and device.target == "cpu" and not pool.install():
+        lines.append(
+            "what the C library's heap loses to holes comes on top; `twinlora doctor` says why there is no pool"
+        )
     return [line for line in lines if line]
 
 

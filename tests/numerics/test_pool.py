@@ -1,0 +1,207 @@
+"""The pool of large tensors, in processes of their own: once it is there, it stays."""
+
+import platform
+import random
+
+import pytest
+
+from tests.conftest import printed
+from twinlora.numerics import cpu, pool
+
+KIB, MIB = 1 << 10, 1 << 20
+pytestmark = pytest.mark.skipif(
+    cpu.extension() is None or platform.libc_ver()[0] != "glibc", reason="needs the extension and glibc"
+)
+START = "import torch; from twinlora.numerics import cpu, pool; assert pool.install(); use = cpu.extension().pool_use; "
+
+
+def test_torch_takes_large_blocks_from_it_and_gives_them_back():
+    code = START + (
+        "x = torch.empty(1 << 20); print(use()); y = torch.empty(16383); print(use()); z = torch.empty(16384); "
+        "print(use(), pool.kept_bytes()); del x, y, z; print(use(), pool.kept_bytes())"
+    )
+    x, z = 4 * MIB, 64 * KIB
+    all_of_it = x + z
+    expected = [(x, x), (x, x), f"{(all_of_it, all_of_it)} 0", f"{(all_of_it, 0)} {all_of_it}"]
+    assert printed(code).splitlines() == [str(line) for line in expected]
+
+
+def test_what_was_allocated_before_it_came_is_freed_as_before():
+    code = (
+        "import torch; from twinlora.numerics import pool; x = torch.ones(1 << 20); y = x.numpy(); pool.install(); "
+        "del x, y; print(pool.kept_bytes())"
+    )
+    assert printed(code) == "0"
+
+
+def test_a_tensor_holds_what_is_written_to_it_while_others_come_and_go():
+    """In several threads: no two blocks overlap."""
+    code = START + (
+        """
+import random, threading
+torch.set_num_threads(1)
+wrong = []
+def work(number):
+    chance, held = random.Random(number), []
+    for step in range(400):
+        value = number * 1000 + step
+        held.append((value, torch.full((chance.randrange(1 << 14, 1 << 17),), value, dtype=torch.int32)))
+        if len(held) > 8:
+            value, tensor = held.pop(chance.randrange(len(held)))
+            wrong.extend([value] if not bool((tensor == value).all()) else [])
+threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+[thread.start() for thread in threads]; [thread.join() for thread in threads]
+print(wrong, use()[1])
+"""
+    )
+    assert printed(code) == "[] 0"
+
+
+def events(seed, count):
+    """Blocks of random sizes, given back in any order, all of them in the end."""
+    chance = random.Random(seed)
+    out, held, taken = [], [], 0
+    while len(out) < count or held:
+        if len(out) < count and (not held or chance.random() < 0.55):
+            out.append(chance.choice([MIB, 3 * MIB // 2, 100_001, chance.randrange(64 * KIB, 2 * MIB)]))
+            held.append(taken)
+            taken += 1
+        else:
+            out.append(-held.pop(chance.randrange(len(held))))
+    return out
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_foretold_is_what_torch_then_takes(seed):
+    blocks = events(seed, 2000)
+    code = START + (
+        f"""
+held, count = {{}}, 0
+for event in {blocks}:
+    if event > 0:
+        held[count] = torch.empty(event, dtype=torch.uint8)
+        count += 1
+    else:
+        del held[-event]
+print(use())
+"""
+    )
+    assert printed(code) == str((pool.extent(blocks), 0))
+
+
+def first_fit(blocks):
+    """How far blocks extend a range if each goes to the smallest hole, the first of equal ones: by looking at all."""
+    held, end, count = {}, 0, 0
+    for event in blocks:
+        if event <= 0:
+            del held[-event]
+            continue
+        size, at, holes = -(-event // 64) * 64, 0, []
+        for start, length in sorted(held.values()):
+            holes.append((start - at, at))
+            at = start + length
+        holes.append((end - at, at))
+        held[count] = min([hole for hole in holes if hole[0] >= size], default=(0, at))[1], size
+        end = max(end, sum(held[count]))
+        count += 1
+    return end
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_block_goes_to_the_smallest_hole(seed):
+    blocks = events(seed, 300)
+    assert pool.extent(blocks) == first_fit(blocks)
+
+
+def test_holes_are_used_by_blocks_of_their_size_and_neighbours_become_one():
+    assert pool.extent([MIB, MIB, 0, MIB]) == 2 * MIB
+    assert pool.extent([MIB, MIB, MIB, 0, -1, 2 * MIB]) == 3 * MIB
+    assert pool.extent([MIB, MIB, -1, 3 * MIB]) == 4 * MIB, "the last hole is extended"
+    assert pool.extent([MIB, MIB, 0, 3 * MIB // 2]) == 7 * MIB // 2
+
+
+def test_small_blocks_count_for_the_most_that_is_held():
+    assert pool.extent([MIB, 1000, 1000, -1, 1000, -2, -3]) == MIB + 2 * 1024
+    assert pool.extent([]) == 0
+
+
+def test_a_block_that_is_not_there_cannot_be_given_back():
+    with pytest.raises(ValueError, match="twice"):
+        pool.extent([MIB, 0, 0])
+    with pytest.raises(IndexError):
+        pool.extent([MIB, -1])
+
+
+def test_the_heap_would_be_left_with_holes():
+    """The reason for it: small objects in the edges of blocks make each block's own place too small for the next."""
+    grow = """
+import ctypes
+from twinlora import machine
+c = ctypes.CDLL(None)
+c.malloc.restype = ctypes.c_void_p
+c.mallopt(-1, -1); c.mallopt(-4, 0)
+torch.set_num_threads(1)
+before = machine.rss_bytes()
+for step in range(60):
+    held = []
+    for layer in range(20):
+        held.append(torch.ones(1 << 20, dtype=torch.uint8))
+        kept = [c.malloc(size) for size in range(24, 96, 8)]
+    del held
+print(machine.rss_bytes() - before)
+"""
+    without, within = int(printed("import torch\n" + grow)), int(printed(START + grow))
+    assert within < 24 * MIB
+    assert without > 1.5 * within
+
+
+def test_a_limit_on_the_address_space_is_kept():
+    """One that was there: no pool. One that comes later: the pool no longer grows, and torch says so as ever."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 34, 1 << 34)); "
+    assert printed(limit + "from twinlora.numerics import pool; print(pool.install())") == "False"
+    code = START + (
+        """
+import resource
+from pathlib import Path
+x = torch.ones(64 << 20, dtype=torch.uint8)
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (32 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+del x
+x = torch.ones(64 << 20, dtype=torch.uint8)
+try:
+    torch.ones(256 << 20, dtype=torch.uint8)
+except RuntimeError as error:
+    print("can't allocate memory" in str(error))
+"""
+    )
+    assert printed(code) == "True"
+
+
+def test_a_child_process_has_a_pool_of_its_own():
+    code = START + (
+        """
+import os, threading
+torch.set_num_threads(1)
+stop = threading.Event()
+def churn():
+    while not stop.is_set():
+        torch.empty(1 << 20)
+threads = [threading.Thread(target=churn) for _ in range(2)]
+[thread.start() for thread in threads]
+ends = []
+for _ in range(50):
+    if not (child := os.fork()):
+        os._exit(int(torch.ones(1 << 16).sum().item() != 1 << 16))
+    ends.append(os.waitpid(child, 0)[1])
+stop.set()
+[thread.join() for thread in threads]
+print(set(ends))
+"""
+    )
+    assert printed(code) == "{0}"
+
+
+def test_without_the_extension_there_is_none(monkeypatch):
+    monkeypatch.setattr(cpu, "extension", lambda: None)
+    assert not pool.install()
+    assert pool.kept_bytes() == pool.extent([MIB]) == 0
