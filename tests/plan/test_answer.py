@@ -85,6 +85,9 @@ def test_the_longest_row_of_the_data_decides_and_packing_counts(simulated, tmp_p
     assert padded.workload.largest(8192).size(packed=False) == 8 * longest
     assert packed.workload.largest(8192).size(packed=True) < 4 * longest
     assert packed.workload.tokens == padded.workload.tokens
+    filled = {-(-sum(len(row.ids) for row in batch) // 64) for batch in packed.workload.batches}
+    assert 1 < packed.workload.sizes(8192) == len(filled) < len(packed.workload.batches) + 1
+    assert padded.workload.sizes(8192) == len({max(len(r.ids) for r in b) * len(b) for b in padded.workload.batches})
     (count, mean), (count_padded, mean_padded) = (w.workload.micro_batches(8192) for w in (packed, padded))
     assert count * mean == pytest.approx(packed.workload.tokens)
     assert count_padded * mean_padded > 1.3 * packed.workload.tokens

@@ -14,6 +14,11 @@ def test_products_of_what_is_tried_before_the_step_count_as_well():
     assert Overhead(100, 7).total(3) == 142
 
 
+def test_each_number_of_rows_has_products_of_its_own_as_many_as_are_kept():
+    assert Overhead(100, 7).compiled(3, sizes=5) == 7 * 3 * 6
+    assert Overhead(100, 7).total(300, sizes=5) == 100 + 7 * 1024
+
+
 def test_it_is_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = overhead.overhead()

@@ -19,8 +19,8 @@ from twinlora.model.attention import Layout
 from twinlora.numerics.target import kind_of
 
 __all__ = [
-    "Batch", "MicroBatch", "epoch_order", "epoch_size", "make_batch", "make_micro_batch", "require_seen", "split",
-    "steps_per_epoch",
+    "Batch", "MicroBatch", "epoch_order", "epoch_size", "filled", "make_batch", "make_micro_batch", "require_seen",
+    "split", "steps_per_epoch",
 ]  # fmt: skip
 
 
@@ -28,6 +28,11 @@ __all__ = [
 # a compiled product for every number of rows it has met, about 20 MB a step where each step has another number.
 _ROUND = 64
 _FILLER = 0  # nothing sees it; a tokenizer's own token for padding may be without an embedding
+
+
+def filled(tokens: int) -> int:
+    """Rows that go through the products of a CPU for so many packed tokens."""
+    return -(-tokens // _ROUND) * _ROUND
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ def make_micro_batch(examples: Sequence[Example], *, packed: bool, device: torch
                 loss_rows.append(start + t - 1)
                 labels.append(example.ids[t])
     if packed:
-        fill = -sum(lengths) % _ROUND if kind_of(device) == "cpu" else 0
+        fill = filled(sum(lengths)) - sum(lengths) if kind_of(device) == "cpu" else 0
         layout = Layout([*lengths, fill] if fill else lengths, device)
         ids = torch.tensor([[token for example in examples for token in example.ids] + [_FILLER] * fill])
         mask, positions = None, layout.positions()

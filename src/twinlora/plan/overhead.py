@@ -22,6 +22,8 @@ from twinlora.model.fingerprint import cache_directory
 
 __all__ = ["Overhead", "overhead"]
 
+_MOST_PRODUCTS = 1024  # that oneDNN keeps
+
 
 @dataclass(frozen=True)
 class Overhead:
@@ -31,14 +33,14 @@ class Overhead:
     libraries: int
     product: int
 
-    def compiled(self, products: int) -> int:
-        """Of a step with so many shapes of products (`Simulated.products`). What is tried on a model before it trains
-        (its blocks, packing, the head) multiplies by other numbers of rows: about as many shapes again."""
-        return 2 * self.product * products
+    def compiled(self, products: int, sizes: int = 1) -> int:
+        """Of steps with so many shapes of products (`Simulated.products`) for each of `sizes` numbers of rows. What is
+        tried on a model before it trains (its blocks, packing, the head) is about one more."""
+        return self.product * min(_MOST_PRODUCTS, products * (sizes + 1))
 
-    def total(self, products: int) -> int:
+    def total(self, products: int, sizes: int = 1) -> int:
         """All of it."""
-        return self.libraries + self.compiled(products)
+        return self.libraries + self.compiled(products, sizes)
 
 
 def overhead() -> Overhead:

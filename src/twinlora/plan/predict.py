@@ -64,7 +64,7 @@ def predict(
         fused=options.fused, precision=precision,
     )  # fmt: skip
     found = simulated(config, cell)
-    compiled = overhead().compiled(found.products) if device.type == "cpu" else 0
+    compiled = overhead().compiled(found.products, workload.sizes(limit)) if device.type == "cpu" else 0
     by_cause = found.by_cause | {"fragmentation": found.fragmentation, "runtime": runtime + compiled}
     rates = calibrate.load(calibrate.hardware(device))
     seconds = None

@@ -177,7 +177,7 @@ class Ways:
         """The way of `row`, with the row's setting simulated itself."""
         method = "qlora" if row.method == "hybrid" else row.method
         found = self._simulated(method, row.setting.checkpointing, row.setting.micro_batch_tokens)
-        by_cause = found.by_cause | self._beside(found)
+        by_cause = found.by_cause | self._beside(found, row.setting.micro_batch_tokens)
         better = dataclasses.replace(row.setting, by_cause=by_cause, exact=True)
         candidates = tuple(better if candidate is row.setting else candidate for candidate in row.way.candidates)
         return dataclasses.replace(row.way, candidates=candidates)
@@ -208,7 +208,7 @@ class Ways:
         tokens = micro.size(packed=self.workload.packed)
         work = sum(found.counts.flops.values()) / micro.micro_batches
         times = (None, 0.0) if rates is None else step_times(rates, found, micro, tokens)
-        passing, updating = (causes | self._beside(found) for causes in (found.passing, found.update))
+        passing, updating = (causes | self._beside(found, limit) for causes in (found.passing, found.update))
         if found.by_cause is not found.update:  # the holes are those of the larger moment
             updating["fragmentation"] = 0
         return _Point(passing, updating, found.gradient_bytes, tokens, work, *times)
@@ -245,8 +245,9 @@ class Ways:
             exact and top.exact,
         )
 
-    def _beside(self, found: Simulated) -> dict[str, int]:
-        return {"fragmentation": found.fragmentation, "runtime": self.conditions.overhead.total(found.products)}
+    def _beside(self, found: Simulated, limit: int) -> dict[str, int]:
+        runtime = self.conditions.overhead.total(found.products, self.workload.sizes(limit))
+        return {"fragmentation": found.fragmentation, "runtime": runtime}
 
     def _way(self, method: str, candidates: list[Candidate], found: Simulated, quantised: int) -> Way:
         full = method == "full"

@@ -12,7 +12,7 @@ from functools import cached_property
 from twinlora.config import PlanOptions, TrainOptions
 from twinlora.data import sources
 from twinlora.data.examples import encode_rows
-from twinlora.data.packing import epoch_order, epoch_size, require_seen, split, steps_per_epoch
+from twinlora.data.packing import epoch_order, epoch_size, filled, require_seen, split, steps_per_epoch
 from twinlora.data.template import Example
 from twinlora.model.load import load_tokenizer
 from twinlora.plan.model import Planned
@@ -108,6 +108,11 @@ class Workload:
         """How many micro-batches of at most `limit` tokens the run has, and the tokens of their mean."""
         sizes = [self._size(part) for parts in self._parts(limit) for part in parts]
         return len(sizes), sum(sizes) / len(sizes)
+
+    def sizes(self, limit: int) -> int:
+        """How many numbers of rows the products of the run's micro-batches of at most `limit` tokens have on a CPU."""
+        sizes = [self._size(part) for parts in self._parts(limit) for part in parts]
+        return len({filled(size) if self.packed else size for size in sizes})
 
     def _parts(self, limit: int) -> list[list[list[Example]]]:
         if limit not in self._cut:
