@@ -171,7 +171,7 @@ def measure(connection: Any, directory: str, cell: Any) -> None:
         precision = mix(2) if cell.precision else {}
         stepper(resolve(tiny), dataclasses.replace(cell, lengths=(64,), rank=4, precision=precision))()
     gc.collect()
-    before = machine.occupied_bytes()
+    before = machine.held_bytes()
     step = stepper(resolve(directory), cell)
     step()
     gc.collect()

@@ -24,8 +24,9 @@ from twinlora.numerics import pool
 T = TypeVar("T")
 
 __all__ = [
-    "apart", "available_bytes", "describe", "heap_bytes", "keep_freed_memory", "mapped", "occupied_bytes",
-    "peak_device_bytes", "peak_rss_bytes", "product_rates", "reset_peaks", "rss_bytes", "spare_bytes",
+    "apart", "available_bytes", "describe", "heap_bytes", "held_bytes", "keep_freed_memory", "mapped",
+    "peak_device_bytes", "peak_rss_bytes", "product_rates", "release_freed_memory", "reset_peaks", "rss_bytes",
+    "spare_bytes",
 ]  # fmt: skip
 
 
@@ -79,6 +80,13 @@ def keep_freed_memory() -> None:
         c = ctypes.CDLL(None)
         c.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         c.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped on its own
+
+
+def release_freed_memory() -> None:
+    """Give the system back what the C library and the pool keep of freed memory, where they are ours to ask."""
+    pool.trim()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def mapped(nbytes: int) -> Tensor:
@@ -144,16 +152,12 @@ class _Heap(ctypes.Structure):
     )  # fmt: skip
 
 
-def _heap() -> _Heap:
-    c = ctypes.CDLL(None)
+def heap_bytes() -> int:
+    """Bytes that glibc has handed out to this thread and by mappings; 0 where it is older than 2.33 or not there."""
+    if platform.libc_ver()[0] != "glibc" or not hasattr(c := ctypes.CDLL(None), "mallinfo2"):
+        return 0
     c.mallinfo2.restype = _Heap
     info: _Heap = c.mallinfo2()
-    return info
-
-
-def heap_bytes() -> int:
-    """Bytes that glibc has handed out to this thread and by mappings. Only where the C library is glibc."""
-    info = _heap()
     return int(info.uordblks + info.hblkhd)
 
 
@@ -162,10 +166,10 @@ def rss_bytes() -> int:
     return _proc_kib("/proc/self/status", "VmRSS")
 
 
-def occupied_bytes() -> int:
-    """The resident set without what glibc and the pool keep of freed memory, which whatever comes next takes first."""
-    kept = int(_heap().fordblks) if platform.libc_ver()[0] == "glibc" else 0
-    return max(0, rss_bytes() - kept - pool.kept_bytes())
+def held_bytes() -> int:
+    """Resident set of this process, once what it keeps of freed memory is given back."""
+    release_freed_memory()
+    return rss_bytes()
 
 
 def peak_rss_bytes(pid: int | None = None) -> int:

@@ -131,7 +131,7 @@ def test_a_cpu_without_the_pool_of_tensors_loses_memory_that_is_not_planned(simu
         return any("heap loses to holes" in note for note in plan(**options).notes)
 
     assert not said(device="cpu")
-    monkeypatch.setattr(answer.pool, "install", lambda: False)
+    monkeypatch.setattr(answer.pool, "refusal", lambda: "there is none")
     assert said(device="cpu")
     assert not said(device="RTX 4090")
 

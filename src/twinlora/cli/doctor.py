@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,7 +53,7 @@ def examine() -> dict[str, Any]:
         "backend": ops.backend(device),
         "cpu_paths": cpu.paths(),
         "openmp": cpu.runtime() if cpu.paths() else None,
-        "tensor_pool": pool.install(),
+        "no_tensor_pool": pool.refusal(),
         "rates": _rates(),
         "gpu": _gpu(),
         "hub": _hub(),
@@ -124,16 +123,12 @@ def _missing(facts: dict[str, Any]) -> list[dict[str, str]]:
     """What stands in the way of full speed or of a run, and what mends it. Optional packages are listed apart."""
     found = []
     if not facts["cpu_paths"]:
-        found.append(("the compiled CPU backend: NF4 is decoded several times slower, and steps take more memory than "
-                      "planned", "install a C++ compiler, then "
+        found.append(("the compiled CPU backend: NF4 is decoded several times slower", "install a C++ compiler, then "
                       "`pip install --editable .` in twinlora's sources"))  # fmt: skip
     elif not facts["openmp"]:
         found.append(
             ("an OpenMP runtime of torch: our kernels run on one thread", "pip install --force-reinstall torch")
         )
-    if facts["cpu_paths"] and not facts["tensor_pool"] and platform.libc_ver()[0] == "glibc":
-        found.append(("a pool for torch's large tensors: a step on the CPU may take half as much memory again",
-                      "ulimit -v unlimited"))  # fmt: skip
     if facts["gpu"]["driver"] and not facts["gpu"]["torch_cuda"]:
         found.append(
             ("a CUDA build of torch: this machine has an NVIDIA driver", "make CUDA=1, or PyTorch's install page")
@@ -163,6 +158,8 @@ def show(facts: dict[str, Any]) -> None:
     """The facts, a line each."""
     _line("cpu", f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads in use")
     _line("memory", f"{facts['memory_bytes'] / 2**30:.1f} GiB")
+    if why := facts["no_tensor_pool"]:
+        _line("", f"no pool for torch's large tensors: {why}; steps on the CPU take up to half as much again")
     _line("gpu", _gpu_line(facts["gpu"]))
     _line("backend", facts["backend"])
     rates = {name: rate / 1e9 for name, rate in facts["rates"].items()}

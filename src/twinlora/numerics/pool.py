@@ -11,26 +11,30 @@ from collections.abc import Sequence
 
 from twinlora.numerics import cpu
 
-__all__ = ["extent", "install", "kept_bytes"]
+__all__ = ["extent", "install", "refusal", "trim"]
 
 
-def install() -> bool:
-    """From now on torch takes blocks of 64 KiB and more from the pool, for all of this process.
+def refusal() -> str | None:
+    """Why large tensors cannot lie in the pool, None where they can: without the compiled extension, with another C
+    library than glibc, under a limit on the address space, in a build of torch with an allocator of its own, beside a
+    profiler that has taken that over, or since TWINLORA_POOL=off says so (for a profiler that comes later)."""
+    native = cpu.extension()
+    return "the compiled extension is missing" if native is None else native.pool_refusal() or None
 
-    False, and nothing changes, without the compiled extension, where the C library is not glibc, under a limit on the
-    address space, and where torch was built with another allocator. Raises BackendError for an extension out of date.
+
+def install() -> None:
+    """From now on torch takes blocks of 64 KiB and more from the pool, for all of this process, unless that is refused.
+
+    Raises BackendError for an extension out of date.
     """
-    native = cpu.extension()
-    return native is not None and bool(native.pool_torch_memory())
+    if (native := cpu.extension()) is not None:
+        native.pool_torch_memory()
 
 
-def kept_bytes() -> int:
-    """What the pool keeps of freed memory."""
-    native = cpu.extension()
-    if native is None:
-        return 0
-    end, taken = native.pool_use()
-    return int(end - taken)
+def trim() -> None:
+    """Give the system back what the pool keeps of freed memory."""
+    if (native := cpu.extension()) is not None:
+        native.pool_trim()
 
 
 def extent(events: Sequence[int]) -> int:

@@ -199,10 +199,8 @@ def _memory_notes(options: PlanOptions, device: Device, memory: int, *, here: bo
     lines = [memory_note(options.memory, memory)]
     if memory > 1.02 * device.memory_bytes:
         lines.append(f"{gib(memory)} as given are more than {device.name} {has}: {gib(device.memory_bytes)}")
-    if here and device.target == "cpu" and not pool.install():
-        lines.append(
-            "what the C library's heap loses to holes comes on top; `twinlora doctor` says why there is no pool"
-        )
+    if here and device.target == "cpu" and (why := pool.refusal()):
+        lines.append(f"what the C library's heap loses to holes comes on top: no pool for large tensors, since {why}")
     return [line for line in lines if line]
 
 

@@ -38,7 +38,7 @@ def planned_options(options: TrainOptions, inputs: Inputs, notes: Notes) -> Trai
         weights=None if options.memory is None else parse_size(options.memory),
         precision=None if options.layer_precision is None else read_layers(options.layer_precision),
         fused=options.fused,
-        held=machine.occupied_bytes(),
+        held=machine.held_bytes(),
     )
     for note in found.notes:
         notes.add(f"plan: {note}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -64,8 +63,6 @@ def overhead() -> Overhead:
 
 def _product_bytes() -> int:
     """What each further shape of a bfloat16 product adds to the heap."""
-    if platform.libc_ver()[0] != "glibc":
-        return 0
     x, w = torch.ones(512, 576).bfloat16(), torch.ones(1536, 576).bfloat16()
     torch.mm(x[:64], w[:64].T)
     gc.collect()
@@ -80,11 +77,10 @@ def _measure() -> Overhead:
     from twinlora.plan.probe import TINY, steps
     from twinlora.train import loop  # noqa: F401  # what a run imports
 
-    glibc = platform.libc_ver()[0] == "glibc"
-    before = machine.heap_bytes() if glibc else 0
+    before = machine.heap_bytes()
     step = list(steps(TINY, torch.device("cpu"), torch.bfloat16))
     gc.collect()
-    libraries = machine.rss_bytes() - ((machine.heap_bytes() - before) if glibc else 0)
+    libraries = machine.rss_bytes() - (machine.heap_bytes() - before)
     del step  # not before its memory was seen
     return Overhead(libraries, _product_bytes())
 

@@ -27,7 +27,7 @@ class Forecast:
         self, options: TrainOptions, inputs: Inputs, dtype: torch.dtype, device: torch.device, notes: Notes
     ) -> None:
         self.options, self.inputs, self.dtype, self.device, self.notes = options, inputs, dtype, device, notes
-        self._runtime = 0 if device.type == "cuda" else machine.occupied_bytes()
+        self._runtime = 0 if device.type == "cuda" else machine.held_bytes()
 
     def _predict(self, prepared: Prepared, memory: Memory) -> Prediction | None:
         """Of a run with the settings that `memory` has come to."""

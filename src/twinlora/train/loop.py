@@ -357,4 +357,5 @@ class _Trainer:
         result["predicted"] = self.forecast.beside(result, prepared, self.memory, as_planned=as_planned)
         document = record.document(options, inputs, prepared, self.memory, self.notes, self.device)
         atomic.write_json(self.run.path / "run.json", document | {"result": result})
+        machine.release_freed_memory()
         return TrainResult(result, self.model, inputs.tokenizer, prepared.plain_head, prepared.packed)

@@ -22,16 +22,18 @@ class Arena {
         const auto hole = blocks.find(at);
         if (hole != blocks.end()) {
             const std::size_t there = hole->second.size;
-            holes.erase({there, at});
             if (there > size) add_hole(at + size, there - size);
+            holes.erase({there, at});
         }
         blocks[at] = {size, false};
         if (at + size > end_) end_ = at + size;
         taken_ += size;
     }
 
-    void give(std::size_t at) {
+    // False where no block starts.
+    bool give(std::size_t at) {
         auto block = blocks.find(at);
+        if (block == blocks.end() || block->second.free) return false;
         std::size_t size = block->second.size;
         taken_ -= size;
         const auto next = std::next(block);
@@ -48,6 +50,13 @@ class Arena {
             blocks.erase(block);
         }
         add_hole(at, size);
+        return true;
+    }
+
+    // Calls `visit(place, size)` for all holes.
+    template <class Visit>
+    void each_hole(Visit visit) const {
+        for (const auto& [size, at] : holes) visit(at, size);
     }
 
     std::size_t end() const { return end_; }

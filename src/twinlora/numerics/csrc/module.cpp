@@ -398,7 +398,9 @@ NB_MODULE(_cpu, m) {
     m.def("swiglu", &swiglu, release());
     m.def("swiglu_backward", &swiglu_backward, release());
     m.def("cross_entropy", &cross_entropy, release());
+    m.def("pool_refusal", &pool_refusal);
     m.def("pool_torch_memory", &pool_torch_memory);
+    m.def("pool_trim", &pool_trim, release());
     m.def("pool_use", [] { return std::pair(pool_use().end, pool_use().taken); });
     m.def("pool_extent", &pool_extent, release());
 }

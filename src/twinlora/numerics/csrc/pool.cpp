@@ -1,22 +1,26 @@
-// torch's CPU allocator (c10) asks posix_memalign for boundaries of 64 bytes, and glibc looks for about 96 bytes more than
-// the block has: a tensor's own hole is too small for the next of its size once a small object lies in the edge that was
-// cut off. A training step that recomputes its activations so takes up to half as much memory again as it holds.
+// torch's CPU allocator (c10) asks posix_memalign for boundaries of 64 bytes. glibc takes about 96 bytes more, cuts the
+// edges off and gives them to small objects: a freed tensor's hole is then a little too small for the same tensor again.
+// A training step that recomputes its activations so takes up to half as much memory again as it holds.
 //
 // There is no C interface to replace that allocator, and its C++ one changes from version to version. But it has two doors
-// to the C library, entries in its table of addresses that the linker fills in, as profilers of memory fill them in
-// again: posix_memalign and free. So libc10 alone gets its large blocks here; all other callers keep theirs.
+// to the C library, slots in its table of addresses, which the linker fills in: posix_memalign and free. They are filled
+// in again here, so that libc10 alone gets its large blocks from the pool; all other callers keep theirs. Where somebody
+// has done so before (a profiler of memory, which puts its own back in the end), it is left at that.
 #include "pool.hpp"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 
 #include "arena.hpp"
 
-#if defined(__linux__) && defined(__GLIBC__) && defined(__LP64__)
+#if defined(__GLIBC__) && (defined(__x86_64__) || defined(__aarch64__))
 #define TWINLORA_POOL
+#include <dlfcn.h>
 #include <elf.h>
 #include <link.h>
 #include <pthread.h>
@@ -36,16 +40,22 @@ std::size_t rounded(std::size_t size) { return (size + boundary - 1) & ~(boundar
 #if defined(TWINLORA_POOL)
 constexpr std::size_t growth = std::size_t{32} << 20;
 
+// Twice the memory is reserved at once, so that a limit on the address space would not see the pool grow: under one, the
+// C library's heap is used.
+bool is_limited() {
+    rlimit limit{};
+    return getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur != RLIM_INFINITY;
+}
+
 class Pool {
   public:
-    // A range as large as twice the memory, of which nothing is promised yet; none where the system has no room for it.
+    // Of nothing, where the system has no room for the range. None of it is promised yet.
     Pool() {
-        const std::size_t memory = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
-        if (is_limited()) return;
-        void* range = mmap(nullptr, 2 * memory, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        const std::size_t bytes = 2 * page * static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES));
+        void* range = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (range == MAP_FAILED) return;
         start = static_cast<char*>(range);
-        size = 2 * memory;
+        size = bytes;
     }
 
     bool exists() const { return size > 0; }
@@ -53,17 +63,21 @@ class Pool {
         return reinterpret_cast<std::uintptr_t>(block) - reinterpret_cast<std::uintptr_t>(start) < size;
     }
 
-    void* take(std::size_t bytes) {
+    // Null where the system does not promise as much.
+    void* take(std::size_t bytes) try {
         const std::lock_guard<std::mutex> guard(lock);
         const std::size_t at = arena.place(bytes);
         if (!promise(at + bytes)) return nullptr;
         arena.take(at, bytes);
         return start + at;
+    } catch (const std::bad_alloc&) {  // not even room for the bookkeeping
+        return nullptr;
     }
 
-    void give(const void* block) {
+    // Whether a block starts there.
+    bool give(const void* block) {
         const std::lock_guard<std::mutex> guard(lock);
-        arena.give(static_cast<const char*>(block) - start);
+        return arena.give(static_cast<const char*>(block) - start);
     }
 
     PoolUse use() {
@@ -71,15 +85,17 @@ class Pool {
         return {arena.end(), arena.taken()};
     }
 
+    void trim() {
+        const std::lock_guard<std::mutex> guard(lock);
+        arena.each_hole([this](std::size_t at, std::size_t bytes) {
+            const std::size_t first = (at + page - 1) / page * page, end = (at + bytes) / page * page;
+            if (first < end) madvise(start + first, end - first, MADV_DONTNEED);
+        });
+    }
+
     std::mutex lock;
 
   private:
-    // The range does not grow, so that a limit on the address space would never be met: what comes then is not ours.
-    static bool is_limited() {
-        rlimit limit{};
-        return getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur != RLIM_INFINITY;
-    }
-
     // Whether all up to `end` can be written to.
     bool promise(std::size_t end) {
         if (end <= promised) return true;
@@ -90,6 +106,7 @@ class Pool {
         return true;
     }
 
+    const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
     Arena arena;
     char* start = nullptr;
     std::size_t size = 0, promised = 0;
@@ -97,20 +114,21 @@ class Pool {
 
 Pool* pool = nullptr;  // never deleted: tensors may outlive everything
 
+// Instead of posix_memalign.
 int take_aligned(void** block, std::size_t alignment, std::size_t size) {
-    if (size >= least && alignment <= boundary)
-        if (void* taken = pool->take(rounded(size))) {
-            *block = taken;
-            return 0;
-        }
-    return posix_memalign(block, alignment, size);
+    const std::size_t bytes = rounded(size);
+    void* taken = bytes >= least && alignment <= boundary ? pool->take(bytes) : nullptr;
+    if (!taken) return posix_memalign(block, alignment, size);
+    *block = taken;
+    return 0;
 }
 
-void give_back(void* block) {
-    if (pool->has(block))
-        pool->give(block);
-    else
-        std::free(block);
+// Instead of free.
+void give_back(void* block) noexcept {
+    if (!pool->has(block)) return std::free(block);
+    if (pool->give(block)) return;
+    std::fputs("twinlora: a block of the pool was freed that is not in use\n", stderr);
+    std::abort();
 }
 
 // The dynamic section of a library: its symbols, and the slots that hold their addresses.
@@ -159,14 +177,15 @@ struct Library {
         return found;
     }
 
-    // Whether all of these slots lead to `function` now. Some lie where the linker forbids writing once it is done.
-    bool lead(const std::vector<void**>& slots, void* function) const {
+    // Whether all of these slots lead to `function` now. Some lie in pages that the linker makes read-only in the end.
+    bool redirect(const std::vector<void**>& slots, void* function) const {
         const std::uintptr_t page = sysconf(_SC_PAGESIZE);
         const ElfW(Phdr)* fixed = part(PT_GNU_RELRO);
+        const std::uintptr_t fixed_end = fixed ? (base + fixed->p_vaddr + fixed->p_memsz) / page * page : 0;
         for (void** slot : slots) {
             const auto at = reinterpret_cast<std::uintptr_t>(slot);
             void* first = reinterpret_cast<void*>(at / page * page);
-            const bool writable = !fixed || at - (base + fixed->p_vaddr) >= fixed->p_memsz;
+            const bool writable = !fixed || at < base + fixed->p_vaddr || at >= fixed_end;
             if (!writable && mprotect(first, page, PROT_READ | PROT_WRITE) != 0) return false;
             __atomic_store_n(slot, function, __ATOMIC_RELEASE);
             if (!writable) mprotect(first, page, PROT_READ);
@@ -182,31 +201,68 @@ int find_c10(dl_phdr_info* info, std::size_t, void* found) {
     return 1;
 }
 
-bool open_pool() {
+// The slots of torch's allocator, and why they are not to be filled in again.
+struct Doors {
     Library c10;
-    if (!dl_iterate_phdr(find_c10, &c10)) return false;
-    const std::vector<void**> takes = c10.slots_of("posix_memalign"), frees = c10.slots_of("free");
-    if (takes.empty() || frees.empty()) return false;
-    pool = new Pool;
-    if (!pool->exists()) return false;
-    pthread_atfork([] { pool->lock.lock(); }, [] { pool->lock.unlock(); }, [] { pool->lock.unlock(); });
-    // free first: it must know what the other hands out.
-    return c10.lead(frees, reinterpret_cast<void*>(give_back)) && c10.lead(takes, reinterpret_cast<void*>(take_aligned));
-}
+    std::vector<void**> take_slots, free_slots;
+    std::string refusal;
+
+    Doors() {
+        if (std::getenv("TWINLORA_POOL") && std::strcmp(std::getenv("TWINLORA_POOL"), "off") == 0) {
+            refusal = "TWINLORA_POOL=off";
+            return;
+        }
+        if (dl_iterate_phdr(find_c10, &c10)) {
+            take_slots = c10.slots_of("posix_memalign");
+            free_slots = c10.slots_of("free");
+        }
+        if (take_slots.empty() || free_slots.empty())
+            refusal = "this build of torch has an allocator of its own";
+        else if (!lead(take_slots, "posix_memalign") || !lead(free_slots, "free"))
+            refusal = "something else, like a profiler of memory, has taken torch's allocations over";
+        else if (is_limited())
+            refusal = "the address space is limited (ulimit -v)";
+    }
+
+  private:
+    // Whether they all lead where everybody's do.
+    static bool lead(const std::vector<void**>& slots, const char* function) {
+        void* const there = dlsym(RTLD_DEFAULT, function);
+        return std::all_of(slots.begin(), slots.end(), [&](void** slot) { return *slot == there; });
+    }
+};
 #endif
 
 }  // namespace
 
 #if defined(TWINLORA_POOL)
-bool pool_torch_memory() {
-    static const bool open = open_pool();
-    return open;
+std::string pool_refusal() {
+    if (pool) return pool->exists() ? "" : "the system has no address space for it";
+    return Doors().refusal;
+}
+
+void pool_torch_memory() {
+    if (pool) return;
+    const Doors doors;
+    if (!doors.refusal.empty()) return;
+    pool = new Pool;
+    if (!pool->exists()) return;
+    pthread_atfork([] { pool->lock.lock(); }, [] { pool->lock.unlock(); }, [] { pool->lock.unlock(); });
+    // free first: it must know what the other hands out.
+    if (doors.c10.redirect(doors.free_slots, reinterpret_cast<void*>(give_back)))
+        doors.c10.redirect(doors.take_slots, reinterpret_cast<void*>(take_aligned));
 }
 
 PoolUse pool_use() { return pool ? pool->use() : PoolUse{0, 0}; }
+
+void pool_trim() {
+    if (pool) pool->trim();
+}
 #else
-bool pool_torch_memory() { return false; }
+std::string pool_refusal() { return "it is for glibc on x86-64 and AArch64"; }
+void pool_torch_memory() {}
 PoolUse pool_use() { return {0, 0}; }
+void pool_trim() {}
 #endif
 
 std::size_t pool_extent(const std::vector<std::int64_t>& events) {
@@ -225,12 +281,10 @@ std::size_t pool_extent(const std::vector<std::int64_t>& events) {
                 arena.take(at, size);
             blocks.push_back({at, size});
         } else {
-            Block& block = blocks.at(static_cast<std::size_t>(-event));
-            if (!block.size) throw std::invalid_argument("a block is given back twice");
-            if (block.size < least)
-                small -= block.size;
-            else
-                arena.give(block.at);
+            Block& block = blocks.at(-static_cast<std::size_t>(event));
+            if (!block.size || (block.size >= least && !arena.give(block.at)))
+                throw std::invalid_argument("a block is given back twice");
+            if (block.size < least) small -= block.size;
             block.size = 0;
         }
     }

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace twinlora {
@@ -11,12 +12,17 @@ struct PoolUse {
     std::size_t end, taken;  // bytes that were ever in use, and that are
 };
 
-// From now on large tensors of torch lie in the pool. False where that cannot be: another C library than glibc, a torch
-// that allocates in another way, a limit on the address space.
-bool pool_torch_memory();
+// Why torch's large tensors cannot lie in the pool; empty where they can, or do.
+std::string pool_refusal();
+
+// From now on they do, unless that is refused.
+void pool_torch_memory();
 PoolUse pool_use();
 
-// Bytes by which these blocks would extend an empty pool, and the most that those too small for it have at once. A
+// Gives the system what is free back.
+void pool_trim();
+
+// How far these blocks would extend an empty pool, plus the most that those too small for it have at once, in bytes. A
 // positive event takes a block of so many bytes, another gives back the one of that number (negated) in order of taking.
 std::size_t pool_extent(const std::vector<std::int64_t>& events);
 
