@@ -131,14 +131,14 @@ def test_a_block_that_is_not_there_cannot_be_given_back():
         pool.extent([MIB, -1])
 
 
-def test_the_heap_would_be_left_with_holes():
-    """The reason for it: small objects in the edges of blocks make each block's own place too small for the next."""
-    grow = """
+def test_small_objects_between_large_ones_leave_no_holes():
+    """glibc 2.36 takes up to twice as much here: they lie in the edges of blocks, whose places no longer suffice."""
+    code = START + (
+        """
 import ctypes
 from twinlora import machine
 c = ctypes.CDLL(None)
 c.malloc.restype = ctypes.c_void_p
-c.mallopt(-1, -1); c.mallopt(-4, 0)
 torch.set_num_threads(1)
 before = machine.rss_bytes()
 for step in range(60):
@@ -149,9 +149,8 @@ for step in range(60):
     del held
 print(machine.rss_bytes() - before)
 """
-    without, within = int(printed("import torch\n" + grow)), int(printed(START + grow))
-    assert within < 24 * MIB
-    assert without > 1.5 * within
+    )
+    assert int(printed(code)) < 24 * MIB
 
 
 def test_a_limit_on_the_address_space_is_kept():
@@ -216,31 +215,28 @@ def test_it_can_be_refused(monkeypatch):
     assert printed(START + "x = torch.ones(1 << 20); print(pool.refusal(), use())") == "TWINLORA_POOL=off (0, 0)"
 
 
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_allocations_that_somebody_else_has_taken_over_stay_theirs():
     """As a profiler does that puts its own into the same slots."""
-    code = """
-import ctypes, torch
+    code = r"""
+import ctypes, re, subprocess, torch
+from pathlib import Path
 from twinlora.numerics import cpu, pool
-calls = []
+file = Path(torch.__file__).parent / "lib/libc10.so"
+table = subprocess.run(["readelf", "-rW", file], capture_output=True, text=True, check=True).stdout
+offset = int(re.search(r"^(\w+) .* posix_memalign@", table, re.MULTILINE)[1], 16)
+maps = Path("/proc/self/maps").read_text().splitlines()
+base = min(int(line.split("-")[0], 16) for line in maps if line.endswith("libc10.so"))
 kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
-real = kind(("posix_memalign", ctypes.CDLL(None)))
-theirs = kind(lambda *args: calls.append(args[2]) or real(*args))
-slot = ctypes.c_void_p.from_address(SLOT)
-slot.value = ctypes.cast(theirs, ctypes.c_void_p).value
+real, sizes = kind(("posix_memalign", ctypes.CDLL(None))), []
+theirs = kind(lambda *args: sizes.append(args[2]) or real(*args))
+ctypes.c_void_p.from_address(base + offset).value = ctypes.cast(theirs, ctypes.c_void_p).value
 pool.install()
 x = torch.empty(1 << 20)
-print(pool.refusal(), len(calls), cpu.extension().pool_use()[1])
+print(pool.refusal(), sizes[-1], cpu.extension().pool_use())
 """
-    find = (
-        "import re, subprocess, torch; from pathlib import Path; file = Path(torch.__file__).parent / 'lib/libc10.so'; "
-        "table = subprocess.run(['readelf', '-rW', file], capture_output=True, text=True, check=True).stdout; "
-        "offset = int(re.search(r'^(\\w+) .* posix_memalign@', table, re.MULTILINE)[1], 16); "
-        "base = min(int(line.split('-')[0], 16) for line in open('/proc/self/maps') if line.endswith('libc10.so\\n')); "
-    )
-    if shutil.which("readelf") is None:
-        pytest.skip("needs readelf")
-    said = printed(find + "SLOT = base + offset\n" + code)
-    assert said == "something else, like a profiler of memory, has taken torch's allocations over 1 0"
+    expected = f"something else, like a profiler of memory, has taken torch's allocations over {4 * MIB} (0, 0)"
+    assert printed(code) == expected
 
 
 def test_a_block_that_is_not_in_use_cannot_be_freed():
