@@ -5,8 +5,9 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "twinlora"
 ORDER = [
-    {"errors", "config", "atomic", "machine", "output", "reporter"},
+    {"errors", "config", "atomic", "output", "reporter"},
     {"numerics"},
+    {"machine"},
     {"model"},
     {"adapters"},
     {"data"},
