@@ -13,8 +13,7 @@ its own that loads the checkpoint as training does, and then
   libraries had run a step of a tiny model. Its prediction adds the products that oneDNN compiles (plan/overhead.py) and what the
   pool of large tensors loses to holes (numerics/pool.py).
 
-Where small objects lie in the heap is chance, and `rss` differs by some per cent from process to process: of a cell that
-several earlier runs have measured the median counts.
+Of a cell that several earlier runs have measured the median counts.
 
 Models: the one given, and with --scratch a random llama of 1B parameters, written there and removed at the end. One thread.
 A cell that the machine's free memory does not hold is skipped, and said so.

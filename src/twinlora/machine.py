@@ -76,8 +76,7 @@ def keep_freed_memory() -> None:
     for one another.
     """
     pool.install()
-    if platform.libc_ver()[0] == "glibc":
-        c = ctypes.CDLL(None)
+    if c := _glibc():
         c.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         c.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped on its own
 
@@ -85,8 +84,13 @@ def keep_freed_memory() -> None:
 def release_freed_memory() -> None:
     """Give the system back what the C library and the pool keep of freed memory, where they are ours to ask."""
     pool.trim()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    if c := _glibc():
+        c.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, if it is glibc."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def mapped(nbytes: int) -> Tensor:
@@ -154,7 +158,8 @@ class _Heap(ctypes.Structure):
 
 def heap_bytes() -> int:
     """Bytes that glibc has handed out to this thread and by mappings; 0 where it is older than 2.33 or not there."""
-    if platform.libc_ver()[0] != "glibc" or not hasattr(c := ctypes.CDLL(None), "mallinfo2"):
+    c = _glibc()
+    if c is None or not hasattr(c, "mallinfo2"):
         return 0
     c.mallinfo2.restype = _Heap
     info: _Heap = c.mallinfo2()

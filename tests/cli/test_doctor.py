@@ -78,6 +78,7 @@ def test_missing_backend_disk_and_gpu_come_with_what_mends_them(capsys, monkeypa
 
 
 def test_why_torch_has_no_pool_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(pool, "refusal", lambda: None)  # as where there is one
     assert main(["doctor"]) == 0
     assert "no pool" not in capsys.readouterr().out
     monkeypatch.setattr(pool, "refusal", lambda: "the address space is limited (ulimit -v)")

@@ -88,7 +88,7 @@ print(use())
     assert printed(code) == str((pool.extent(blocks), 0))
 
 
-def first_fit(blocks):
+def best_fit(blocks):
     """How far blocks extend a range if each goes to the smallest hole, the first of equal ones: by looking at all."""
     held, end, count = {}, 0, 0
     for event in blocks:
@@ -109,7 +109,7 @@ def first_fit(blocks):
 @pytest.mark.parametrize("seed", range(20))
 def test_a_block_goes_to_the_smallest_hole(seed):
     blocks = events(seed, 300)
-    assert pool.extent(blocks) == first_fit(blocks)
+    assert pool.extent(blocks) == best_fit(blocks)
 
 
 def test_holes_are_used_by_blocks_of_their_size_and_neighbours_become_one():

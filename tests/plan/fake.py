@@ -8,7 +8,7 @@ from twinlora.plan.work import Counts, Kind
 PARAMETERS = 7 * 10**9
 LINEAR = 6 * 10**9  # weights that can be quantised
 PER_TOKEN = 500_000  # bytes of activations
-HOLES = 100_000  # bytes a token, in the heap of a CPU
+HOLES = 100_000  # bytes a token, in the pool of a CPU
 
 
 def simulate(config: object, cell: Cell) -> Simulated:

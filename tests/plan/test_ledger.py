@@ -67,7 +67,7 @@ def test_the_log_says_what_is_taken_and_given_back_and_where():
     assert unfolded(ledger.log, 1, 0) == [4000, 4000, 0, -1], "without scalars, and without what was there before"
 
 
-def test_products_in_16_bit_take_what_their_library_takes():
+def test_what_a_library_takes_within_a_product_is_not_in_the_log():
     fake, ledger = entered()
     with fake, ledger:
         x = torch.empty(64, 64, dtype=torch.bfloat16)

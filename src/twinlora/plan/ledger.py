@@ -31,7 +31,7 @@ Segment = tuple[str, Place]  # phase, and where in the model it is
 
 
 class Event(NamedTuple):
-    """A block of so many bytes is taken, for a storage or within a product, or is given back (0 bytes)."""
+    """A block of so many bytes is taken for a storage, or is given back (0 bytes)."""
 
     segment: Segment
     block: int  # its number

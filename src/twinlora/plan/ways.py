@@ -208,7 +208,8 @@ class Ways:
         tokens = micro.size(packed=self.workload.packed)
         work = sum(found.counts.flops.values()) / micro.micro_batches
         times = (None, 0.0) if rates is None else step_times(rates, found, micro, tokens)
-        passing, updating = (causes | self._beside(found, limit) for causes in (found.passing, found.update))
+        beside = self._beside(found, limit)
+        passing, updating = found.passing | beside, found.update | beside
         if found.by_cause is not found.update:  # the holes are those of the larger moment
             updating["fragmentation"] = 0
         return _Point(passing, updating, found.gradient_bytes, tokens, work, *times)

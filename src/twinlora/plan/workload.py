@@ -42,6 +42,7 @@ class Workload:
     from_data: bool
     packed: bool = True
     _cut: dict[int, list[list[list[Example]]]] = field(default_factory=dict, repr=False, compare=False)
+    _sized: dict[int, list[int]] = field(default_factory=dict, repr=False, compare=False)
     _largest: dict[int, Micro] = field(default_factory=dict, repr=False, compare=False)
 
     def padded(self) -> Workload:
@@ -98,21 +99,26 @@ class Workload:
         """
         if limit not in self._largest:
             steps = self._parts(limit)
-            sizes = [(self._size(part), part) for parts in steps for part in parts]
-            most = max(size for size, _ in sizes)
-            part = max((part for size, part in sizes if size == most), key=_trained)
+            sizes = self._sizes(limit)
+            most, each = max(sizes), [part for parts in steps for part in parts]
+            part = max((part for size, part in zip(sizes, each, strict=True) if size == most), key=_trained)
             self._largest[limit] = _micro(part, max(map(len, steps)))
         return self._largest[limit]
 
     def micro_batches(self, limit: int) -> tuple[int, float]:
         """How many micro-batches of at most `limit` tokens the run has, and the tokens of their mean."""
-        sizes = [self._size(part) for parts in self._parts(limit) for part in parts]
+        sizes = self._sizes(limit)
         return len(sizes), sum(sizes) / len(sizes)
 
     def sizes(self, limit: int) -> int:
         """How many numbers of rows the products of the run's micro-batches of at most `limit` tokens have on a CPU."""
-        sizes = [self._size(part) for parts in self._parts(limit) for part in parts]
-        return len({filled(size) if self.packed else size for size in sizes})
+        return len({filled(size) if self.packed else size for size in self._sizes(limit)})
+
+    def _sizes(self, limit: int) -> list[int]:
+        """Tokens of each micro-batch of at most `limit`."""
+        if limit not in self._sized:
+            self._sized[limit] = [self._size(part) for parts in self._parts(limit) for part in parts]
+        return self._sized[limit]
 
     def _parts(self, limit: int) -> list[list[list[Example]]]:
         if limit not in self._cut:

@@ -401,6 +401,6 @@ NB_MODULE(_cpu, m) {
     m.def("pool_refusal", &pool_refusal);
     m.def("pool_torch_memory", &pool_torch_memory);
     m.def("pool_trim", &pool_trim, release());
-    m.def("pool_use", [] { return std::pair(pool_use().end, pool_use().taken); });
+    m.def("pool_use", &pool_use);
     m.def("pool_extent", &pool_extent, release());
 }

@@ -78,7 +78,7 @@ class Pool {
         return arena.give(static_cast<const char*>(block) - start);
     }
 
-    PoolUse use() {
+    std::pair<std::size_t, std::size_t> use() {
         const std::lock_guard<std::mutex> guard(lock);
         return {arena.end(), arena.taken()};
     }
@@ -188,7 +188,7 @@ void pool_torch_memory() {
         doors.c10.redirect(doors.take_slots, reinterpret_cast<void*>(take_aligned));
 }
 
-PoolUse pool_use() { return pool ? pool->use() : PoolUse{0, 0}; }
+std::pair<std::size_t, std::size_t> pool_use() { return pool ? pool->use() : std::pair<std::size_t, std::size_t>{}; }
 
 void pool_trim() {
     if (pool) pool->trim();
@@ -196,7 +196,7 @@ void pool_trim() {
 #else
 std::string pool_refusal() { return "it is for glibc on x86-64 and AArch64"; }
 void pool_torch_memory() {}
-PoolUse pool_use() { return {0, 0}; }
+std::pair<std::size_t, std::size_t> pool_use() { return {0, 0}; }
 void pool_trim() {}
 #endif
 

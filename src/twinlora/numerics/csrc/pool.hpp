@@ -4,20 +4,17 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace twinlora {
-
-struct PoolUse {
-    std::size_t end, taken;  // bytes that were ever in use, and that are
-};
 
 // Why torch's large tensors cannot lie in the pool; empty where they can, or do.
 std::string pool_refusal();
 
 // From now on they do, unless that is refused.
 void pool_torch_memory();
-PoolUse pool_use();
+std::pair<std::size_t, std::size_t> pool_use();  // bytes that were ever in use, and that are
 
 // Gives the system what is free back.
 void pool_trim();
